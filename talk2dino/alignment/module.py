@@ -1,0 +1,140 @@
+"""The LightningModule: projection, similarity and loss wired for one or many devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.distributed.nn import functional as dist_nn
+
+from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.pooling import visual_feature
+from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.retrieval import retrieval_from_scores
+from talk2dino.alignment.similarity import Similarity
+
+Optimizer = torch.optim.Optimizer
+Scheduler = torch.optim.lr_scheduler.LRScheduler
+
+
+class AlignmentModule(L.LightningModule):
+    """Trains a projection so that captions and images of a pair come close.
+
+    Every rank compares all ranks' texts with its own images and shares the columns, so the loss
+    sees the full [B·W, B·W] matrix while no patch token leaves its device. The gathers carry
+    gradients; with DDP's mean over ranks the gradient equals that of one process with the whole
+    batch.
+
+    Args:
+        projection: ψ.
+        similarity: how a text and an image are compared in training.
+        loss: of the score matrix, called with the image ids.
+        optimizer: makes an optimizer of parameters.
+        scheduler: makes a learning rate schedule, stepped once per batch, of an optimizer and
+            `total_steps`; None keeps the rate.
+        val_similarity: how they are compared in validation (recall).
+        encoders: specs of the encoders, `{"vision": …, "text": …}`, kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        similarity: Similarity,
+        loss: torch.nn.Module,
+        optimizer: Callable[[Iterator[torch.nn.Parameter]], Optimizer],
+        scheduler: Callable[..., Scheduler] | None,
+        val_similarity: Similarity,
+        encoders: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.projection, self.similarity, self.loss = projection, similarity, loss
+        self.val_similarity = val_similarity
+        self._optimizer, self._scheduler, self._encoders = optimizer, scheduler, encoders
+        self._val_batches: list[dict[str, Tensor]] = []
+
+    def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the score matrix [text, image] over all ranks, and the image id of each row."""
+        text = self.projection.project_text(*(batch[f] for f in self.projection.text_fields))
+        visual = self.projection.project_visual(visual_feature(batch, self.similarity.field))
+        mask = batch.get("token_mask")
+        chosen = self.similarity.select(text, visual)
+        columns = self.similarity.scores(
+            gather_rows(text), chosen, None if mask is None else gather_rows(mask)
+        )  # [B·W, B]
+        return gather_rows(columns.T.contiguous()).T, gather_rows(batch["image_id"])
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of one batch."""
+        scores, image_ids = self.scores(batch)
+        loss: Tensor = self.loss(scores, image_ids)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(image_ids))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Project and keep one batch; the metrics need all of them."""
+        text = self.projection.project_text(*(batch[f] for f in self.projection.text_fields))
+        visual = self.projection.project_visual(visual_feature(batch, self.val_similarity.field))
+        kept = {"text": text, "visual": visual, "image_id": batch["image_id"]}
+        self._val_batches.append(kept)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log recall at 1, 5 and 10 and the median rank in both directions."""
+        if not self._val_batches:
+            return
+        text, visual, captions = (
+            torch.cat([batch[key] for batch in self._val_batches])
+            for key in ("text", "visual", "image_id")
+        )
+        self._val_batches.clear()
+        first, image_row = first_occurrences(captions)
+        images = visual[first]
+        report = retrieval_from_scores(
+            lambda rows: self.val_similarity.scores(text[rows], images), image_row, len(images)
+        )
+        self.log_dict({f"val/{name}": value for name, value in report.as_dict().items()})
+        self.log("recall@5", report.text_to_image.recall[5], prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimise the projection and, if it is learnable, the loss's logit scale."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self._optimizer(iter(parameters))
+        if self._scheduler is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self._scheduler(optimizer, total_steps=steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is needed to use the projection without the training config."""
+        checkpoint["talk2dino"] = self.description()
+
+    def description(self) -> dict[str, Any]:
+        """Plain values: the projection's class and arguments, and the encoders' specs."""
+        return {"projection": describe_projection(self.projection), **self._encoders}
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate equal [B, ...] tensors of all ranks in rank order, with gradient."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    if rows.requires_grad:
+        return torch.cat(dist_nn.all_gather(rows))
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def first_occurrences(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of [N] values: where each distinct one first occurs, and each value's number among them."""
+    unique, number = torch.unique(values, return_inverse=True)
+    positions = torch.arange(len(values), device=values.device)
+    first = torch.full_like(unique, len(values)).scatter_reduce(0, number, positions, "amin")
+    return first, number

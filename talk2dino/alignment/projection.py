@@ -1,0 +1,213 @@
+"""ψ: text features to the vision encoder's space, with the original's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from talk2dino.alignment.projection_base import (
+    Activation,
+    Projection,
+    activate,
+    check_choice,
+    check_width,
+    original_activation,
+    original_width,
+)
+from talk2dino.errors import ConfigError
+
+__all__ = ["DoubleMLP", "Projection", "ProjectionLayer"]
+
+HeadWeighting = Literal["static", "conditioned"]
+
+
+class ProjectionLayer(Projection):
+    """ψ of Talk2DINO (eq. 1): text features to the vision encoder's space.
+
+    `hidden_layers=1` is the published model, ψ(t) = W_b tanh(W_a t + b_a) + b_b. The activation
+    stands between linear layers only, so with `hidden_layers=0` it is never applied
+    (original `src/model.py ProjectionLayer`).
+
+    Args:
+        text_dim: width C of the text features.
+        vision_dim: width D of the visual features.
+        hidden_layers: number of D to D layers after the first; True is 1, False is 0.
+        activation: "tanh", "relu", "sigmoid" or None.
+        head_weighting: how `pool_visual` weighs the attention heads: "static" learns one weight per
+            head, "conditioned" predicts the weights from the CLS token, None has no weights.
+        num_heads: number of attention heads H; needed with `head_weighting`.
+
+    Raises:
+        ConfigError: an option has an unknown value, or `num_heads` is missing.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        vision_dim: int,
+        hidden_layers: int | bool = 1,
+        activation: Activation | None = "tanh",
+        head_weighting: HeadWeighting | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("projection.activation", activation, get_args(Activation))
+        check_choice("projection.head_weighting", head_weighting, get_args(HeadWeighting))
+        if int(hidden_layers) < 0:
+            raise ConfigError(f"projection.hidden_layers is {hidden_layers}: give 0 or more")
+        if head_weighting and not num_heads:
+            raise ConfigError(
+                f"projection.num_heads is {num_heads}: head_weighting={head_weighting} needs the "
+                "vision encoder's number of attention heads"
+            )
+        if head_weighting == "conditioned" and activation is None:
+            raise ConfigError(
+                "projection.activation is null: head_weighting=conditioned needs tanh, relu or "
+                "sigmoid"
+            )
+        self.text_dim, self.vision_dim = text_dim, vision_dim
+        self.activation, self.head_weighting, self.num_heads = activation, head_weighting, num_heads
+        self.linear_layer = nn.Linear(text_dim, vision_dim)
+        self.hidden_layers = _square_layers(vision_dim, int(hidden_layers))
+        if head_weighting == "static":
+            # Zeros are equal weights: training starts from the plain mean over heads.
+            self.attn_weights = nn.Parameter(torch.zeros(num_heads or 0))
+        elif head_weighting == "conditioned":
+            self.weight_layer1 = nn.Linear(vision_dim, vision_dim)
+            self.weight_layer2 = nn.Linear(vision_dim, num_heads or 0)
+
+    @classmethod
+    def from_original_config(cls, config: Mapping[str, Any]) -> ProjectionLayer:
+        """Build from the `model` section of an original config file.
+
+        Reads `act`, `hidden_layer`, `dino_embed_dim`, `clip_embed_dim`, `num_attn_head` and
+        `weight_attn_heads`; keys of the similarity (`cosine`, `alignment_strategy`, …) are not
+        this module's and are left alone.
+
+        Raises:
+            ConfigError: a width is missing or an option has an unknown value.
+        """
+        return cls(
+            text_dim=original_width(config, "clip_embed_dim"),
+            vision_dim=original_width(config, "dino_embed_dim"),
+            hidden_layers=config.get("hidden_layer") or 0,
+            activation=original_activation(config),
+            head_weighting=config.get("weight_attn_heads"),
+            num_heads=config.get("num_attn_head"),
+        )
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's keyword arguments as plain values (JSON)."""
+        return {
+            "text_dim": self.text_dim,
+            "vision_dim": self.vision_dim,
+            "hidden_layers": len(self.hidden_layers),
+            "activation": self.activation,
+            "head_weighting": self.head_weighting,
+            "num_heads": self.num_heads,
+        }
+
+    def forward(self, text: Tensor) -> Tensor:
+        """ψ(text): `[..., C]` of any float dtype to `[..., D]` in the parameters' dtype.
+
+        Raises:
+            ConfigError: the last dimension is not `text_dim`.
+        """
+        check_width(text, self.text_dim, "text features", "projection.text_dim")
+        return self._mlp(text, self.linear_layer, self.hidden_layers)
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """The same as calling the module: `[..., C]` to `[..., D]`."""
+        projected: Tensor = self(text)
+        return projected
+
+    def pool_visual(
+        self, patch_tokens: Tensor, self_attn_maps: Tensor, cls_token: Tensor
+    ) -> Tensor:
+        """Pool patches by a weighted mean of the heads' attention (original `get_visual_embed`).
+
+        Args:
+            patch_tokens: `[B, P, D]`.
+            self_attn_maps: `[B, H, P]` logits before softmax.
+            cls_token: `[B, D]`; read by "conditioned" only.
+
+        Returns:
+            `[B, D]`: the mean over patches of attention times token.
+
+        Raises:
+            ConfigError: built without `head_weighting`, or another number of heads.
+        """
+        if self.head_weighting is None:
+            raise ConfigError(
+                "projection.head_weighting is null: pool_visual needs static or conditioned"
+            )
+        if self_attn_maps.shape[1] != self.num_heads:
+            raise ConfigError(
+                f"projection.num_heads is {self.num_heads} but self_attn_maps has shape "
+                f"{tuple(self_attn_maps.shape)} [B, H, P]: set it to {self_attn_maps.shape[1]}"
+            )
+        dtype = self.linear_layer.weight.dtype
+        weights = self._head_logits(cls_token.to(dtype)).softmax(dim=-1)  # [B, H] or [H]
+        logits = (self_attn_maps.to(dtype) * weights[..., None]).mean(dim=1)  # [B, P]
+        attention = logits.softmax(dim=-1)
+        return (attention[..., None] * patch_tokens.to(dtype)).mean(dim=1)  # [B, D]
+
+    def _head_logits(self, cls_token: Tensor) -> Tensor:
+        if self.head_weighting == "static":
+            return self.attn_weights
+        hidden = activate(self.activation, self.weight_layer1(cls_token))
+        logits: Tensor = self.weight_layer2(hidden)
+        return logits
+
+    def _mlp(self, x: Tensor, first: nn.Linear, rest: nn.ModuleList) -> Tensor:
+        # Stored features are half precision; ψ always runs in its own dtype, as the original does.
+        x = first(x.to(first.weight.dtype))
+        for layer in rest:
+            x = layer(activate(self.activation, x))
+        return x
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # First releases called the hidden layer `linear_layer2`. `load_state_dict` hands a copy
+        # to this method, so the caller's dict keeps its names.
+        for name in ("weight", "bias"):
+            legacy = f"{prefix}linear_layer2.{name}"
+            if legacy in state_dict:
+                state_dict[f"{prefix}hidden_layers.0.{name}"] = state_dict.pop(legacy)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class DoubleMLP(ProjectionLayer):
+    """ψ for the text and a second network of the same depth, D to D, for the image.
+
+    Arguments are those of `ProjectionLayer`. Parameters of the image side are `visual_linear` and
+    `visual_hidden_layers.N`. With `hidden_layers=0` both sides are one linear layer; the original
+    `DoubleMLP` raises there.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        vision_dim: int,
+        hidden_layers: int | bool = 1,
+        activation: Activation | None = "tanh",
+        head_weighting: HeadWeighting | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        super().__init__(text_dim, vision_dim, hidden_layers, activation, head_weighting, num_heads)
+        self.visual_linear = nn.Linear(vision_dim, vision_dim)
+        self.visual_hidden_layers = _square_layers(vision_dim, int(hidden_layers))
+
+    def project_visual(self, visual: Tensor) -> Tensor:
+        """Image side: `[..., D]` of any float dtype to `[..., D]` in the parameters' dtype."""
+        check_width(visual, self.vision_dim, "visual features", "projection.vision_dim")
+        return self._mlp(visual, self.visual_linear, self.visual_hidden_layers)
+
+
+def _square_layers(width: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(width, width) for _ in range(count))

@@ -1,0 +1,78 @@
+"""The interface of all similarities, and the checks of their input."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talk2dino.errors import ConfigError
+
+
+class Similarity(nn.Module):
+    """Base of all strategies.
+
+    Args:
+        field: name of the visual feature that is compared.
+        cosine: compare directions; False compares by dot product.
+    """
+
+    def __init__(self, field: str, cosine: bool = True) -> None:
+        super().__init__()
+        self.field = field
+        self.cosine = cosine
+
+    def select(self, text: Tensor, visual: Tensor) -> Tensor:
+        """Local stage, row i of text `[B, D]` with row i of visual: identity unless overridden."""
+        return visual
+
+    def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Compare selected features: `[text, image]`, any number of each."""
+        raise NotImplementedError
+
+    def forward(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """`scores(text, select(text, visual), text_mask)`."""
+        return self.scores(text, self.select(text, visual), text_mask)
+
+    def extra_repr(self) -> str:
+        """Options, for `print(module)`."""
+        return f"field={self.field!r}, cosine={self.cosine}"
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.cosine else x
+
+
+def as_heads(visual: Tensor) -> Tensor:
+    """Visual `[I, D]` as one head, `[I, 1, D]`; `[I, H, D]` as it is."""
+    return visual[:, None] if visual.ndim == 2 else visual
+
+
+def like(visual: Tensor, text: Tensor) -> Tensor:
+    """Visual features in the text's dtype; a ConfigError if the widths differ."""
+    if visual.shape[-1] != text.shape[-1]:
+        raise ConfigError(
+            f"similarity: text has shape {tuple(text.shape)}, visual features "
+            f"{tuple(visual.shape)}: projection.vision_dim must be their common last dimension"
+        )
+    return visual.to(text.dtype)
+
+
+def refuse_tokens(similarity: Similarity, text: Tensor, mask: Tensor | None) -> None:
+    """Raise a ConfigError unless text is `[T, D]` without a mask."""
+    if text.ndim != 2 or mask is not None:
+        raise ConfigError(
+            f"similarity={type(similarity).__name__} compares one vector per caption [T, D], found "
+            f"text of shape {tuple(text.shape)}{' with a token mask' if mask is not None else ''}: "
+            "use SumHeads, MeanHeads, MaxRowSum or Nucleus for token embeddings"
+        )
+
+
+def positive(key: str, value: float) -> float:
+    """The value; a ConfigError that names `key` if it is not positive."""
+    if value <= 0:
+        raise ConfigError(f"{key} is {value}: it must be positive")
+    return value
+
+
+def positive_or_none(key: str, value: int | None) -> int | None:
+    """The value, None included; a ConfigError that names `key` if it is not positive."""
+    return None if value is None else int(positive(key, value))

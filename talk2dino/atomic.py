@@ -1,0 +1,86 @@
+"""Files that appear complete or not at all: temporary name, flush to disk, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from talk2dino.errors import StoreError
+
+
+@contextmanager
+def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it is synced and renamed to `target`.
+
+    The temporary name depends on the target only, so a restarted run overwrites what a killed one
+    left; with `shared` it is unique, for a file that several processes may write at once. On any
+    exception it is removed. A failed write (disk full, quota, permissions) raises StoreError with
+    one line; HDF5 reports some of those as RuntimeError.
+    """
+    temporary = temporary_name(target)
+    if shared:
+        temporary = temporary.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, target)  # noqa: PTH105 (tests interrupt exactly here)
+        sync(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        code = _error_code(error)
+        if code is None:
+            raise
+        raise StoreError(f"{target}: not written ({os.strerror(code)}); {_fix(code)}") from error
+
+
+def temporary_name(target: Path) -> Path:
+    """Where `replacing(target)` writes first."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def write_json(target: Path, data: object, shared: bool = False) -> None:
+    """Write `data` as indented JSON through `replacing`."""
+    with replacing(target, shared) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _error_code(error: BaseException) -> int | None:
+    """The `errno` behind an operating system's error or HDF5's wrapping of one."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, (OSError, RuntimeError)):
+        found = re.search(r"errno = (\d+)", str(error))
+        return int(found.group(1)) if found else None
+    return None
+
+
+def _fix(code: int) -> str:
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space and start again: finished shards are kept"
+    return "check the folder and its permissions"

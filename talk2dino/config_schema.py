@@ -1,0 +1,171 @@
+"""Schemas of the plain config nodes and the check of everything that is built by `_target_`.
+
+Hydra checks keys given on the command line but not those in an experiment file. Here a wrong key or
+type is refused wherever it stands: dataclasses cover plain nodes, constructor signatures the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from talk2dino.errors import ConfigError
+
+
+@dataclass
+class DataConfig:
+    """Node `data` of train.yaml."""
+
+    batch_size: int = 128
+    captions: str = "all"
+    val_fraction: float = 0.05
+    num_workers: int = 0
+
+
+@dataclass
+class FeaturesConfig:
+    """Group `features` of extract.yaml."""
+
+    image_fields: list[str] = field(default_factory=list)
+    dtype: str = "float16"
+
+
+@dataclass
+class ExtractConfig:
+    """extract.yaml."""
+
+    source: Any = MISSING
+    vision: Any = MISSING
+    text: Any = MISSING
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    store: str = MISSING
+    split: str = "train"
+    images_per_shard: int = 1024
+    num_workers: int = 2
+    accelerator: str = "auto"
+    precision: str = "32"
+
+
+@dataclass
+class TrainConfig:
+    """train.yaml."""
+
+    projection: Any = MISSING
+    similarity: Any = MISSING
+    val_similarity: Any = MISSING
+    loss: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    trainer: Any = MISSING
+    logger: Any = None
+    name: str | None = None
+    store: str = MISSING
+    val_store: str | None = None
+    seed: int = 0
+    ckpt_path: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """evaluate.yaml."""
+
+    checkpoint: str = MISSING
+    benchmark: Any = MISSING
+    trainer: Any = MISSING
+    vision: Any = None
+    text: Any = None
+    pamr: bool = False
+    compare_untrained: bool = False
+    pictures: int = 6
+    num_workers: int = 2
+    seed: int = 0
+
+
+@dataclass
+class SegmentConfig:
+    """segment.yaml."""
+
+    checkpoint: str = MISSING
+    image: str = MISSING
+    classes: Any = MISSING
+    output: str = "segmented.png"
+    vision: Any = None
+    text: Any = None
+    background: float | None = None
+    pamr: bool = True
+    short_side: int = 448
+    accelerator: str = "auto"
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra under `<command>_schema`."""
+    store = ConfigStore.instance()
+    store.store(name="extract_schema", node=ExtractConfig)
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="segment_schema", node=SegmentConfig)
+    store.store(group="features", name="schema", node=FeaturesConfig)
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse missing values, and arguments that a `_target_` does not take.
+
+    Raises:
+        ConfigError: one line with the key, the value and the nearest valid key.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: required but not given; add {missing[0]}=… "
+            "to the command line (--help explains the keys)"
+        )
+    for path, node in _targets(config, ""):
+        _check_arguments(path, node)
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """All nodes with a `_target_`, with their dotted paths."""
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        yield path, node
+    for key in node:
+        if not OmegaConf.is_interpolation(node, str(key)):
+            yield from _targets(node[key], f"{path}.{key}" if path else str(key))
+
+
+def _check_arguments(path: str, node: DictConfig) -> None:
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # Hydra wraps whatever the import raised
+        raise ConfigError(
+            f"{path}._target_={node['_target_']!r} cannot be imported ({error})"
+        ) from error
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node:
+        if str(key).startswith("_"):  # _target_, _partial_, …
+            continue
+        if key not in parameters:
+            raise ConfigError(unknown_key(f"{path}.{key}", node[key], _join(path, parameters)))
+
+
+def _join(path: str, parameters: Mapping[str, Any]) -> list[str]:
+    return [f"{path}.{name}" for name in parameters if name != "self"]
+
+
+def unknown_key(key: str, value: object, valid: Iterable[str]) -> str:
+    """One line about an unknown key: its value, its type, and the nearest valid key."""
+    names = list(valid)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
+    return f"unknown config key {key} (value {value!r}, {type(value).__name__}); {hint}"

@@ -1,0 +1,50 @@
+"""Build encoders from the specs that stores and checkpoints carry.
+
+A spec comes out of a file that somebody else may have written, so only this package's own encoder
+classes are ever built from one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from talk2dino.encoders.text import (
+    OpenClipTextEncoder,
+    SentenceTransformerTextEncoder,
+    TextEncoder,
+)
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import CheckpointError
+
+_VISION = {"talk2dino.encoders.vision.TimmVisionEncoder": TimmVisionEncoder}
+_TEXT = {
+    "talk2dino.encoders.text.OpenClipTextEncoder": OpenClipTextEncoder,
+    "talk2dino.encoders.text.SentenceTransformerTextEncoder": SentenceTransformerTextEncoder,
+}
+
+
+def build_vision(spec: Mapping[str, Any]) -> TimmVisionEncoder:
+    """Build the vision encoder that a spec describes."""
+    encoder: TimmVisionEncoder = _build(spec, _VISION, "vision")
+    return encoder
+
+
+def build_text(spec: Mapping[str, Any]) -> TextEncoder:
+    """Build the text encoder that a spec describes."""
+    encoder: TextEncoder = _build(spec, _TEXT, "text")
+    return encoder
+
+
+def _build(spec: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Any:
+    target = spec.get("_target_")
+    if target not in known:
+        raise CheckpointError(
+            f"the {kind} encoder {target!r} of this file is none of {', '.join(known)}; "
+            f"choose one with {kind}=…"
+        )
+    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    try:
+        return known[target](**arguments)
+    except TypeError as error:
+        raise CheckpointError(f"the {kind} encoder's settings in this file: {error}") from error

@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend: one clear line each, never a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something in the user's hands is wrong.
+
+    The message is one line that names the file or config key, the value found, and the fix.
+    Entry points print it without a traceback and exit with status 2.
+    """
+
+
+class ConfigError(UserError):
+    """A config key or value is wrong."""
+
+
+class DataError(UserError):
+    """A dataset, an image list or a caption file is missing or malformed."""
+
+
+class StoreError(UserError):
+    """A feature store is missing, incomplete, damaged, or lacks a field."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or belongs to other encoders."""
+
+
+class EncoderError(UserError):
+    """An encoder's weights or its optional package are not available."""

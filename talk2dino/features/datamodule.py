@@ -1,0 +1,135 @@
+"""The LightningDataModule that streams a feature store into training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from talk2dino.errors import ConfigError, StoreError
+from talk2dino.features.dataset import Batch, CaptionBatches
+from talk2dino.features.sampler import EpochBatchSampler, Mode
+from talk2dino.features.store import FeatureStore
+
+
+class FeatureDataModule(L.LightningDataModule):
+    """Batches of captions with their images' features.
+
+    Validation uses `val_store` if it is given, else the last `val_fraction` of the images of
+    `store`. Every rank validates on all of it, so that its figures need no exchange.
+
+    Args:
+        store: feature store to train on.
+        image_fields: image features of a training batch.
+        val_image_fields: image features of a validation batch.
+        caption_fields: caption features of both.
+        val_store: feature store to validate on.
+        val_fraction: share of the images of `store` held out when there is no `val_store`.
+        batch_size: captions per rank and step.
+        captions: `all` captions per epoch, or `one_per_image` drawn anew each epoch.
+        num_workers: loader processes; 0 reads in the training process.
+        seed: of the shuffling.
+
+    Raises:
+        StoreError: a store is missing, damaged, or lacks a field.
+        ConfigError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        image_fields: Sequence[str],
+        val_image_fields: Sequence[str] = ("avg_self_attn_out",),
+        caption_fields: Sequence[str] = ("embedding",),
+        val_store: str | Path | None = None,
+        val_fraction: float = 0.05,
+        batch_size: int = 128,
+        captions: Mode = "all",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ConfigError(f"data.val_fraction={val_fraction}; use 0 ≤ value < 1")
+        self.batch_size, self.captions = batch_size, captions
+        self.num_workers, self.seed = num_workers, seed
+        self.store = FeatureStore(store)
+        held_out = FeatureStore(val_store) if val_store else self.store
+        self.train_data = CaptionBatches(self.store, image_fields, caption_fields)
+        self.val_data = CaptionBatches(held_out, val_image_fields, caption_fields)
+        rows = self.train_data.image_row
+        if not len(rows):
+            raise StoreError(f"{store}: holds no captions; nothing to train on")
+        if val_store:
+            _same_encoders(self.store, held_out)
+            self.train_rows = np.arange(len(rows))
+            self.val_rows = np.arange(len(self.val_data.image_row))
+        else:
+            first_held_out = round(len(self.store.images) * (1 - val_fraction))
+            self.train_rows = np.flatnonzero(rows < first_held_out)
+            self.val_rows = np.flatnonzero(rows >= first_held_out)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of this rank; Lightning sets the epoch of the sampler."""
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        sampler = EpochBatchSampler(
+            self.train_data.image_row[self.train_rows],
+            self.batch_size,
+            mode=self.captions,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(self.train_data, self.train_rows, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """All held-out captions in order, the same on every rank; empty without any."""
+        if not len(self.val_rows):
+            return []
+        sampler = EpochBatchSampler(
+            self.val_data.image_row[self.val_rows],
+            self.batch_size,
+            shuffle=False,
+            drop_last=False,
+        )
+        return self._loader(self.val_data, self.val_rows, sampler)
+
+    def _loader(
+        self, data: CaptionBatches, rows: NDArray[np.int64], sampler: EpochBatchSampler
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            _Rows(data, rows),
+            sampler=sampler,
+            batch_size=None,  # the sampler gives whole batches
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+class _Rows(Dataset[Batch]):
+    """Some of the captions of a store, counted from zero."""
+
+    def __init__(self, data: CaptionBatches, rows: NDArray[np.int64]) -> None:
+        self.data, self.rows = data, rows
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:  # type: ignore[override]
+        return self.data[self.rows[positions]]
+
+
+def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:
+    for kind in ("vision", "text"):
+        one, other = getattr(train, kind), getattr(val, kind)
+        if one is None or other is None or one.weights_sha256 == other.weights_sha256:
+            continue
+        raise StoreError(
+            f"{val.path}: its {kind} encoder {other.name} is not that of {train.path} "
+            f"({one.name}); extract both with the same encoders"
+        )

@@ -1,0 +1,161 @@
+"""One shard, open for reading: memory-mapped where its layout allows."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from talk2dino.errors import StoreError
+from talk2dino.features.schema import FieldInfo, FieldTable, ShardInfo
+
+
+class Rows(Protocol):
+    """Random access to the rows of one field in one shard; `dtype` as stored, bytes for text."""
+
+    dtype: np.dtype[Any]
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copy `rows` (any order, repeats allowed) into `out`, [len(rows), ...]."""
+
+
+class MappedRows:
+    """Rows of a contiguous dataset, straight from the page cache."""
+
+    def __init__(self, view: NDArray[Any]) -> None:
+        self.view = view
+        self.dtype = view.dtype
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """See `Rows`; `mode="clip"` lets NumPy write into `out` without a buffer in between."""
+        np.take(self.view, rows, axis=0, out=out, mode="clip")
+
+
+class ChunkedRows:
+    """Rows of a chunked or compressed dataset, read by HDF5 in runs of neighbours."""
+
+    def __init__(self, dataset: Any, path: Path) -> None:
+        self.dataset, self.path = dataset, path
+        self.dtype: np.dtype[Any] = dataset.dtype
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """See `Rows`; every row is decompressed once, however often it is asked for."""
+        wanted, inverse = np.unique(rows, return_inverse=True)
+        found = np.empty((len(wanted), *out.shape[1:]), dtype=out.dtype)
+        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+        edges = [0, *cuts.tolist(), len(wanted)]
+        for a, b in pairwise(edges):
+            try:
+                found[a:b] = self.dataset[int(wanted[a]) : int(wanted[a]) + b - a]
+            except OSError as error:
+                reason = " ".join(str(error).split())
+                raise StoreError(
+                    f"{self.path}: {self.dataset.name} is damaged ({reason:.120}); extract again"
+                ) from None
+        out[...] = found[inverse]
+
+
+class ShardReader:
+    """Access to all fields of one shard, by `(table, name)` in `rows`.
+
+    Raises StoreError, naming the shard, if it cannot be opened, lacks a field of the manifest, or
+    a field differs from the manifest in shape or dtype.
+    """
+
+    def __init__(self, folder: Path, info: ShardInfo, fields: FieldTable) -> None:
+        path = folder / info.file
+        try:
+            self._file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise StoreError(f"{path}: cannot be opened ({reason:.120}); extract again") from None
+        self.path = path
+        self.rows: dict[tuple[str, str], Rows] = {}
+        self._map: mmap.mmap | None = None
+        counts = {"images": info.images, "captions": info.captions}
+        try:
+            for table, entries in fields.items():
+                for name, field in entries.items():
+                    self.rows[table, name] = self._open(table, name, field, counts[table])
+        except StoreError:
+            self._file.close()
+            raise
+        if all(isinstance(rows, MappedRows) for rows in self.rows.values()):
+            self._file.close()  # the map needs no HDF5 handle
+
+    def close(self) -> None:
+        """Close the HDF5 handle, if one is still needed; maps go with their last array."""
+        self._file.close()
+
+    def _open(self, table: str, name: str, field: FieldInfo, count: int) -> Rows:
+        group = self._file.get(table)
+        dataset = group.get(name) if isinstance(group, h5py.Group) else None
+        if not isinstance(dataset, h5py.Dataset):
+            raise StoreError(f"{self.path}: field {table}/{name} is missing; extract again")
+        dtype = "str" if h5py.check_string_dtype(dataset.dtype) else str(dataset.dtype)
+        if dataset.shape != (count, *field.shape) or dtype != field.dtype:
+            raise StoreError(
+                f"{self.path}: {table}/{name} is {dtype} {list(dataset.shape)}, the manifest says "
+                f"{field.dtype} {[count, *field.shape]}; extract again"
+            )
+        if not dataset.size:
+            return MappedRows(np.empty(dataset.shape, dataset.dtype))
+        if (offset := _map_offset(dataset)) is not None:
+            return MappedRows(self._view(dataset, offset))
+        _require_filters(dataset, self.path)
+        return ChunkedRows(dataset, self.path)
+
+    def _view(self, dataset: Any, offset: int) -> NDArray[Any]:
+        """A plain array over the mapped file; `np.memmap` would cost more on every index."""
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if offset + dataset.nbytes > len(self._map):
+            raise StoreError(f"{self.path}: {dataset.name} ends after the file; extract again")
+        view: NDArray[Any] = np.ndarray(
+            dataset.shape, dataset.dtype, buffer=self._map, offset=offset
+        )
+        return view
+
+
+def size_problem(folder: Path, info: ShardInfo) -> str | None:
+    """Half a line if the shard's file is absent or of another size than the manifest says."""
+    try:
+        found = (folder / info.file).stat().st_size
+    except OSError:
+        return "shard is missing"
+    return None if found == info.bytes else f"{found} bytes, the manifest says {info.bytes}"
+
+
+def _map_offset(dataset: Any) -> int | None:
+    """Where the raw bytes of `dataset` start, or None if they are not one plain block."""
+    layout = dataset.id.get_create_plist().get_layout()
+    plain = dataset.dtype.kind in "fiub" or h5py.check_string_dtype(dataset.dtype)
+    variable = dataset.dtype.kind == "O"
+    if layout != h5py.h5d.CONTIGUOUS or dataset.external or not plain or variable:
+        return None
+    offset: int | None = dataset.id.get_offset()
+    return offset
+
+
+def _require_filters(dataset: Any, path: Path) -> None:
+    """Make the filters of a compressed dataset available, hdf5plugin's included."""
+    properties = dataset.id.get_create_plist()
+    for index in range(properties.get_nfilters()):
+        code, _, _, label = properties.get_filter(index)
+        if h5py.h5z.filter_avail(code):
+            continue
+        with suppress(ImportError):
+            importlib.import_module("hdf5plugin")  # registers its filters on import
+        if not h5py.h5z.filter_avail(code):
+            shown = label.decode(errors="replace") or code
+            raise StoreError(
+                f"{path}: {dataset.name} is compressed with {shown}; pip install hdf5plugin"
+            )

@@ -1,0 +1,138 @@
+"""Arrays in memory -> the bytes of one shard: checks, types, and the HDF5 layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from talk2dino.errors import StoreError
+from talk2dino.features.finite import nonfinite_rows
+from talk2dino.features.schema import (
+    FEATURE_DTYPES,
+    FIXED_DTYPES,
+    TABLES,
+    FieldInfo,
+    symbol_sizes,
+)
+
+Arrays = Mapping[str, ArrayLike]
+_Prepared = dict[str, NDArray[Any]]
+
+_REQUIRED = {"images": ("id", "file_name"), "captions": ("id", "image_row", "text")}
+_PAGE = 4096  # large datasets start on a page, so that mapped rows are aligned
+
+
+def prepare(images: Arrays, captions: Arrays, dtype: str, file: str) -> dict[str, _Prepared]:
+    """Both tables of a shard in stored types; StoreError names `file` and the wrong field."""
+    if dtype not in FEATURE_DTYPES:
+        raise StoreError(f"dtype={dtype!r} is no feature dtype; use one of {FEATURE_DTYPES}")
+    tables = {"images": _table("images", images, dtype, file)}
+    tables["captions"] = _table("captions", captions, dtype, file) if captions else {}
+    if captions:
+        check_image_rows(tables["captions"], len(tables["images"]["id"]), file)
+    return tables
+
+
+def describe(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FieldInfo]:
+    """Row shape and dtype of each array, as the manifest names them."""
+    return {
+        name: FieldInfo(array.shape[1:], FIXED_DTYPES.get(name, str(array.dtype)))
+        for name, array in arrays.items()
+    }
+
+
+def write_hdf5(path: Path, tables: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+    """Write tables as groups of contiguous datasets; the same arrays give the same bytes.
+
+    The oldest file layout and no time stamps keep the bytes independent of clock and machine.
+    """
+    with h5py.File(
+        path,
+        "w",
+        libver=("earliest", "v110"),
+        locking="best-effort",  # network file systems without locks can hold a store
+        alignment_threshold=_PAGE,
+        alignment_interval=_PAGE,
+    ) as file:
+        for table, arrays in sorted(tables.items()):
+            group = file.create_group(table)
+            for name, array in sorted(arrays.items()):
+                group.create_dataset(name, data=array, track_times=False)
+
+
+def check_lengths(table: str, arrays: Mapping[str, NDArray[Any]], file: str = "") -> None:
+    """Every field of a table has the same number of rows."""
+    first = next(iter(arrays))
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != len(arrays[first]):
+            raise StoreError(
+                f"{file or 'arrays'}: {table}/{name} has shape {array.shape}, {table}/{first} "
+                f"{arrays[first].shape}; all fields need the same rows"
+            )
+
+
+def check_image_rows(captions: Mapping[str, NDArray[Any]], images: int, file: str) -> None:
+    """Every caption's `image_row` names one of `images` rows."""
+    rows = captions["image_row"]
+    if rows.dtype.kind not in "iu":
+        raise StoreError(f"{file}: captions/image_row is {rows.dtype}, expected int64 rows")
+    wrong = np.flatnonzero((rows < 0) | (rows >= images))
+    if len(wrong):
+        row = int(wrong[0])
+        raise StoreError(
+            f"{file}: caption id={captions['id'][row]} has image_row={rows[row]}, but there are "
+            f"{images} images; give every caption its image"
+        )
+
+
+def _table(table: str, given: Arrays, dtype: str, file: str) -> _Prepared:
+    """Known fields only, equal lengths, stored types, shapes that agree with each other."""
+    known = TABLES[table]
+    for name in given:
+        if name not in known:
+            raise StoreError(f"{file}: unknown field {table}/{name}; known are {sorted(known)}")
+    for name in _REQUIRED[table]:
+        if name not in given:
+            raise StoreError(f"{file}: field {table}/{name} is missing; give one value per row")
+    arrays = {name: np.asarray(value) for name, value in given.items()}
+    check_lengths(table, arrays, file)
+    ids = arrays["id"]
+    stored = {
+        name: _stored(array, FIXED_DTYPES.get(name, dtype), f"{file}: {table}/{name}", ids)
+        for name, array in arrays.items()
+    }
+    symbol_sizes(describe(stored), table, file)
+    return stored
+
+
+def _stored(array: NDArray[Any], dtype: str, where: str, ids: NDArray[Any]) -> NDArray[Any]:
+    """`array` in its stored type, or StoreError if that would change its meaning."""
+    if dtype == "str":
+        return _fixed_length(array, where)
+    kinds = {"int64": "iu", "bool": "b"}.get(dtype, "f")
+    # An empty Python list arrives as float64 and holds no value that could be wrong.
+    if array.dtype.kind not in kinds and array.size:
+        raise StoreError(f"{where} is {array.dtype}, expected {dtype}; convert it first")
+    with np.errstate(over="ignore"):  # reported below, with the row
+        stored = np.ascontiguousarray(array, dtype=dtype)
+    if kinds == "f" and len(bad := nonfinite_rows(stored)):
+        raise StoreError(
+            f"{where} is not finite in {dtype} for id={ids[bad[0]]} ({len(bad)} rows in all); "
+            "extract in float32, or leave these rows out"
+        )
+    return stored
+
+
+def _fixed_length(array: NDArray[Any], where: str) -> NDArray[Any]:
+    """Text as UTF-8 of one length: contiguous, and free of HDF5's heap of pointers."""
+    values = array.tolist()
+    if not all(isinstance(value, str) for value in values):
+        raise StoreError(f"{where} must hold str values, found {array.dtype}")
+    encoded = [value.encode("utf-8", errors="replace") for value in values]
+    length = max(map(len, encoded), default=1) or 1
+    return np.array(encoded, dtype=h5py.string_dtype("utf-8", length=length))

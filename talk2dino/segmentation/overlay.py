@@ -1,0 +1,195 @@
+"""Pictures of a segmentation: colours over the image, a legend below, label maps as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from talk2dino.errors import DataError
+
+Colour = tuple[int, int, int]
+IGNORED = 255
+BACKGROUND = "background"  # this class keeps the picture as it is, unless a palette colours it
+FIRST = (230, 70, 60)
+PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
+
+
+def default_palette(count: int) -> list[Colour]:
+    """`count` colours, each as far as possible from all before it.
+
+    Farthest-point choice in OKLab (Ottosson 2020), where distance is what the eye sees, among
+    colours that are neither pale, dark nor neon. A longer palette begins with the shorter one.
+    """
+    levels = range(0, 256, 15)
+    rgb = np.array(list(product(levels, levels, levels)))
+    lab = _oklab(rgb)
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    vivid = (chroma > 0.09) & (chroma < 0.22) & (lab[:, 0] > 0.45) & (lab[:, 0] < 0.88)
+    rgb, lab = rgb[vivid], lab[vivid]
+    lab[:, 0] *= 0.7  # hue tells areas apart better than lightness, which the image brings along
+    chosen = [int(np.abs(rgb - FIRST).sum(1).argmin())]
+    distance = np.linalg.norm(lab - lab[chosen[0]], axis=1)
+    while len(chosen) < min(count, len(rgb)):
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    colours = [(int(r), int(g), int(b)) for r, g, b in rgb[chosen]]
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _oklab(rgb: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """OKLab `[N, 3]` of sRGB 0..255 `[N, 3]`; matrices as published."""
+    part = rgb / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.4122214708, 0.2119034982, 0.0883024619],
+            [0.5363325363, 0.6806995451, 0.2817188376],
+            [0.0514459929, 0.1073969566, 0.6299787005],
+        ]
+    )
+    lab: npt.NDArray[np.float64] = np.cbrt(cones) @ np.array(
+        [
+            [0.2104542553, 1.9779984951, 0.0259040371],
+            [0.7936177850, -2.4285922050, 0.7827717662],
+            [-0.0040720468, 0.4505937099, -0.8086757660],
+        ]
+    )
+    return lab
+
+
+def overlay(
+    image: Image.Image,
+    labels: Tensor,
+    classes: Sequence[str],
+    palette: Sequence[Colour] | None = None,
+    alpha: float = 0.55,
+    legend: bool = True,
+) -> Image.Image:
+    """Lay class colours over a picture.
+
+    Areas get a thin bright outline, so neighbours stay apart on any picture. The legend stands
+    on its own strip below and lists the classes that appear, largest first, with their share.
+
+    Args:
+        image: the picture, any mode.
+        labels: `[H, W]` integers, index into `classes`; 255 stays uncoloured.
+        classes: names.
+        palette: one RGB triple 0..255 per class; without it `default_palette`, and a class
+            named "background" stays uncoloured.
+        alpha: opacity of the colours, 0..1.
+        legend: add the strip.
+
+    Returns:
+        RGB picture of the image's size, plus the strip.
+
+    Raises:
+        DataError: sizes differ, a label has no class, or the palette is too short.
+    """
+    index = labels.cpu().numpy().astype(np.int64)
+    if index.shape != (image.height, image.width):
+        raise DataError(
+            f"labels {index.shape} do not fit the image of {image.height}x{image.width} pixels"
+        )
+    shown = [int(k) for k in np.unique(index) if k != IGNORED]
+    if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
+        raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
+    colours = np.array(_colours(palette, len(classes)))
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    plain = index == IGNORED
+    if palette is None and BACKGROUND in classes:
+        plain |= index == list(classes).index(BACKGROUND)
+        colours[list(classes).index(BACKGROUND)] = SWATCH
+    tint = colours[np.where(plain, 0, index)]
+    mixed = np.where(plain[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
+    edge = (_outline(index, max(1, min(index.shape) // 400)) & (alpha > 0))[..., None]
+    mixed = np.where(edge, 0.25 * mixed + 0.75 * 255, mixed)
+    picture = Image.fromarray(mixed.round().astype(np.uint8))
+    if not legend or not shown:
+        return picture
+    shares = [(k, float((index == k).mean())) for k in shown]
+    shares.sort(key=lambda pair: -pair[1])
+    entries = [(classes[k], share, tuple(colours[k].tolist())) for k, share in shares]
+    return _add_legend(picture, entries)
+
+
+def _colours(palette: Sequence[Colour] | None, count: int) -> Sequence[Colour]:
+    if palette is None:
+        return default_palette(max(count, 1))
+    if len(palette) < count:
+        raise DataError(f"a palette of {len(palette)} colours for {count} classes: give one each")
+    return palette
+
+
+def _outline(index: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
+    """Pixels within `width` above or left of another label."""
+    edge = np.zeros(index.shape, dtype=bool)
+    for step in range(1, width + 1):
+        edge[:-step] |= index[:-step] != index[step:]
+        edge[:, :-step] |= index[:, :-step] != index[:, step:]
+    return edge
+
+
+def _add_legend(
+    picture: Image.Image, entries: Sequence[tuple[str, float, tuple[int, ...]]]
+) -> Image.Image:
+    """Entries in as many equal columns as fit; a small picture gets a wider sheet."""
+    size = min(max(13, min(picture.size) // 26), 40)
+    font = ImageFont.load_default(size)
+    gap, line = size // 2, round(size * 1.65)
+    texts = [(name, _percent(share), colour) for name, share, colour in entries]
+    name_width = max(round(font.getlength(name)) for name, _, _ in texts)
+    share_width = round(font.getlength("00.0 %"))
+    column = size + gap + name_width + gap + share_width + 2 * size
+    width = max(picture.width, column)
+    columns = min(len(texts), max(1, width // column))
+    rows = -(-len(texts) // columns)
+    sheet = Image.new("RGB", (width, picture.height + rows * line + 2 * gap), PAPER)
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, share, colour) in enumerate(texts):
+        x = size + (i // rows) * column  # down first: largest on the left
+        y = picture.height + gap + (i % rows) * line + line // 2
+        box = (x, y - size // 2, x + size, y - size // 2 + size)
+        draw.rounded_rectangle(box, radius=size // 5, fill=colour)
+        draw.text((x + size + gap, y), name, INK, font, anchor="lm")
+        end = x + size + gap + name_width + gap + share_width
+        draw.text((end, y), share, FAINT, font, anchor="rm")
+    return sheet
+
+
+def _percent(share: float) -> str:
+    return "<0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def save_label_map(
+    labels: Tensor, path: str | Path, palette: Sequence[Colour] | None = None
+) -> None:
+    """Write labels as an indexed PNG: the pixel values are the classes, the palette colours them.
+
+    The file appears under its name when it is complete.
+
+    Args:
+        labels: `[H, W]` integers 0..255.
+        path: the PNG to write.
+        palette: RGB triples, the rest black; `default_palette` for 0..254 if not given.
+
+    Raises:
+        DataError: a label does not fit a byte, or the labels are not `[H, W]`.
+    """
+    index = labels.cpu().numpy()
+    if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > 255:
+        raise DataError(f"labels {index.shape} for {path}: give [H, W] values 0..255")
+    picture = Image.fromarray(index.astype(np.uint8))
+    colours = list(default_palette(255) if palette is None else palette)[:256]
+    colours += [(0, 0, 0)] * (256 - len(colours))  # a short palette would make Pillow clip labels
+    picture.putpalette([channel for colour in colours for channel in colour])
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    picture.save(partial, format="PNG")
+    partial.replace(target)

@@ -1,0 +1,149 @@
+"""Pixel-adaptive mask refinement (PAMR), as one sparse matrix applied again and again.
+
+Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020; the original
+refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbours at each
+dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
+row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
+iteration: it is built once, and the classes never enter it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talk2dino.errors import ConfigError, DataError
+
+RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+
+STRIP = 16384  # pixels whose neighbours are held at once: 10 MB with the usual dilations
+
+
+class PAMR(nn.Module):
+    """Refine soft masks along the edges of a picture; no parameters, float32, no gradient.
+
+    Args:
+        num_iter: how often the masks are averaged; 0 only resizes them.
+        dilations: distances of the neighbours in pixels; 8 neighbours each.
+
+    Raises:
+        ConfigError: a negative `num_iter`, or no or non-positive dilations.
+    """
+
+    def __init__(self, num_iter: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> None:
+        super().__init__()
+        if num_iter < 0:
+            raise ConfigError(f"pamr.num_iter={num_iter}: use 0 or more")
+        if not dilations or min(dilations) < 1:
+            raise ConfigError(f"pamr.dilations={list(dilations)}: give distances of at least 1")
+        self.num_iter = num_iter
+        self.dilations = tuple(dilations)
+
+    def extra_repr(self) -> str:
+        """Settings for `print(model)`."""
+        return f"num_iter={self.num_iter}, dilations={self.dilations}"
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Refine `mask` by the edges of `image`.
+
+        Args:
+            image: `[B, 3, H, W]`, uint8 or float; only ratios of differences count, so neither
+                0..255 against 0..1 nor the channel order matters.
+            mask: scores `[B, C, h, w]`; resized to the picture first (align_corners=True).
+
+        Returns:
+            `[B, C, H, W]` float32.
+
+        Raises:
+            DataError: the tensors are not 4-D or have different batch sizes.
+        """
+        if image.ndim != 4 or mask.ndim != 4 or len(image) != len(mask):
+            raise DataError(
+                f"PAMR: image {tuple(image.shape)} and mask {tuple(mask.shape)}: "
+                "give [B, 3, H, W] and [B, C, h, w] with the same B"
+            )
+        height, width = image.shape[-2:]
+        mask = F.interpolate(
+            mask.float(), size=(height, width), mode="bilinear", align_corners=True
+        )
+        if self.num_iter == 0:
+            return mask
+        index = neighbours(height, width, self.dilations, image.device)  # [HW, N]
+        refined = [
+            _diffuse(one, index, affinity(picture, self.dilations), self.num_iter)
+            for picture, one in zip(image.float(), mask, strict=True)
+        ]
+        return torch.stack(refined)
+
+
+def _diffuse(mask: Tensor, index: Tensor, weights: Tensor, num_iter: int) -> Tensor:
+    """`num_iter` weighted means over the neighbours: `[C, H, W]` to `[C, H, W]`."""
+    values = mask.flatten(1).t().contiguous()  # [HW, C]: a neighbour's classes lie together
+    for _ in range(num_iter):
+        # A bag of N weighted rows per pixel is one row of the sparse product, without a copy
+        # of the N neighbours, and without the index arrays of a CSR matrix.
+        values = F.embedding_bag(index, values, per_sample_weights=weights, mode="sum")
+    return values.t().reshape(mask.shape)
+
+
+def neighbours(
+    height: int, width: int, dilations: Sequence[int], device: torch.device | None = None
+) -> Tensor:
+    """Flat index `[H*W, 8*len(dilations)]` int32 of every pixel's neighbours.
+
+    Dilation-major, then row-major; beyond the border the nearest pixel is taken (replicate
+    padding).
+    """
+    dy, dx = (
+        torch.tensor([dilation * step[axis] for dilation in dilations for step in RING])
+        for axis in (0, 1)
+    )
+    rows = (torch.arange(height)[:, None] + dy).clamp_(0, height - 1)  # [H, N]
+    columns = (torch.arange(width)[:, None] + dx).clamp_(0, width - 1)  # [W, N]
+    rows, columns = (part.to(device, torch.int32) for part in (rows * width, columns))
+    return (rows[:, None] + columns).flatten(0, 1)
+
+
+def affinity(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """How much every pixel listens to each neighbour.
+
+    softmax over all neighbours of the channel mean of `-|difference| / (1e-8 + 0.1 std)`, with
+    one unbiased standard deviation per pixel and channel over all `9 * len(dilations)` samples
+    (the pixel itself counts once per dilation).
+
+    Args:
+        image: `[3, H, W]` float.
+        dilations: distances of the neighbours in pixels.
+
+    Returns:
+        `[H*W, 8*len(dilations)]` float32, rows sum to 1, order of `neighbours`.
+    """
+    height, width = image.shape[-2:]
+    reach = max(dilations)
+    padded = F.pad(image[None], (reach,) * 4, mode="replicate")[0]
+    offsets = [(reach + d * dy, reach + d * dx) for d in dilations for dy, dx in RING]
+    result = image.new_empty(height * width, len(offsets))
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        centre = image[:, top : top + rows]  # [3, rows, W]
+        shifted = [padded[:, top + y :][:, : centre.shape[1], x : x + width] for y, x in offsets]
+        difference = torch.stack(shifted, 1).sub_(centre[:, None])  # [3, N, rows, W]
+        logits = _logits(difference, samples=9 * len(dilations))
+        result[top * width :][: logits.shape[1]] = logits.t().softmax(-1)
+    return result
+
+
+def _logits(difference: Tensor, samples: int) -> Tensor:
+    """`[3, N, rows, W]` neighbour minus pixel to `[N, rows*W]`; overwrites its argument.
+
+    Differences from the pixel itself are exactly zero in flat regions, and since the pixel is a
+    ninth of its own samples, the subtraction of the squared mean loses at most a factor of nine.
+    """
+    squares, mean = difference.square().sum(1), difference.sum(1) / samples
+    variance = (squares - samples * mean.square()).clamp_(min=0) / (samples - 1)
+    scale = -1 / (len(difference) * (1e-8 + 0.1 * variance.sqrt()))
+    return difference.abs_().mul_(scale[:, None]).sum(0).flatten(1)

@@ -1,0 +1,257 @@
+"""A vision encoder and a text matrix make a segmenter: image in, label map out.
+
+Two steps that can be run apart: `encode` needs the encoder and does not know the classes,
+`score` and `decide` need neither the encoder nor the picture's file. Whoever tries several class
+lists, thresholds or refinements on an image encodes it once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.background import clean_background
+from talk2dino.segmentation.pamr import PAMR
+from talk2dino.segmentation.scores import (
+    class_scores,
+    label_map,
+    merge_synonyms,
+    resize_scores,
+    upsample,
+    with_background,
+)
+from talk2dino.segmentation.windows import (
+    Window,
+    resize_image,
+    short_side_size,
+    sliding_windows,
+    stitch,
+)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The result for one image.
+
+    Attributes:
+        labels: `[H, W]` int64; with a background, 0 is background and classes start at 1.
+        scores: `[K, H, W]` float32, background first if there is one; `None` if not asked for.
+    """
+
+    labels: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WindowFeatures:
+    """What the encoder saw in `B` windows of one size.
+
+    Attributes:
+        patch_tokens: `[B, P, D]`.
+        self_attn_maps: `[B, H, P]` logits.
+        grid: patch rows and columns.
+    """
+
+    patch_tokens: Tensor
+    self_attn_maps: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image after the encoder; independent of classes, thresholds and refinement.
+
+    Attributes:
+        image: `[3, h, w]` uint8 RGB at working size.
+        windows: the rectangles that were encoded.
+        features: of all windows, in the same order.
+        size: rows and columns of the picture as it was given.
+    """
+
+    image: Tensor
+    windows: list[Window]
+    features: WindowFeatures
+    size: tuple[int, int]
+
+
+class Segmenter(nn.Module):
+    """Sliding-window open-vocabulary segmentation (Talk2DINO, inference).
+
+    Per window: sigmoid of the cosine between patch tokens and class embeddings → background
+    cleaning → bilinear to the window → PAMR; windows are averaged, resized to the picture, and
+    the best class wins. Text embeddings come with every call and are taken as given (unit rows).
+
+    Args:
+        vision: `vision(images [B, 3, h, w] float 0..1 RGB)` returns an object with
+            `patch_tokens [B, P, D]`, `self_attn_maps [B, H, P]` and `grid`; it normalises inside.
+        window: side of a window in pixels.
+        stride: distance of windows in pixels.
+        short_side: the picture is resized to this short side first, in pixels.
+        long_side: upper limit of the long side, in pixels.
+        input_size: every window is squashed to this square before the encoder, in pixels.
+        background_cleaning: mix in the attention of the fitting heads.
+        lambda_bg: weight of that attention.
+        pamr: refinement of every window, or `None`.
+        background_threshold: score of the background channel, or `None` for no background.
+        window_batch_size: windows per encoder call.
+        antialias: filter when a window is larger than `input_size`. The original did so from
+            torchvision 0.17 on; benchmark windows are never larger, so nothing changes there.
+
+    Raises:
+        ConfigError: `input_size` is no multiple of the encoder's patch size, or the window
+            settings are unusable.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        window: int = 448,
+        stride: int = 224,
+        short_side: int = 448,
+        long_side: int = 2048,
+        input_size: int = 448,
+        background_cleaning: bool = False,
+        lambda_bg: float = 0.2,
+        pamr: PAMR | None = None,
+        background_threshold: float | None = None,
+        window_batch_size: int = 8,
+        antialias: bool = True,
+    ) -> None:
+        super().__init__()
+        patch_size = getattr(vision, "patch_size", 1)
+        if input_size < 1 or input_size % patch_size:
+            fitting = max(round(input_size / patch_size), 1) * patch_size
+            raise ConfigError(
+                f"input_size={input_size} is no multiple of the patch size {patch_size}: "
+                f"use {fitting}"
+            )
+        if window_batch_size < 1:
+            raise ConfigError(f"window_batch_size={window_batch_size}: use 1 or more")
+        sliding_windows(1, 1, window, stride)  # refuses unusable settings now
+        self.vision = vision
+        self.window, self.stride = window, stride
+        self.short_side, self.long_side = short_side, long_side
+        self.input_size = input_size
+        self.background_cleaning, self.lambda_bg = background_cleaning, lambda_bg
+        self.pamr = pamr
+        self.background_threshold = background_threshold
+        self.window_batch_size = window_batch_size
+        self.antialias = antialias
+
+    @torch.no_grad()
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        size: tuple[int, int] | None = None,
+        return_scores: bool = False,
+        row_classes: Tensor | None = None,
+    ) -> Segmentation:
+        """Segment one picture.
+
+        Args:
+            image: `[3, H, W]` uint8 RGB.
+            text: `[K, D]` class embeddings of unit length.
+            size: rows and columns of the result; the picture's own by default.
+            return_scores: keep all scores too, `K * H * W * 4` bytes.
+            row_classes: `[K]` int64 class of every text row, if classes have synonyms.
+
+        Raises:
+            DataError: the picture is not `[3, H, W]` uint8, or the text has another width.
+        """
+        encoded = self.encode(image)
+        return self.decide(
+            self.score(encoded, text, row_classes), size or encoded.size, return_scores
+        )
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> EncodedImage:
+        """Resize, cut into windows and encode them: `[3, H, W]` uint8 RGB."""
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise DataError(
+                f"image {tuple(image.shape)} {image.dtype}: give [3, H, W] uint8 RGB pixels"
+            )
+        rows, columns = image.shape[-2:]
+        height, width = short_side_size(rows, columns, self.short_side, self.long_side)
+        working = resize_image(image, height, width)
+        windows = sliding_windows(height, width, self.window, self.stride)
+        batch = torch.stack([window.crop(working) for window in windows])
+        return EncodedImage(working, windows, self.encode_windows(batch), (rows, columns))
+
+    @torch.no_grad()
+    def encode_windows(self, windows: Tensor) -> WindowFeatures:
+        """Encode `[B, 3, h, w]` RGB windows 0..255 (uint8 or float), a few at a time.
+
+        The aspect ratio is not kept: every window becomes an `input_size` square, as in the
+        original.
+        """
+        parts = []
+        for batch in torch.split(windows, self.window_batch_size):
+            pixels = batch.float()
+            if pixels.shape[-2:] != (self.input_size, self.input_size):
+                size = (self.input_size, self.input_size)
+                pixels = F.interpolate(pixels, size, mode="bilinear", antialias=self.antialias)
+            parts.append(self.vision(pixels / 255))
+        return WindowFeatures(
+            torch.cat([part.patch_tokens for part in parts]).float(),
+            torch.cat([part.self_attn_maps for part in parts]).float(),
+            parts[0].grid,
+        )
+
+    @torch.no_grad()
+    def window_scores(
+        self, windows: Tensor, text: Tensor, row_classes: Tensor | None = None
+    ) -> Tensor:
+        """Scores of windows, refined at window size (the original's `generate_masks`).
+
+        Args:
+            windows: `[B, 3, h, w]` RGB 0..255, uint8 or float.
+            text: `[K, D]`.
+            row_classes: `[K]` int64, if classes have synonyms.
+
+        Returns:
+            `[B, K, h, w]` float32.
+        """
+        tokens = self._token_scores(self.encode_windows(windows), text, row_classes)
+        return self._refine(windows, tokens)
+
+    def _token_scores(
+        self, features: WindowFeatures, text: Tensor, row_classes: Tensor | None
+    ) -> Tensor:
+        """`[B, K, rows, columns]`; synonyms compete after cleaning, each as its own class."""
+        tokens, maps = features.patch_tokens, features.self_attn_maps
+        scores = class_scores(tokens, text, features.grid)
+        if self.background_cleaning:
+            scores = clean_background(scores, tokens, maps, text, self.lambda_bg)
+        return scores if row_classes is None else merge_synonyms(scores, row_classes)
+
+    def _refine(self, windows: Tensor, token_scores: Tensor) -> Tensor:
+        scores = upsample(token_scores, windows.shape[-2], windows.shape[-1])
+        return scores if self.pamr is None else self.pamr(windows, scores)
+
+    @torch.no_grad()
+    def score(
+        self, encoded: EncodedImage, text: Tensor, row_classes: Tensor | None = None
+    ) -> Tensor:
+        """Average the refined windows: `[K, h, w]` float32 at working size."""
+        tokens = self._token_scores(encoded.features, text, row_classes)
+        scores = (  # one window at full resolution at a time
+            self._refine(window.crop(encoded.image)[None], one[None])[0]
+            for window, one in zip(encoded.windows, tokens, strict=True)
+        )
+        return stitch(scores, encoded.windows, *encoded.image.shape[-2:])
+
+    @torch.no_grad()
+    def decide(
+        self, scores: Tensor, size: tuple[int, int], return_scores: bool = False
+    ) -> Segmentation:
+        """Labels of `size` from `[K, h, w]` scores; the background channel comes in here."""
+        threshold = self.background_threshold
+        if not return_scores:
+            return Segmentation(label_map(scores, *size, threshold))
+        full = with_background(resize_scores(scores, *size), threshold)
+        return Segmentation(full.argmax(0), full)

@@ -1,0 +1,178 @@
+"""Sliding windows over one image, and how an image comes to its working size.
+
+The protocol is mmsegmentation's `slide_inference`, which the original evaluates with: resize the
+short side, cut overlapping windows, average what they say. Any function of a window will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk2dino.errors import ConfigError, DataError
+
+
+class Window(NamedTuple):
+    """A half-open rectangle in pixels: rows `y1:y2`, columns `x1:x2`."""
+
+    y1: int
+    x1: int
+    y2: int
+    x2: int
+
+    def crop(self, image: Tensor) -> Tensor:
+        """The part of `image` `[..., H, W]` inside this window, as a view."""
+        return image[..., self.y1 : self.y2, self.x1 : self.x2]
+
+
+def sliding_windows(height: int, width: int, window: int = 448, stride: int = 224) -> list[Window]:
+    """Cover a picture with square windows, row by row.
+
+    The last window of a row or column is shifted back to end at the border; a side shorter than
+    `window` is taken whole, without padding. All windows of a picture have the same size.
+
+    Args:
+        height: rows of the picture, in pixels.
+        width: columns of the picture, in pixels.
+        window: side of a window, in pixels.
+        stride: distance between neighbouring windows, in pixels; at most `window`.
+
+    Raises:
+        ConfigError: `window` or `stride` is not positive, or the stride leaves gaps.
+        DataError: the picture is empty.
+    """
+    if not 0 < stride <= window:
+        raise ConfigError(f"stride={stride}, window={window}: use 0 < stride <= window (no gaps)")
+    if height < 1 or width < 1:
+        raise DataError(f"image of {height}x{width} pixels: give one of at least 1x1")
+    return [
+        Window(y, x, min(y + window, height), min(x + window, width))
+        for y in _starts(height, window, stride)
+        for x in _starts(width, window, stride)
+    ]
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    count = max(size - window + stride - 1, 0) // stride + 1
+    return [max(min(i * stride, size - window), 0) for i in range(count)]
+
+
+def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, width: int) -> Tensor:
+    """Average window scores where windows overlap.
+
+    Args:
+        scores: one `[K, y2-y1, x2-x1]` tensor per window; a generator keeps one in memory.
+        windows: the rectangles, in the same order; together they cover the picture.
+        height: rows of the picture.
+        width: columns of the picture.
+
+    Returns:
+        `[K, height, width]` in the dtype of the scores.
+
+    Raises:
+        DataError: a score map does not have its window's size, or there is no window.
+    """
+    total: Tensor | None = None
+    count = torch.zeros(height, width)
+    for values, window in zip(scores, windows, strict=True):
+        if total is None:
+            total = values.new_zeros(values.shape[0], height, width)
+        target = window.crop(total)
+        if target.shape != values.shape:
+            raise DataError(
+                f"window {tuple(window)} holds {tuple(target.shape)} values "
+                f"but its scores are {tuple(values.shape)}: return [K, y2-y1, x2-x1]"
+            )
+        target += values
+        window.crop(count).add_(1)
+    if total is None:
+        raise DataError("no windows to stitch: pass the list of sliding_windows(...)")
+    return total.div_(count.to(total))
+
+
+def slide(
+    image: Tensor,
+    window_scores: Callable[[Tensor], Tensor],
+    window: int = 448,
+    stride: int = 224,
+) -> Tensor:
+    """Apply `window_scores` to every window of `image` and average the overlaps.
+
+    Args:
+        image: `[3, h, w]`, any dtype.
+        window_scores: `[1, 3, y2-y1, x2-x1]` to `[1, K, y2-y1, x2-x1]`.
+        window: side of a window, in pixels.
+        stride: distance between windows, in pixels.
+
+    Returns:
+        `[K, h, w]` (mmsegmentation `slide_inference`).
+    """
+    height, width = image.shape[-2:]
+    windows = sliding_windows(height, width, window, stride)
+    scores = (window_scores(place.crop(image)[None])[0] for place in windows)
+    return stitch(scores, windows, height, width)
+
+
+def short_side_size(height: int, width: int, short: int = 448, long: int = 2048) -> tuple[int, int]:
+    """The size `(h, w)` with short side `short`, unless the long side would exceed `long`.
+
+    Proportions are kept; halves round up (mmcv `rescale_size`).
+    """
+    scale = min(long / max(height, width), short / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_image(image: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear resize in eight-bit fixed point, the same bits as OpenCV's `INTER_LINEAR`.
+
+    The benchmarks were always measured through this rounding; it takes about 10 ms, so there is
+    no approximate twin. No antialiasing, half-pixel centres.
+
+    Args:
+        image: `[..., H, W]` uint8.
+        height: rows of the result.
+        width: columns of the result.
+
+    Returns:
+        `[..., height, width]` uint8, on the image's device.
+
+    Raises:
+        DataError: the image is not uint8.
+    """
+    if image.dtype != torch.uint8:
+        raise DataError(f"image dtype {image.dtype}: give uint8 pixels 0..255")
+    rows, columns = image.shape[-2:]
+    if (rows, columns) == (height, width):
+        return image
+    (top, bottom), row_weights = _taps(rows, height, image.device, clamp_fraction=False)
+    (left, right), weights = _taps(columns, width, image.device, clamp_fraction=True)
+
+    needed, line = torch.unique(torch.cat([top, bottom]), return_inverse=True)
+    pixels = image.index_select(-2, needed).int()  # [..., lines, W]
+    lines = pixels.index_select(-1, left).mul_(weights[0])
+    lines.add_(pixels.index_select(-1, right).mul_(weights[1])).bitwise_right_shift_(4)
+
+    upper = lines.index_select(-2, line[:height]).mul_(row_weights[0][:, None])
+    lower = lines.index_select(-2, line[height:]).mul_(row_weights[1][:, None])
+    total = upper.bitwise_right_shift_(16).add_(lower.bitwise_right_shift_(16))
+    return total.add_(2).bitwise_right_shift_(2).to(torch.uint8)
+
+
+def _taps(
+    source: int, target: int, device: torch.device, clamp_fraction: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two source indices and the two weights (in 1/2048) of every target coordinate."""
+    place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    index = np.floor(place).astype(np.int64)
+    fraction = place - index.astype(np.float32)
+    if clamp_fraction:  # OpenCV clamps it for columns only; rows just repeat the border line
+        fraction[(index < 0) | (index >= source - 1)] = 0.0
+    weights = [np.rint(part * np.float32(2048)) for part in (np.float32(1) - fraction, fraction)]
+    indices = [np.clip(index + step, 0, source - 1) for step in (0, 1)]
+    first, second = (torch.from_numpy(array).to(device) for array in indices)
+    one, two = (torch.from_numpy(array.astype(np.int32)).to(device) for array in weights)
+    return (first, second), (one, two)

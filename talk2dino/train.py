@@ -1,0 +1,121 @@
+"""`python -m talk2dino.train`: a feature store into a projection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from talk2dino import cli
+from talk2dino.alignment.callbacks import LossCurve, SaveProjection
+from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.pooling import stored_fields
+from talk2dino.alignment.projection import Projection
+from talk2dino.errors import ConfigError
+from talk2dino.features import FeatureDataModule, FeatureStore
+
+
+def train(config: DictConfig) -> None:
+    """Train the projection that the config describes."""
+    refuse_ddp_in_sweep(config)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    L.seed_everything(config.seed, verbose=False)
+    store = FeatureStore(config.store)
+    projection = build_projection(config, store)
+    similarity = cli.build(config.similarity)
+    val_similarity = cli.build(config.val_similarity)
+    stored = store.images.fields
+    data = FeatureDataModule(
+        store=config.store,
+        image_fields=stored_fields(similarity.field, stored),
+        val_image_fields=stored_fields(val_similarity.field, stored),
+        caption_fields=projection.text_fields,
+        val_store=config.val_store,
+        seed=config.seed,
+        **config.data,
+    )
+    module = AlignmentModule(
+        projection=projection,
+        similarity=similarity,
+        loss=cli.build(config.loss),
+        optimizer=cli.build(config.optimizer),
+        scheduler=cli.build(config.scheduler) if config.scheduler else None,
+        val_similarity=val_similarity,
+        encoders=encoder_specs(store),
+    )
+    trainer: L.Trainer = cli.build(
+        config.trainer,
+        default_root_dir=str(folder),
+        logger=cli.build(config.logger) if config.logger else False,
+        callbacks=[
+            ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True),
+            SaveProjection(folder),
+            LossCurve(folder),
+        ],
+    )
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    if trainer.loggers:
+        trainer.loggers[0].log_hyperparams(_plain(config))
+    trainer.fit(module, data, ckpt_path=config.ckpt_path)
+    if trainer.is_global_zero:
+        print(f"projection: {folder / 'projection.safetensors'}")
+        print(f"loss curve: {folder / 'loss.png'}")
+
+
+def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
+    """Build the projection; widths that the config leaves open are the store's.
+
+    Raises:
+        ConfigError: the config's widths are not those of the store.
+    """
+    visual = next(n for n in store.images.fields if n not in ("id", "file_name", "self_attn_maps"))
+    embeddings = store.captions["embedding"]
+    found = {"text_dim": embeddings.shape[-1], "vision_dim": store.images[visual].shape[-1]}
+    for key, width in found.items():
+        wanted = config.projection.get(key)
+        if wanted is not None and wanted != width:
+            encoder = getattr(store, "text" if key == "text_dim" else "vision")
+            raise ConfigError(
+                f"projection.{key}={wanted} but {config.store} holds features of width {width}"
+                + (f" ({encoder.name})" if encoder else "")
+                + f"; set projection.{key}={width} or choose the experiment of these encoders"
+            )
+    projection: Projection = cli.build(config.projection, **found)
+    return projection
+
+
+def encoder_specs(store: FeatureStore) -> dict[str, Any]:
+    """The specs of the store's encoders, for the checkpoint."""
+    return {
+        "vision": store.vision.spec if store.vision else None,
+        "text": store.text.spec if store.text else None,
+    }
+
+
+def refuse_ddp_in_sweep(config: DictConfig) -> None:
+    """A sweep would start its jobs again in every DDP process.
+
+    Raises:
+        ConfigError: strategy ddp inside a multirun.
+    """
+    strategy = str(config.trainer.get("strategy", ""))
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and strategy.startswith("ddp") and "spawn" not in strategy:
+        raise ConfigError(
+            f"trainer.strategy={strategy} inside a sweep (-m): each process would start the sweep "
+            "anew; use one device per job, trainer.strategy=ddp_spawn, or torchrun"
+        )
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return dict(plain)
+
+
+if __name__ == "__main__":
+    cli.run("train", train)

@@ -1,0 +1,130 @@
+"""Pictures: colours where they belong, a legend that tells the truth, label maps that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from talk2dino.errors import DataError
+from talk2dino.segmentation.overlay import (
+    PAPER,
+    SWATCH,
+    default_palette,
+    overlay,
+    save_label_map,
+)
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def scene() -> tuple[Image.Image, Tensor]:
+    """A grey picture, left half class 0, right half class 1, an ignored corner."""
+    labels = torch.zeros(60, 80, dtype=torch.int64)
+    labels[:, 40:] = 1
+    labels[:10, :10] = 255
+    return Image.new("RGB", (80, 60), (100, 100, 100)), labels
+
+
+def test_colours_are_mixed_with_the_picture() -> None:
+    image, labels = scene()
+    picture = overlay(image, labels, ["a", "b"], [RED, BLUE], alpha=0.5, legend=False)
+    assert picture.size == (80, 60) and picture.mode == "RGB"
+    assert picture.getpixel((20, 30)) == (178, 50, 50)
+    assert picture.getpixel((60, 30)) == (50, 50, 178)
+    assert picture.getpixel((3, 3)) == (100, 100, 100)  # ignored
+    assert picture.getpixel((39, 30)) > (200, 200, 200)  # outline
+    assert image.getpixel((20, 30)) == (100, 100, 100)
+
+
+def test_no_opacity_is_the_picture() -> None:
+    image, labels = scene()
+    picture = overlay(image.convert("L"), labels, ["a", "b"], alpha=0.0, legend=False)
+    assert np.array_equal(np.asarray(picture), np.asarray(image))
+
+
+def test_legend_lists_what_appears() -> None:
+    image, labels = scene()
+    palette = [RED, BLUE, (0, 255, 0)]
+    picture = overlay(image, labels, ["a", "b", "absent"], palette)
+    strip = np.asarray(picture)[60:].reshape(-1, 3)
+    assert picture.width >= 80 and picture.height > 60
+    for colour, expected in ((RED, True), (BLUE, True), ((0, 255, 0), False), (PAPER, True)):
+        assert (strip == colour).all(1).any() == expected
+    alone = overlay(image, torch.zeros_like(labels), ["a", "b", "absent"], palette)
+    assert alone.height < picture.height
+
+
+def test_more_classes_take_more_columns_in_a_wide_picture() -> None:
+    labels = torch.arange(12).repeat_interleave(100).repeat(20, 1)
+    names = [f"c{i}" for i in range(12)]
+    wide = overlay(Image.new("RGB", (1200, 20)), labels, names)
+    narrow = overlay(Image.new("RGB", (20, 1200)), labels.T, names)
+    assert wide.width == 1200 and wide.height - 20 < narrow.height - 1200
+
+
+def test_background_stays_uncoloured_unless_a_palette_says_so() -> None:
+    image, labels = scene()
+    names = ["background", "cat"]
+    picture = overlay(image, labels, names)
+    left = (picture.width - 80) // 2
+    assert picture.getpixel((left + 20, 30)) == (100, 100, 100)
+    assert (np.asarray(picture)[60:].reshape(-1, 3) == SWATCH).all(1).any()
+    assert overlay(image, labels, names, [RED, BLUE], legend=False).getpixel((20, 30)) != (
+        100,
+        100,
+        100,
+    )
+
+
+def test_all_ignored_needs_no_legend() -> None:
+    image, labels = scene()
+    assert overlay(image, torch.full_like(labels, 255), ["a"]).size == image.size
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 171])
+def test_palettes_are_distinct_and_grow_at_the_end(count: int) -> None:
+    palette = default_palette(count)
+    assert len(palette) == len(set(palette)) == count
+    assert default_palette(200)[:count] == palette
+    assert all(0 <= channel <= 255 for colour in palette for channel in colour)
+
+
+def test_first_colours_are_far_apart() -> None:
+    palette = np.array(default_palette(21))
+    distance = np.abs(palette[:, None] - palette).sum(2) + 1000 * np.eye(21)
+    assert distance.min() > 60
+
+
+def test_label_map_file_holds_the_labels(tmp_path: Path) -> None:
+    labels = torch.randint(0, 256, (13, 17))
+    save_label_map(labels, tmp_path / "map.png", [RED, BLUE])
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.mode == "P"
+        assert np.array_equal(np.asarray(picture), labels.numpy())
+        assert picture.getpalette()[:6] == [*RED, *BLUE]
+    save_label_map(labels, tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.getpalette()[765:] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda: overlay(scene()[0], torch.zeros(2, 3), ["a"]), r"\(2, 3\).*60x80"),
+        (lambda: overlay(*scene(), ["a"]), "0..1"),
+        (lambda: overlay(scene()[0], scene()[1] - 1, ["a", "b"]), "-1"),
+        (lambda: overlay(*scene(), ["a", "b"], [RED]), "palette of 1"),
+        (lambda: save_label_map(torch.full((2, 2), 256), "x.png"), "0..255"),
+        (lambda: save_label_map(torch.zeros(2, 2, 2), "x.png"), "x.png"),
+    ],
+)
+def test_bad_input(action: Callable[[], object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        action()

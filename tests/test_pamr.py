@@ -1,0 +1,179 @@
+"""PAMR against the original's arrays, a brute-force twin and what must hold for any picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talk2dino.errors import UserError
+from talk2dino.segmentation import PAMR
+from talk2dino.segmentation.pamr import affinity, neighbours
+from tests.parity import ParityRecord
+
+Golden = Callable[[str], dict[str, Tensor]]
+
+# name of the output: image, its scale, mask, dilations (10 iterations with all six, else one)
+CASES = {
+    "40x56_c3_iter10": ("40x56", 1, "40x56_c3", (1, 2, 4, 8, 12, 24)),
+    "40x56_c3_iter10_image01": ("40x56", 255, "40x56_c3", (1, 2, 4, 8, 12, 24)),
+    "40x56_c21_iter10": ("40x56", 1, "40x56_c21", (1, 2, 4, 8, 12, 24)),
+    "64x64_c3_iter10": ("64x64", 1, "64x64_c3", (1, 2, 4, 8, 12, 24)),
+    "64x64_lowresmask16_c3_iter10": ("64x64", 1, "16x16_c3", (1, 2, 4, 8, 12, 24)),
+    "40x56_c3_iter1_dil1": ("40x56", 1, "40x56_c3", (1,)),
+    "40x56_c3_iter1_dil1_4": ("40x56", 1, "40x56_c3", (1, 4)),
+    "flat24x20_c2_iter1_dil1": ("flat24x20", 1, "24x20_c2", (1,)),
+    "flat24x20_c2_iter1_dil1_2": ("flat24x20", 1, "24x20_c2", (1, 2)),
+    "flat24x20_c2_iter10": ("flat24x20", 1, "24x20_c2", (1, 2, 4, 8, 12, 24)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_original(name: str, golden: Golden, parity: ParityRecord) -> None:
+    arrays = golden("pamr")
+    image, scale, mask, dilations = CASES[name]
+    refine = PAMR(10 if "iter10" in name else 1, dilations)
+    parity.check(
+        part="mask refinement",
+        original="PAMR.forward",
+        got=refine(arrays[f"image/{image}"] / scale, arrays[f"mask/{mask}"]),
+        want=arrays[f"out/{name}"],
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dilations", [(1,), (1, 2)])
+def test_affinity(dilations: tuple[int, ...], golden: Golden, parity: ParityRecord) -> None:
+    arrays = golden("pamr")
+    name = "out/flat24x20_c2_iter1_dil" + "_".join(map(str, dilations)) + "__affinity"
+    want = arrays[name][0, 0].flatten(1)
+    got = affinity(arrays["image/flat24x20"][0], dilations).t()
+    parity.check("mask refinement affinity", "LocalAffinity", got, want, 1e-6)
+
+
+def brute_force(image: Tensor, mask: Tensor, num_iter: int, dilations: tuple[int, ...]) -> Tensor:
+    """Pixel by pixel in double precision, straight from the definition: [3,H,W], [C,H,W]."""
+    _, height, width = image.shape
+    image, mask = image.double(), mask.double()
+
+    def around(y: int, x: int, centre: bool) -> list[tuple[int, int]]:
+        return [
+            (min(max(y + d * dy, 0), height - 1), min(max(x + d * dx, 0), width - 1))
+            for d in dilations
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if centre or dy or dx
+        ]
+
+    def look(maps: Tensor, places: list[tuple[int, int]]) -> Tensor:
+        return torch.stack([maps[:, y, x] for y, x in places], 1)
+
+    weights = {}
+    for y in range(height):
+        for x in range(width):
+            std = look(image, around(y, x, True)).std(1, keepdim=True)
+            difference = (look(image, around(y, x, False)) - image[:, y, x, None]).abs()
+            weights[y, x] = (-difference / (1e-8 + 0.1 * std)).mean(0).softmax(0)
+    for _ in range(num_iter):
+        refined = torch.empty_like(mask)
+        for (y, x), weight in weights.items():
+            refined[:, y, x] = look(mask, around(y, x, False)) @ weight
+        mask = refined
+    return mask.float()
+
+
+@pytest.mark.parametrize("size", [(9, 14), (3, 2), (1, 5)])
+def test_brute_force_twin_with_neighbours_beyond_the_border(size: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    mask = torch.rand(2, 4, *size)
+    got = PAMR(3, (1, 3, 20))(image, mask)
+    for one, picture, values in zip(got, image, mask, strict=True):
+        torch.testing.assert_close(one, brute_force(picture, values, 3, (1, 3, 20)))
+
+
+def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.rand(3, 37, 21)
+    whole = affinity(image, (1, 4))
+    monkeypatch.setattr("talk2dino.segmentation.pamr.STRIP", 100)
+    torch.testing.assert_close(affinity(image, (1, 4)), whole, rtol=0, atol=1e-6)
+
+
+def test_rows_sum_to_one_and_indices_stay_inside() -> None:
+    image = torch.rand(3, 12, 7)
+    assert torch.allclose(affinity(image, (1, 5)).sum(1), torch.ones(84), atol=1e-6)
+    index = neighbours(12, 7, (1, 5))
+    assert index.shape == (84, 16) and index.dtype == torch.int32
+    assert index.min() == 0 and index.max() == 83
+    assert index[0, :8].tolist() == [0, 0, 1, 0, 1, 7, 7, 8]  # the corner repeats itself
+
+
+def test_constant_mask_stays_and_range_never_grows() -> None:
+    image = torch.rand(1, 3, 20, 20)
+    refine = PAMR()
+    torch.testing.assert_close(
+        refine(image, torch.full((1, 2, 5, 5), 0.3)), torch.tensor(0.3).expand(1, 2, 20, 20)
+    )
+    mask = torch.rand(1, 2, 20, 20)
+    out = refine(image, mask)
+    assert out.min() >= mask.min() - 1e-6 and out.max() <= mask.max() + 1e-6
+
+
+def test_a_strong_edge_is_not_crossed() -> None:
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 8:] = 200
+    mask = torch.rand(1, 1, 16, 16)
+    changed = mask.clone()
+    changed[..., 8:] = 0.0
+    refine = PAMR(10, (1, 2))
+    # 1 / 0.1 std is at most e^-20 for a neighbour across the edge: the left half cannot tell
+    torch.testing.assert_close(
+        refine(image, mask)[..., :8], refine(image, changed)[..., :8], rtol=0, atol=1e-4
+    )
+
+
+def test_images_are_independent_and_inputs_untouched() -> None:
+    image, mask = torch.rand(3, 3, 10, 12), torch.rand(3, 5, 4, 6)
+    kept = image.clone(), mask.clone()
+    refine = PAMR(4)
+    together = refine(image, mask)
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], refine(image[i : i + 1], mask[i : i + 1]))
+    assert torch.equal(image, kept[0]) and torch.equal(mask, kept[1])
+    assert not PAMR().state_dict() and not list(PAMR().parameters())
+
+
+def test_no_iterations_only_resize() -> None:
+    image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 3, 3)
+    want = F.interpolate(mask, size=(9, 9), mode="bilinear", align_corners=True)
+    assert torch.equal(PAMR(num_iter=0)(image, mask), want)
+
+
+def test_half_precision_masks_are_refined_in_float32() -> None:
+    image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9).half()
+    torch.testing.assert_close(PAMR()(image, mask), PAMR()(image, mask.float()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees() -> None:
+    image, mask = torch.rand(2, 3, 40, 30), torch.rand(2, 5, 10, 8)
+    torch.testing.assert_close(
+        PAMR()(image.cuda(), mask.cuda()).cpu(), PAMR()(image, mask), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda: PAMR(num_iter=-1), "pamr.num_iter=-1"),
+        (lambda: PAMR(dilations=()), "pamr.dilations"),
+        (lambda: PAMR(dilations=(1, 0)), "pamr.dilations"),
+        (lambda: PAMR()(torch.rand(3, 8, 8), torch.rand(1, 2, 8, 8)), r"\(3, 8, 8\)"),
+        (lambda: PAMR()(torch.rand(2, 3, 8, 8), torch.rand(1, 2, 8, 8)), "same B"),
+    ],
+)
+def test_bad_input(action: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        action()
