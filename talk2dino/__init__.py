@@ -1,0 +1,24 @@
+"""Teach a self-supervised vision backbone to understand language, then segment what you name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from talk2dino.alignment.checkpoint import load_projection
+    from talk2dino.api import Talk2DINO
+
+__all__ = ["Talk2DINO", "load_projection"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `python -m talk2dino.…  --help` answers at once."""
+    if name == "Talk2DINO":
+        from talk2dino.api import Talk2DINO
+
+        return Talk2DINO
+    if name == "load_projection":
+        from talk2dino.alignment.checkpoint import load_projection
+
+        return load_projection
+    raise AttributeError(f"module 'talk2dino' has no attribute {name!r}")
