@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
@@ -21,6 +21,7 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.extraction import crop_square
+from talk2dino.features.pictures import upright_rgb
 from talk2dino.segmentation.benchmarks import read_image
 from talk2dino.segmentation.classes import BACKGROUND, embed_classes
 from talk2dino.segmentation.overlay import overlay
@@ -124,9 +125,7 @@ class Talk2DINO(nn.Module):
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             path = self.save_pretrained(folder)
-            return str(
-                api.upload_file(path_or_fileobj=path, path_in_repo=WEIGHTS, repo_id=repo_id)
-            )
+            return str(api.upload_file(path_or_fileobj=path, path_in_repo=WEIGHTS, repo_id=repo_id))
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +133,9 @@ class Talk2DINO(nn.Module):
         return next(self.projection.parameters()).device
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """ψ of texts: [N, D] float32, not normalised."""
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """ψ of texts, [N, D] float32, not normalised; a single text is a list of one."""
+        texts = [texts] if isinstance(texts, str) else texts
         return self.projection.project_text(self.text.encode(texts).to(self.device))
 
     @torch.no_grad()
@@ -146,6 +146,8 @@ class Talk2DINO(nn.Module):
         """
         several = isinstance(images, Sequence) and not isinstance(images, str)
         batch: Sequence[ImageLike] = images if several else [images]  # type: ignore[assignment, list-item]
+        if not batch:
+            raise DataError("images: the list is empty; give at least one picture")
         size = self.vision.image_size
         pixels = torch.stack([crop_square(to_picture(to_pixels(i)), size) for i in batch])
         tokens: Tensor = self.vision(pixels.to(self.device).float() / 255).patch_tokens
@@ -230,8 +232,7 @@ def to_pixels(image: ImageLike) -> Tensor:
             raise DataError(f"image={image}: no such file")
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
         shape = tuple(getattr(image, "shape", ()))
         raise DataError(f"image: {type(image).__name__} {shape}; give [3, H, W], a path or PIL")

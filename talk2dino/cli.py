@@ -6,17 +6,19 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from talk2dino.config_schema import check_config, register_schemas, unknown_key
+from talk2dino.config_schema import check_given, check_targets, register_schemas, unknown_key
 from talk2dino.errors import ConfigError, UserError
 
 
@@ -27,27 +29,66 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def run(command: str, task: Callable[[DictConfig], Any]) -> None:
+def run(
+    command: str,
+    task: Callable[[DictConfig], Any],
+    complete: Callable[[DictConfig], None] = lambda config: None,
+) -> None:
     """Compose `<command>.yaml` from the command line and call `task` with the checked config.
 
+    `complete` fills in the values that the config leaves to the data, before they are checked.
     An error that is the user's to mend is printed as one line and exits with status 2.
     """
     register_schemas()
 
     def guarded(config: DictConfig) -> Any:
-        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)  # its paths are noise
+        quiet_libraries()
         try:
-            check_config(config)
+            check_given(config)
+            complete(config)
+            check_targets(config)
             return task(config)
-        except UserError as error:
-            _stop(str(error))
+        except Exception as error:
+            message = user_message(error)
+            if message is None:
+                raise
+            _stop(message)
 
+    for group in config_groups():
+        if f"{group}=null" in sys.argv[1:]:  # Hydra answers with a ValueError
+            _stop(f"{group}=null: to leave out a group, write ~{group}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)
     try:
         main(guarded)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         _stop(explain(error, command))
+
+
+def user_message(error: Exception) -> str | None:
+    """Return the line for the user; None if the error is not his to mend.
+
+    A loader worker or a spawned rank hands its error over as the text of a traceback.
+    """
+    relayed = re.findall(r"^talk2dino\.errors\.\w+: (.*)$", str(error), re.M)
+    if relayed:
+        return str(relayed[-1])
+    return str(error) if isinstance(error, UserError) else None
+
+
+def quiet_libraries() -> None:
+    """Keep advertisements and inner affairs of libraries out of the terminal."""
+    for name in ("sentence_transformers", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch's pytree in a way that torch 2.14 no longer likes: not ours to mend.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Memory-mapped features need no loader processes, and short runs log rarely: both are chosen.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # Results are written as they come and counted in a metric.
+    warnings.filterwarnings("ignore", message=".*predict returned None.*")
+    # The val loader's length is known; batches have their own sizes.
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
@@ -69,6 +110,12 @@ def explain(error: Exception, command: str) -> str:
     """Turn an error of config composition into one line that names the nearest valid key."""
     text = str(error)
     causes = [str(error.__cause__)] if error.__cause__ else []
+    if isinstance(error, OverrideParseException):
+        reason = _first_line(text.rpartition(f"'{error.override}'")[2].strip() or text)
+        return (
+            f"{error.override}: not of the form key=value ({reason}); "
+            "put quotes around values with special characters: 'key=\"value\"'"
+        )
     override = re.match(r"Could not override '([^']+)'", text)
     if override:
         key = override.group(1)
@@ -77,7 +124,9 @@ def explain(error: Exception, command: str) -> str:
         if typed:
             return f"{key}={value}: {_first_line(typed)}"
         return unknown_key(key, value, valid_keys(command))
-    group = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options[^\n]*\n(.*)", text, re.S)
+    group = re.search(
+        r"Could not find '([^']+)/([^'/]+)'.*?Available options[^\n]*\n(.*)", text, re.S
+    )
     if group:
         options = group.group(3).split()
         return unknown_option(group.group(1), group.group(2), options)
@@ -89,9 +138,14 @@ def explain(error: Exception, command: str) -> str:
     return "; ".join(map(_first_line, lines[:3])) if lines else type(error).__name__
 
 
+def config_groups() -> set[str]:
+    """Names of the config groups."""
+    return {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+
+
 def valid_keys(command: str) -> list[str]:
     """All dotted keys of a command's default config, and its groups."""
-    groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+    groups = config_groups()
     choices = [item for item in sys.argv[1:] if item.partition("=")[0] in groups]
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:

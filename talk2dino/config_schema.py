@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from talk2dino.config_types import argument_types, fits, readable
 from talk2dino.errors import ConfigError
 
 
@@ -112,21 +113,43 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="segment_schema", node=SegmentConfig)
-    store.store(group="features", name="schema", node=FeaturesConfig)
 
 
-def check_config(config: DictConfig) -> None:
-    """Refuse missing values, and arguments that a `_target_` does not take.
+def check_given(config: DictConfig) -> None:
+    """Refuse a config that lacks a required value or has a key too many (`+key=value`).
 
     Raises:
-        ConfigError: one line with the key, the value and the nearest valid key.
+        ConfigError: one line with the missing keys, or the unknown one.
     """
+    _check_keys(config, "")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: required but not given; add {missing[0]}=… "
             "to the command line (--help explains the keys)"
         )
+
+
+def _check_keys(node: DictConfig, path: str) -> None:
+    """Compare the keys of plain nodes with their dataclass."""
+    kind = OmegaConf.get_type(node)
+    if not is_dataclass(kind):
+        return
+    known = [f"{path}{item.name}" for item in fields(kind)]
+    for key in map(str, node):
+        if f"{path}{key}" not in known:
+            raise ConfigError(unknown_key(f"{path}{key}", node[key], known))
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _check_keys(child, f"{path}{key}.")
+
+
+def check_targets(config: DictConfig) -> None:
+    """Refuse arguments that a `_target_` does not take.
+
+    Raises:
+        ConfigError: one line with the key, the value and the nearest valid key.
+    """
     for path, node in _targets(config, ""):
         _check_arguments(path, node)
 
@@ -139,7 +162,7 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
         yield path, node
     for key in node:
         if not OmegaConf.is_interpolation(node, str(key)):
-            yield from _targets(node[key], f"{path}.{key}" if path else str(key))
+            yield from _targets(node[key], f"{path}.{key!s}" if path else str(key))
 
 
 def _check_arguments(path: str, node: DictConfig) -> None:
@@ -150,13 +173,21 @@ def _check_arguments(path: str, node: DictConfig) -> None:
             f"{path}._target_={node['_target_']!r} cannot be imported ({error})"
         ) from error
     parameters = inspect.signature(target).parameters
+    types = argument_types(target)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node:
         if str(key).startswith("_"):  # _target_, _partial_, …
             continue
         if key not in parameters:
-            raise ConfigError(unknown_key(f"{path}.{key}", node[key], _join(path, parameters)))
+            raise ConfigError(unknown_key(f"{path}.{key!s}", node[key], _join(path, parameters)))
+        if OmegaConf.is_interpolation(node, str(key)):  # may need a running Hydra to resolve
+            continue
+        value, wanted = node[key], types.get(str(key), Any)
+        if not fits(value, wanted):
+            raise ConfigError(
+                f"{path}.{key!s}={value!r} is {type(value).__name__}, expected {readable(wanted)}"
+            )
 
 
 def _join(path: str, parameters: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,19 @@ def evaluate(config: DictConfig) -> None:
     columns: dict[str, Any] = {}
     if config.compare_untrained:
         untrained = fresh_projection(model.projection)
-        baseline = predict(config, model, untrained, benchmark, folder / "untrained")
+        file = folder / "results_untrained.json"
+        baseline = predict(config, model, untrained, benchmark, folder / "untrained", file)
         if baseline:
-            write_json(folder / "results_untrained.json", baseline | {"config": plain})
+            write_json(file, baseline | {"config": plain})
             columns["untrained"] = baseline
-    results = predict(config, model, model.projection, benchmark, folder)
+    file = folder / "results.json"
+    results = predict(config, model, model.projection, benchmark, folder, file)
     if not results:
         return  # another rank reports
-    write_json(folder / "results.json", results | {"config": plain})
+    write_json(file, results | {"config": plain})
     columns["trained" if columns else "IoU"] = results
     Console().print(table(columns, benchmark.reference))
-    print(f"results: {folder / 'results.json'}")
+    print(f"results: {file}")
     if config.pictures:
         print(f"pictures: {folder / 'pictures'}")
 
@@ -71,8 +74,9 @@ def predict(
     projection: Projection,
     benchmark: Benchmark,
     folder: Path,
+    file: Path,
 ) -> dict[str, Any]:
-    """Run the predict loop; empty on all ranks but the first."""
+    """Run the predict loop and write the results; empty on all ranks but the first."""
     synonyms = [spec.synonyms for spec in benchmark.class_list.prompted]
     text, row_classes = embed_classes(synonyms, model.text, projection, benchmark.templates)
     has_background = benchmark.class_list.has_background
@@ -88,12 +92,15 @@ def predict(
         pamr=PAMR() if config.pamr else None,
     )
     module = SegmentationModule(
-        segmenter, benchmark, text, row_classes, folder, pictures=config.pictures
+        segmenter, benchmark, text, row_classes, folder, config.pictures, results_file=file
     )
     trainer: L.Trainer = cli.build(config.trainer, default_root_dir=str(folder), logger=False)
     data = SegmentationDataModule(benchmark, config.num_workers)
     trainer.predict(module, data, return_predictions=False)
-    return module.results if trainer.is_global_zero else {}
+    if not trainer.is_global_zero:
+        return {}
+    results: dict[str, Any] = json.loads(file.read_text())  # the ranks may be other processes
+    return results
 
 
 if __name__ == "__main__":

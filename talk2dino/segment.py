@@ -12,6 +12,7 @@ from rich.table import Table
 
 from talk2dino import cli
 from talk2dino.api import SegmentedImage, Talk2DINO
+from talk2dino.encoders.device import choose_device
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.overlay import save_label_map
 from talk2dino.segmentation.report import save_picture
@@ -23,7 +24,7 @@ def segment(config: DictConfig) -> None:
     jobs = plan(Path(config.image).expanduser(), Path(config.output).expanduser())
     model = Talk2DINO.from_pretrained(
         config.checkpoint,
-        device=None if config.accelerator == "auto" else config.accelerator,
+        device=choose_device(config.accelerator),
         vision=cli.build(config.vision) if config.vision else None,
         text=cli.build(config.text) if config.text else None,
     )
@@ -64,12 +65,17 @@ def plan(image: Path, output: Path) -> list[tuple[Path, Path]]:
         ConfigError: a folder of pictures, but one output file.
     """
     if image.is_file():
-        cli.require_output_folder(output.parent, "output")
-        return [(image, output.with_suffix(".png"))]
+        overlay = output / f"{image.stem}.png" if output.is_dir() else output.with_suffix(".png")
+        if overlay.resolve() == image.resolve():
+            raise ConfigError(f"output={output}: this would overwrite the image; use another name")
+        cli.require_output_folder(overlay.parent, "output")
+        return [(image, overlay)]
     if not image.is_dir():
         raise DataError(f"image={image}: no such file or folder")
     if output.suffix:
         raise ConfigError(f"output={output}: image is a folder, so output must be a folder too")
+    if output.resolve() == image.resolve():
+        raise ConfigError(f"output={output}: is the folder of the images; use another folder")
     cli.require_output_folder(output, "output")
     known = Image.registered_extensions()
     found = sorted(path for path in image.iterdir() if path.suffix.lower() in known)

@@ -26,7 +26,7 @@ def train(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     store = FeatureStore(config.store)
-    projection = build_projection(config, store)
+    projection: Projection = cli.build(config.projection)
     similarity = cli.build(config.similarity)
     val_similarity = cli.build(config.val_similarity)
     stored = store.images.fields
@@ -67,26 +67,30 @@ def train(config: DictConfig) -> None:
         print(f"loss curve: {folder / 'loss.png'}")
 
 
-def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
-    """Build the projection; widths that the config leaves open are the store's.
+def fill_widths(config: DictConfig) -> None:
+    """Set the projection's widths that the config leaves open to those of the store.
 
     Raises:
         ConfigError: the config's widths are not those of the store.
     """
-    visual = next(n for n in store.images.fields if n not in ("id", "file_name", "self_attn_maps"))
-    embeddings = store.captions["embedding"]
-    found = {"text_dim": embeddings.shape[-1], "vision_dim": store.images[visual].shape[-1]}
+    store = FeatureStore(config.store)
+    other = ("id", "file_name", "patch_index", "self_attn_maps")  # not of the vision width
+    visual = next(name for name in store.images.fields if name not in other)
+    found = {
+        "text_dim": store.captions["embedding"].shape[-1],
+        "vision_dim": store.images[visual].shape[-1],
+    }
     for key, width in found.items():
         wanted = config.projection.get(key)
-        if wanted is not None and wanted != width:
-            encoder = getattr(store, "text" if key == "text_dim" else "vision")
+        if wanted is None:
+            config.projection[key] = width
+        elif wanted != width:
+            encoder = store.text if key == "text_dim" else store.vision
             raise ConfigError(
                 f"projection.{key}={wanted} but {config.store} holds features of width {width}"
                 + (f" ({encoder.name})" if encoder else "")
                 + f"; set projection.{key}={width} or choose the experiment of these encoders"
             )
-    projection: Projection = cli.build(config.projection, **found)
-    return projection
 
 
 def encoder_specs(store: FeatureStore) -> dict[str, Any]:
@@ -118,4 +122,4 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run("train", train)
+    cli.run("train", train, complete=fill_widths)

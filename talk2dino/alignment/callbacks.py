@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.module import AlignmentModule
@@ -64,7 +64,7 @@ class LossCurve(L.Callback):
         last = self.train[-1][1]
         write_json(
             self.folder / "metrics.json",
-            {"steps": len(self.train), "train/loss": last, "validation": self.validation},
+            {"steps": trainer.global_step, "train/loss": last, "validation": self.validation},
         )
         with replacing(self.folder / "loss.png") as path:
             draw_curves(path, self.train, self.validation)
@@ -77,7 +77,9 @@ def draw_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    recalls = [key for key in (validation[-1] if validation else {}) if "t2i/recall@" in key]
+    recalls = [
+        key for key in (validation[-1] if validation else {}) if "text_to_image/recall@" in key
+    ]
     rows = 2 if recalls else 1
     figure = Figure(figsize=(7, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,7 +89,7 @@ def draw_curves(
     axes[0].set_ylabel("loss")
     for key in recalls:
         points = [(row["step"], row[key]) for row in validation]
-        axes[1].plot(*zip(*points, strict=True), marker="o", label=key.removeprefix("val/t2i/"))
+        axes[1].plot(*zip(*points, strict=True), marker="o", label=key.rpartition("/")[2])
     if recalls:
         axes[1].set_ylabel("text → image, %")
         axes[1].legend()

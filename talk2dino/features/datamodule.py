@@ -110,7 +110,8 @@ class FeatureDataModule(L.LightningDataModule):
             batch_size=None,  # the sampler gives whole batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
         )
 
 
@@ -120,7 +121,7 @@ class _Rows(Dataset[Batch]):
     def __init__(self, data: CaptionBatches, rows: NDArray[np.int64]) -> None:
         self.data, self.rows = data, rows
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:  # type: ignore[override]
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         return self.data[self.rows[positions]]
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from talk2dino.atomic import replacing
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.atomic import replacing
 from talk2dino.features.schema import EncoderInfo, Manifest, VisionInfo
 from talk2dino.features.sources import Entry, Source
 from talk2dino.features.writer import (
@@ -63,7 +63,7 @@ class DecodedImages(Dataset[Decoded]):
         entry = self.source.entry(index)
         try:
             pixels = crop_square(self.source.image(index), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # broken files make decoders raise anything
             return Decoded(index, entry, None, f"{type(error).__name__}: {error}")
         return Decoded(index, entry, pixels)
 
@@ -223,7 +223,7 @@ class Extraction:
         """Run both encoders on a batch and keep the chosen fields in memory."""
         if not items:
             return
-        device = self.vision.mean.device
+        device = next(self.vision.parameters()).device
         pixels = torch.stack([item.pixels for item in items if item.pixels is not None])
         with torch.inference_mode(), self.autocast():
             features = self.vision(pixels.to(device, non_blocking=True).float() / 255)
@@ -231,17 +231,25 @@ class Extraction:
         texts = [text for item in items for _, text in item.entry.captions]
         rows.add_embeddings(self.text.encode(texts), self.dtype)
 
+    def _encode_nothing(self, rows: _Rows) -> None:
+        """Give `rows` every field with its shape and no row."""
+        side = self.vision.image_size
+        device = next(self.vision.parameters()).device
+        with torch.inference_mode(), self.autocast():
+            blank = self.vision(torch.zeros(1, 3, side, side, device=device))
+        fields = select_fields(blank, self.image_fields)
+        rows.add_images([], {name: values[:0] for name, values in fields.items()}, self.dtype)
+        rows.add_embeddings(self.text.encode([""])[:0], self.dtype)
+
     def _finish_shard(self, shard: int, rows: _Rows) -> None:
-        if not rows.ids:
-            raise StoreError(
-                f"{self.store}: none of the {len(rows.skipped)} images of shard {shard} can be "
-                f"read, the first is {rows.skipped[0]['file_name']} "
-                f"({rows.skipped[0]['reason']}); check source.images"
-            )
+        skipped = self.store / ".parts" / f"{self.split}-{shard:05d}.skipped"
+        skipped.unlink(missing_ok=True)
         if rows.skipped:
             self.skipped += rows.skipped
-            with replacing(self.store / ".parts" / f"{self.split}-{shard:05d}.skipped") as path:
+            with replacing(skipped) as path:
                 path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+        if not rows.ids:  # all unreadable: the shard has the fields of the others, and no rows
+            self._encode_nothing(rows)
         images, captions = rows.arrays()
         write_shard(
             self.store,
@@ -257,7 +265,8 @@ class Extraction:
         """One list of all unreadable images, beside the manifest."""
         lists = sorted((self.store / ".parts").glob(f"{self.split}-*.skipped"))
         if lists:
-            with replacing(self.store / f"{self.split}-skipped.jsonl") as path:
+            # Two ranks may finish at once and both write it.
+            with replacing(self.store / f"{self.split}-skipped.jsonl", shared=True) as path:
                 path.write_text("".join(part.read_text() for part in lists))
 
 
@@ -272,9 +281,7 @@ class _Rows:
         self.embeddings: list[np.ndarray] = []
         self.skipped: list[dict[str, Any]] = []
 
-    def add_images(
-        self, items: Sequence[Decoded], fields: dict[str, Tensor], dtype: str
-    ) -> None:
+    def add_images(self, items: Sequence[Decoded], fields: dict[str, Tensor], dtype: str) -> None:
         for item in items:
             row = len(self.ids)
             self.ids.append(item.entry.image_id)
@@ -289,11 +296,10 @@ class _Rows:
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         images: dict[str, Any] = {"id": np.array(self.ids), "file_name": self.file_names}
         images |= {name: np.concatenate(parts) for name, parts in self.fields.items()}
-        ids, image_rows, texts = zip(*self.captions, strict=True)
         captions = {
-            "id": np.array(ids, np.int64),
-            "image_row": np.array(image_rows, np.int64),
-            "text": list(texts),
+            "id": np.array([number for number, _, _ in self.captions], np.int64),
+            "image_row": np.array([row for _, row, _ in self.captions], np.int64),
+            "text": [text for _, _, text in self.captions],
             "embedding": np.concatenate(self.embeddings),
         }
         return images, captions

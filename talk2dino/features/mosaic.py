@@ -1,8 +1,8 @@
 """Mosaic scenes: real photographs cut and composed, with captions and exact label maps.
 
-A scene is a canvas split into two to four rectangles; each shows a random crop of the photograph of
-one concept. Its captions each name a random subset of the regions, as people's captions do. Training
-scenes crop from one part of every photograph and held-out scenes from another part, so that the
+A scene is a canvas split into two to four rectangles; each shows a random crop of the photograph
+of one concept. Its captions each name a random subset of the regions, as people's captions do.
+Training scenes crop from one part of every photograph and held-out scenes from another part, so that the
 pixels of an evaluation scene were never seen. The photographs come with scikit-image and
 scikit-learn; nothing is downloaded.
 """
@@ -10,7 +10,6 @@ scikit-learn; nothing is downloaded.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +57,11 @@ CONCEPTS: tuple[Concept, ...] = (
     _skimage("handwriting", "handwriting", "text.png", (0, 0, 230, 172), (230, 0, 448, 172)),
     _skimage("rocket", "a rocket", "rocket.jpg", (275, 120, 375, 265), (275, 265, 375, 410)),
     _skimage(
-        "motorcycle", "a motorcycle", "motorcycle_left.png", (46, 100, 380, 480), (380, 60, 720, 480)
+        "motorcycle",
+        "a motorcycle",
+        "motorcycle_left.png",
+        (46, 100, 380, 480),
+        (380, 60, 720, 480),
     ),
     _sklearn("pagoda", "a pagoda", "china.jpg", (100, 60, 215, 330), (215, 60, 330, 330)),
     _sklearn("flower", "a flower", "flower.jpg", (195, 60, 310, 310), (310, 60, 425, 310)),
@@ -99,7 +102,7 @@ class Scene:
     captions: list[str]
 
 
-class MosaicScenes(Sequence[Scene]):
+class MosaicScenes:
     """A fixed list of scenes; scene `i` depends on the seed, the split and `i` alone.
 
     Args:
@@ -136,7 +139,7 @@ class MosaicScenes(Sequence[Scene]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Scene:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])

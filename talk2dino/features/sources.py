@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.features.mosaic import MosaicScenes
+from talk2dino.features.pictures import upright_rgb
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ class _Files(Source):
 
     def image(self, index: int) -> Image.Image:
         with Image.open(self.images / self.entries[index].file_name) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return upright_rgb(file)
 
     def _keep(self, entries: Sequence[Entry], limit: int | None, origin: Path) -> None:
         """Set `entries` after the checks that every source of files needs."""
         if not entries:
             raise DataError(f"{origin}: no captioned images in it")
-        self.entries = entries[:limit]
+        self.entries = entries[: check_limit(limit)]
         first = self.entries[: min(16, len(self.entries))]
         if not any((self.images / entry.file_name).is_file() for entry in first):
             raise DataError(
@@ -104,7 +106,7 @@ class CocoCaptions(_Files):
             if not isinstance(data, dict) or not isinstance(data.get(key), list):
                 raise DataError(f"{path}: no list {key!r}; expected a COCO captions json")
         captions = _captions_by_image(path, data["annotations"])
-        known = {image["id"]: image["file_name"] for image in data["images"]}
+        known = _file_names(path, data["images"])
         for image_id, texts in captions.items():
             if image_id not in known:
                 raise DataError(
@@ -112,7 +114,7 @@ class CocoCaptions(_Files):
                     "images; remove the caption or add the image"
                 )
         entries = [
-            Entry(int(image_id), str(name), tuple(captions[image_id]))
+            Entry(image_id, name, tuple(captions[image_id]))
             for image_id, name in known.items()
             if image_id in captions
         ]
@@ -163,7 +165,7 @@ class CaptionFolder(_Files):
             for image in sorted(self.images.iterdir())
             if image.suffix.lower() in Image.registered_extensions()
             and image.with_suffix(".txt").is_file()
-            for line in image.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+            for line in _read_text(image.with_suffix(".txt")).splitlines()
             if line.strip()
         ]
         if not pairs:
@@ -203,7 +205,7 @@ class Mosaic(Source):
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        self.count = min(count, limit or count)
+        self.count = min(count, check_limit(limit) or count)
         self.scenes = MosaicScenes(
             split, self.count, image_size, image_size, 4, captions_per_scene, seed
         )
@@ -212,6 +214,7 @@ class Mosaic(Source):
         return self.count
 
     def entry(self, index: int) -> Entry:
+        """Captions of scene `index`."""
         captions = self.scenes[index].captions
         first = index * self.scenes.captions_per_scene
         return Entry(
@@ -221,6 +224,7 @@ class Mosaic(Source):
         )
 
     def image(self, index: int) -> Image.Image:
+        """Compose scene `index`."""
         return Image.fromarray(self.scenes[index].image)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -235,6 +239,13 @@ class Mosaic(Source):
         }
 
 
+def check_limit(limit: int | None, key: str = "source.limit") -> int | None:
+    """Return the limit; a ConfigError that names `key` unless it is None or positive."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"{key}={limit}: use 1 or more, or null for all images")
+    return limit
+
+
 def _read_json(path: Path, key: str) -> Any:
     if not path.is_file():
         raise DataError(f"{key}={path}: no such file")
@@ -244,11 +255,23 @@ def _read_json(path: Path, key: str) -> Any:
         raise DataError(f"{path}: not a json file ({error})") from error
 
 
+def _file_names(path: Path, images: list[Any]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for number, row in enumerate(images):
+        try:
+            names[int(row["id"])] = str(row["file_name"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: images[{number}] needs id and file_name ({error!r})"
+            ) from error
+    return names
+
+
 def _captions_by_image(path: Path, annotations: list[Any]) -> dict[int, list[tuple[int, str]]]:
     grouped: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for number, row in enumerate(annotations):
         try:
-            grouped[row["image_id"]].append((int(row["id"]), str(row["caption"])))
+            grouped[int(row["image_id"])].append((int(row["id"]), str(row["caption"])))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: annotations[{number}] needs id, image_id and caption ({error!r})"
@@ -257,15 +280,30 @@ def _captions_by_image(path: Path, annotations: list[Any]) -> dict[int, list[tup
 
 
 def _table(path: Path) -> list[tuple[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]] = (
-            [json.loads(line) for line in file if line.strip()]
-            if path.suffix == ".jsonl"
-            else list(csv.DictReader(file))
-        )
+    text = _read_text(path)
     pairs = []
-    for number, row in enumerate(rows, start=1):
-        if not row.get("file_name") or not row.get("caption"):
+    for number, row in enumerate(_rows(path, text), start=1):
+        named = isinstance(row, dict) and row.get("file_name") and row.get("caption")
+        if not named:
             raise DataError(f"{path}: row {number} needs file_name and caption")
         pairs.append((str(row["file_name"]), str(row["caption"])))
     return pairs
+
+
+def _rows(path: Path, text: str) -> Iterator[Any]:
+    if path.suffix == ".csv":
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}: line {number} is not json ({error})") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from talk2dino.errors import StoreError
 from talk2dino.atomic import file_digest
+from talk2dino.errors import StoreError
 from talk2dino.features.finite import nonfinite_rows
 from talk2dino.features.schema import FEATURE_DTYPES, Manifest, ShardInfo
 from talk2dino.features.shard_reader import ShardReader, size_problem

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from talk2dino.errors import StoreError
 from talk2dino.atomic import file_digest, replacing, temporary_name, write_json
+from talk2dino.errors import StoreError
 from talk2dino.features.schema import (
     MANIFEST,
     EncoderInfo,
@@ -155,7 +155,8 @@ def finish_manifest(
         package_version=_package_version(),
         skipped=sum(record.skipped for record in records),
     )
-    write_json(folder / MANIFEST, manifest.to_json())
+    # Two ranks that finish at once both write it, with the same content.
+    write_json(folder / MANIFEST, manifest.to_json(), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
     return manifest

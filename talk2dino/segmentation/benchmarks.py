@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.features.mosaic import CONCEPTS, MosaicScenes
+from talk2dino.features.pictures import upright_rgb
+from talk2dino.features.sources import check_limit
 from talk2dino.segmentation.classes import ClassList, ClassSpec, read_classes
 
 VOCABULARIES = ("full", "present")
@@ -72,6 +74,7 @@ class Benchmark:
             raise ConfigError(
                 f"benchmark.vocabulary={self.vocabulary!r}; choose one of {', '.join(VOCABULARIES)}"
             )
+        check_limit(self.limit, "benchmark.limit")
 
     @property
     def class_list(self) -> ClassList:
@@ -142,12 +145,14 @@ class FolderBenchmark(Benchmark):
 
     @property
     def class_list(self) -> ClassList:
+        """The classes of the file or list."""
         return self._classes
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def sample(self, index: int) -> Sample:
+        """Read a picture and its label map."""
         image_path, mask_path = self._pairs[index]
         image = read_image(image_path)
         target = self._read_mask(mask_path)
@@ -167,7 +172,7 @@ class FolderBenchmark(Benchmark):
                         "as one 8-bit channel"
                     )
                 values = np.asarray(file).astype(np.int64)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
         inside = np.clip(values, 0, len(self._table) - 1)
         target = np.where(values == inside, self._table[inside], -1)
@@ -187,8 +192,8 @@ def read_image(path: Path) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            pixels = np.array(upright_rgb(file))
+    except Exception as error:  # broken files make decoders raise anything
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -226,6 +231,7 @@ class MosaicBenchmark(Benchmark):
 
     @property
     def class_list(self) -> ClassList:
+        """The concepts of the photographs."""
         return ClassList(
             tuple(ClassSpec(c.name, (c.name,), number) for number, c in enumerate(CONCEPTS))
         )
@@ -234,6 +240,7 @@ class MosaicBenchmark(Benchmark):
         return len(self._scenes)
 
     def sample(self, index: int) -> Sample:
+        """Compose scene `index`."""
         scene = self._scenes[index]
         image = torch.from_numpy(scene.image).permute(2, 0, 1)
         return Sample(f"scene-{index:05d}", image, torch.from_numpy(scene.labels).long())

@@ -87,7 +87,10 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise DataError(f"{origin}: two classes have the label value {twice}")
-    return ClassList(specs, unlabelled)
+    classes = ClassList(specs, unlabelled)
+    if not classes.prompted:
+        raise DataError(f"{origin}: background is the only class; name what to look for")
+    return classes
 
 
 def _read_file(path: Path) -> tuple[list[Any], tuple[int, ...]]:

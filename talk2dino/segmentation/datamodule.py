@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from talk2dino.segmentation.benchmarks import Benchmark, Sample
@@ -33,7 +34,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.benchmark, self.num_workers = benchmark, num_workers
 
     def predict_dataloader(self) -> DataLoader[Work]:
-        """This rank's share: every world-size-th image, starting at its rank."""
+        """Give this rank's share: every world-size-th image, starting at its rank."""
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
@@ -44,12 +45,18 @@ class SegmentationDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    def transfer_batch_to_device(self, batch: Work, device: torch.device, _: int) -> Work:
+        """Move picture and label map."""
+        sample = batch.sample
+        moved = Sample(sample.name, sample.image.to(device), sample.target.to(device))
+        return Work(batch.index, moved, batch.counted)
+
 
 class _Samples(Dataset[Work]):
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
 
-    def __getitem__(self, key: tuple[int, bool]) -> Work:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, bool]) -> Work:
         index, counted = key
         return Work(index, self.benchmark.sample(index), counted)
 

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from talk2dino.atomic import write_json
 from talk2dino.segmentation.benchmarks import Benchmark, Sample, present_classes
 from talk2dino.segmentation.datamodule import Work
 from talk2dino.segmentation.metrics import mean_iou_metric, per_class_iou, pixel_accuracy
@@ -29,7 +30,12 @@ class SegmentationModule(L.LightningModule):
         row_classes: [N] int64, for every row its place among the prompted classes.
         folder: pictures go to `folder/pictures`.
         pictures: number of pictures to write.
+        results_file: the first rank writes the results there, for a parent that started the ranks
+            and does not share their memory (strategy ddp_spawn).
     """
+
+    text: Tensor
+    row_classes: Tensor
 
     def __init__(
         self,
@@ -39,12 +45,13 @@ class SegmentationModule(L.LightningModule):
         row_classes: Tensor,
         folder: Path,
         pictures: int = 0,
+        results_file: Path | None = None,
     ) -> None:
         super().__init__()
         self.segmenter, self.benchmark = segmenter, benchmark
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("row_classes", row_classes, persistent=False)
-        self.folder, self.pictures = folder, pictures
+        self.folder, self.pictures, self.results_file = folder, pictures, results_file
         classes = benchmark.class_list
         self.names = classes.names
         self.offset = int(classes.has_background)
@@ -53,15 +60,10 @@ class SegmentationModule(L.LightningModule):
         self._images, self._started = 0, 0.0
 
     def on_predict_start(self) -> None:
-        """Start the clock."""
+        """Start the clock and the count."""
+        self.metric.reset()
+        self._images = 0
         self._started = time.perf_counter()
-
-    def transfer_batch_to_device(self, batch: Work, device: torch.device, _: int) -> Work:
-        """Move the picture; the label map is compared where the labels are."""
-        sample = Sample(
-            batch.sample.name, batch.sample.image.to(device), batch.sample.target.to(device)
-        )
-        return Work(batch.index, sample, batch.counted)
 
     def predict_step(self, batch: Work, batch_index: int) -> None:
         """Segment one image and count its pixels."""
@@ -111,3 +113,5 @@ class SegmentationModule(L.LightningModule):
             "images": int(total),
             "seconds": time.perf_counter() - self._started,
         }
+        if self.results_file is not None and self.trainer.is_global_zero:
+            write_json(self.results_file, self.results)

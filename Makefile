@@ -1,0 +1,77 @@
+# Two commands are the contract: `make quickstart` and `make test`. Both make their own virtual
+# environment and run on a fresh machine that has Python 3.10 or newer and this checkout.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+CONSTRAINTS ?= constraints.txt
+
+# sizes of the quickstart
+OUT ?= outputs/quickstart
+SCENES ?= 600
+HELDOUT ?= 60
+EPOCHS ?= 8
+HEAD_EPOCHS ?= 30
+PICTURES ?= 6
+
+.PHONY: help quickstart quickstart-steps test check clean
+
+help:
+	@echo "make quickstart   install, then extract -> train -> evaluate -> segment on real parts"
+	@echo "make test         install, then format, lint, types, docs and all tests"
+	@echo "make check        the same without installing"
+	@echo "make clean        remove environment and outputs"
+
+$(VENV)/.quickstart: pyproject.toml $(CONSTRAINTS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[quickstart]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@ $(VENV)/.quickstart
+
+quickstart: $(VENV)/.quickstart
+	$(MAKE) --no-print-directory quickstart-steps
+
+# The commands of the README, one after the other.
+quickstart-steps:
+	@printf '\n1. Extract: %s scenes through DINOv2 ViT-S/14 and MiniLM into a feature store\n' $(SCENES)
+	$(PY) -m talk2dino.extract source=mosaic source.count=$(SCENES) vision=dinov2_vits14 \
+	  text=minilm images_per_shard=128 store=$(OUT)/store hydra.run.dir=$(OUT)/extract
+	@printf '\n2. Train: dense alignment, and beside it the head choice of the paper (max_score)\n'
+	$(PY) -m talk2dino.train experiment=quickstart store=$(OUT)/store \
+	  trainer.max_epochs=$(EPOCHS) hydra.run.dir=$(OUT)/dense
+	$(PY) -m talk2dino.train experiment=quickstart similarity=max_score val_similarity=pooled \
+	  store=$(OUT)/store trainer.max_epochs=$(HEAD_EPOCHS) hydra.run.dir=$(OUT)/max_score
+	@printf '\n3. Evaluate on %s held-out scenes, sliding windows and PAMR\n' $(HELDOUT)
+	$(PY) -m talk2dino.evaluate checkpoint=$(OUT)/dense benchmark=mosaic pamr=true \
+	  benchmark.count=$(HELDOUT) pictures=$(PICTURES) compare_untrained=true \
+	  hydra.run.dir=$(OUT)/evaluate/dense
+	$(PY) -m talk2dino.evaluate checkpoint=$(OUT)/max_score benchmark=mosaic pamr=true \
+	  benchmark.count=$(HELDOUT) pictures=0 hydra.run.dir=$(OUT)/evaluate/max_score
+	@printf '\n4. Segment an unmodified photograph with words of your own\n'
+	$(PY) -c "import shutil, skimage; \
+	  shutil.copy(skimage.data_dir + '/motorcycle_left.png', '$(OUT)/photograph.png')"
+	$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=$(OUT)/photograph.png \
+	  'classes=[motorbike,brick wall,gravel]' output=$(OUT)/segmented.png
+	$(PY) -m talk2dino.compare $(OUT)/evaluate/dense $(OUT)/evaluate/max_score
+	@printf '\nPictures\n  %s\n  %s\n  %s\n' "$(OUT)/segmented.png   the photograph, segmented" \
+	  "$(OUT)/evaluate/dense/pictures/   held-out scenes: image, truth, prediction" \
+	  "$(OUT)/dense/loss.png   loss and recall"
+	@printf 'Next\n  %s\n  %s\n' \
+	  "$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=YOUR.jpg 'classes=[flower,grass]'" \
+	  "README.md, \"Train on your own captions\""
+
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory check
+
+check:
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,233 @@
+"""The yardstick: train on Flickr8k captions, segment and score 100 COCO photographs.
+
+For every recipe: text→image recall on the validation split, mIoU with the full vocabulary and with
+the classes present in each image, and the mean over classes of the patch-level AUC (the score of a
+class on its own patches against all other labelled patches). Extraction is kept and resumed.
+
+    python benchmarks/real_data.py
+    python benchmarks/real_data.py --recipes dense 'dense@similarity.temperature=0.05'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from talk2dino import Talk2DINO
+from talk2dino.segmentation.benchmarks import FolderBenchmark
+from talk2dino.segmentation.classes import embed_classes
+
+BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}
+VOC = (
+    "airplane bicycle bird boat bottle bus car cat chair cow,dining table,dog horse motorcycle "
+    "person,potted plant,sheep couch train tv"
+)
+PLAIN_NAMES = {
+    "floor-wood": "wooden floor",
+    "playingfield": "playing field",
+    "door-stuff": "door",
+    "wall-wood": "wooden wall",
+    "window-blind": "window blind",
+}
+
+
+def plain_name(name: str) -> str:
+    """How a person says a COCO panoptic class: `wall-other-merged` is a wall."""
+    if name in PLAIN_NAMES:
+        return PLAIN_NAMES[name]
+    for suffix in ("-merged", "-other", "-stuff"):
+        name = name.removesuffix(suffix)
+    thing, _, kind = name.partition("-")
+    return f"{kind} {thing}" if kind else thing
+
+
+def voc_names() -> set[str]:
+    groups = [group.strip() for group in VOC.split(",")]
+    return {
+        name
+        for group in groups
+        for name in ([group] if group in ("dining table", "potted plant") else group.split())
+    }
+
+
+def run(module: str, *overrides: str) -> float:
+    """Run an entry point as a user would; returns seconds."""
+    command = [sys.executable, "-m", f"talk2dino.{module}", *overrides]
+    print("$ python -m", f"talk2dino.{module}", *overrides, flush=True)
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - start
+
+
+def extract(data: Path, out: Path, split: str, precision: str, limit: int | None) -> float:
+    flickr = data / "flickr8k"
+    return run(
+        "extract",
+        "source=coco_captions",
+        f"source.annotations={flickr / 'annotations' / f'captions_{split}.json'}",
+        f"source.images={flickr / 'images' / split}",
+        f"source.limit={limit or 'null'}",
+        "vision=dinov2_vits14",
+        "text=minilm",
+        f"store={out / f'store-{split}'}",
+        f"split={split}",
+        f"precision={precision}",
+        f"hydra.run.dir={out / f'extract-{split}'}",
+    )
+
+
+def write_classes(data: Path, out: Path) -> Path:
+    content = json.loads((data / "coco100" / "classes.json").read_text())
+    for entry in content["classes"]:
+        entry["name"] = plain_name(entry["name"])
+    path = out / "classes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def evaluate(
+    data: Path, out: Path, folder: Path, classes: Path, vocabulary: str, *more: str
+) -> dict[str, Any]:
+    target = folder / f"evaluate-{vocabulary}"
+    run(
+        "evaluate",
+        f"checkpoint={folder}",
+        "benchmark=custom",
+        f"benchmark.root={data / 'coco100'}",
+        "benchmark.images=images",
+        "benchmark.masks=masks",
+        f"benchmark.classes={classes.resolve()}",
+        f"benchmark.vocabulary={vocabulary}",
+        "trainer=auto",
+        f"hydra.run.dir={target}",
+        *more,
+    )
+    return dict(json.loads((target / "results.json").read_text()))
+
+
+def patches_with_labels(
+    benchmark: FolderBenchmark, model: Talk2DINO, side: int = 448
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit patch tokens [N, D] of all images, squashed square, and their majority class [N]."""
+    patch, tokens, labels = model.vision.patch_size, [], []
+    for index in range(len(benchmark)):
+        sample = benchmark.sample(index)
+        image = F.interpolate(sample.image[None].float() / 255, (side, side), mode="bilinear")
+        tokens.append(F.normalize(model.vision(image).patch_tokens[0], dim=-1))
+        mask = F.interpolate(sample.target[None, None].float(), (side, side), mode="nearest")[0, 0]
+        cells = mask.unfold(0, patch, patch).unfold(1, patch, patch).flatten(2)
+        labels.append(cells.mode(dim=-1).values.flatten().long())
+    return torch.cat(tokens), torch.cat(labels)
+
+
+def patch_auc(scores: np.ndarray, labels: np.ndarray, ignore: int) -> dict[int, float]:
+    """AUC of every class that has patches: scores [N, K], labels [N]."""
+    kept = labels != ignore
+    scores, labels = scores[kept], labels[kept]
+    result = {}
+    for k in np.unique(labels):
+        own = labels == k
+        positive, negative = own.sum(), (~own).sum()
+        ranks = rankdata(scores[:, k])[own].sum()
+        result[int(k)] = float((ranks - positive * (positive + 1) / 2) / (positive * negative))
+    return result
+
+
+def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -> dict[str, Any]:
+    base, _, overrides = recipe.partition("@")
+    folder = args.out / recipe.replace("@", "-").replace("/", "_").replace(",", "_")
+    folder = folder.with_name(folder.name.replace("=", "_"))
+    seconds = run(
+        "train",
+        *BASE[base],
+        f"store={args.out / 'store-train'}",
+        f"val_store={args.out / 'store-val'}",
+        "trainer=auto",
+        f"trainer.check_val_every_n_epoch={args.validate_every}",
+        f"seed={args.seed}",
+        *([f"trainer.max_epochs={args.epochs}"] if args.epochs else []),
+        f"hydra.run.dir={folder}",
+        *filter(None, overrides.split(",")),
+    )
+    validation = json.loads((folder / "metrics.json").read_text())["validation"][-1]
+    model = Talk2DINO.from_pretrained(folder, device="cpu")
+    benchmark = FolderBenchmark(
+        name="coco100",
+        images=str(args.data / "coco100" / "images"),
+        masks=str(args.data / "coco100" / "masks"),
+        classes=str(classes),
+    )
+    if "patches" not in cache:
+        cache["patches"] = patches_with_labels(benchmark, model)
+    tokens, labels = cache["patches"]
+    rows, _ = embed_classes(
+        [spec.synonyms for spec in benchmark.class_list.prompted], model.text, model.projection
+    )
+    auc = patch_auc((tokens @ rows.T).numpy(), labels.numpy(), benchmark.ignore_index)
+    names, voc = benchmark.class_list.names, voc_names()
+    figures = {f"R@{k}": validation[f"val/text_to_image/recall@{k}"] for k in (1, 5, 10)}
+    figures["AUC"] = float(np.mean(list(auc.values())))
+    figures["AUC VOC"] = float(np.mean([v for k, v in auc.items() if names[k] in voc]))
+    if not args.no_miou:
+        for vocabulary in ("full", "present"):
+            result = evaluate(args.data, args.out, folder, classes, vocabulary, "pictures=12")
+            figures[f"mIoU {vocabulary}"] = result["miou"]
+    figures["train s"] = seconds
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path(__file__).parents[2] / "shared" / "realdata"
+    parser.add_argument("--data", type=Path, default=default, help="folder with flickr8k, coco100")
+    parser.add_argument("--out", type=Path, default=Path("outputs/real_data"))
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["max_score", "dense"],
+        help="max_score or dense, with overrides behind @: dense@loss.logit_scale=30",
+    )
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    parser.add_argument("--validate-every", type=int, default=5)
+    parser.add_argument("--limit", type=int, help="only the first images of each split")
+    parser.add_argument("--precision", default="bf16", help="of extraction: 32 or bf16")
+    parser.add_argument("--no-miou", action="store_true", help="skip the two segmentations")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not (args.data / "flickr8k").is_dir():
+        raise SystemExit(f"error: --data={args.data}: no folder flickr8k in it")
+    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = sum(
+        extract(args.data, args.out, split, args.precision, args.limit)
+        for split in ("train", "val")
+    )
+    classes = write_classes(args.data, args.out)
+    cache: dict[str, Any] = {}
+    results = {recipe: measure(args, recipe, classes, cache) for recipe in args.recipes}
+    table = Table(title=f"Flickr8k → coco100; extraction {seconds:.0f} s")
+    table.add_column("recipe")
+    first = next(iter(results.values()))
+    for key in first:
+        table.add_column(key, justify="right")
+    for recipe, figures in results.items():
+        table.add_row(
+            recipe, *(f"{v:.3f}" if "AUC" in k else f"{v:.1f}" for k, v in figures.items())
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

