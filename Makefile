@@ -52,16 +52,16 @@ quickstart-steps:
 	$(PY) -m talk2dino.evaluate checkpoint=$(OUT)/max_score benchmark=mosaic pamr=true \
 	  benchmark.count=$(HELDOUT) pictures=0 hydra.run.dir=$(OUT)/evaluate/max_score
 	@printf '\n4. Segment an unmodified photograph with words of your own\n'
-	$(PY) -c "import shutil, skimage; \
-	  shutil.copy(skimage.data_dir + '/motorcycle_left.png', '$(OUT)/photograph.png')"
-	$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=$(OUT)/photograph.png \
-	  'classes=[motorbike,brick wall,gravel]' output=$(OUT)/segmented.png
+	$(PY) -c "import shutil, sklearn.datasets as d; \
+	  shutil.copy(d.__path__[0] + '/images/flower.jpg', '$(OUT)/photograph.jpg')"
+	$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=$(OUT)/photograph.jpg \
+	  'classes=[dahlia,dark leaves]' output=$(OUT)/segmented.png
 	$(PY) -m talk2dino.compare $(OUT)/evaluate/dense $(OUT)/evaluate/max_score
 	@printf '\nPictures\n  %s\n  %s\n  %s\n' "$(OUT)/segmented.png   the photograph, segmented" \
 	  "$(OUT)/evaluate/dense/pictures/   held-out scenes: image, truth, prediction" \
 	  "$(OUT)/dense/loss.png   loss and recall"
 	@printf 'Next\n  %s\n  %s\n' \
-	  "$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=YOUR.jpg 'classes=[flower,grass]'" \
+	  "$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=YOUR.jpg 'classes=[coffee cup,table]'" \
 	  "README.md, \"Train on your own captions\""
 
 test: $(VENV)/.dev

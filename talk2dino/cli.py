@@ -87,6 +87,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # Results are written as they come and counted in a metric.
     warnings.filterwarnings("ignore", message=".*predict returned None.*")
+    # Every rank validates on everything, so its figures are already those of all ranks.
+    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist.*")
+    # Evaluation counts into one confusion matrix and hands out nothing per image.
+    warnings.filterwarnings("ignore", message=".*predict returned None.*")
     # The val loader's length is known; batches have their own sizes.
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
 

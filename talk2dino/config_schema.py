@@ -35,6 +35,7 @@ class FeaturesConfig:
     """Group `features` of extract.yaml."""
 
     image_fields: list[str] = field(default_factory=list)
+    caption_fields: list[str] = field(default_factory=lambda: ["embedding"])
     dtype: str = "float16"
 
 
@@ -71,6 +72,7 @@ class TrainConfig:
     val_store: str | None = None
     seed: int = 0
     ckpt_path: str | None = None
+    record_heads: bool = False
     data: DataConfig = field(default_factory=DataConfig)
 
 

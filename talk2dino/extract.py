@@ -44,6 +44,7 @@ def extract(config: DictConfig) -> None:
         store=store,
         split=config.split,
         image_fields=list(config.features.image_fields),
+        caption_fields=list(config.features.caption_fields),
         dtype=config.features.dtype,
         images_per_shard=config.images_per_shard,
         num_workers=config.num_workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
@@ -81,6 +82,12 @@ def plan(image: Path, output: Path) -> list[tuple[Path, Path]]:
     found = sorted(path for path in image.iterdir() if path.suffix.lower() in known)
     if not found:
         raise DataError(f"image={image}: no pictures in this folder")
+    for one, other in pairwise(sorted(found, key=lambda path: path.stem)):
+        if one.stem == other.stem:
+            raise DataError(
+                f"image={image}: {one.name} and {other.name} would both become {one.stem}.png; "
+                "rename one"
+            )
     return [(path, output / f"{path.stem}.png") for path in found]
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from talk2dino import cli
 from talk2dino.alignment.callbacks import LossCurve, SaveProjection
+from talk2dino.alignment.head_records import RecordHeads
+from talk2dino.alignment.inputs import caption_fields, check_combination, image_fields
 from talk2dino.alignment.module import AlignmentModule
-from talk2dino.alignment.pooling import stored_fields
 from talk2dino.alignment.projection import Projection
+from talk2dino.encoders.build import build_text
+from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
 
@@ -26,15 +31,18 @@ def train(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     store = FeatureStore(config.store)
-    projection: Projection = cli.build(config.projection)
     similarity = cli.build(config.similarity)
     val_similarity = cli.build(config.val_similarity)
+    projection = build_projection(config, store)
+    check_combination(projection, similarity)
+    check_combination(projection, val_similarity, "val_similarity")
     stored = store.images.fields
     data = FeatureDataModule(
         store=config.store,
-        image_fields=stored_fields(similarity.field, stored),
-        val_image_fields=stored_fields(val_similarity.field, stored),
-        caption_fields=projection.text_fields,
+        image_fields=image_fields(projection, similarity, stored),
+        val_image_fields=image_fields(projection, val_similarity, stored),
+        caption_fields=caption_fields(projection, similarity),
+        val_caption_fields=caption_fields(projection, val_similarity),
         val_store=config.val_store,
         seed=config.seed,
         **config.data,
@@ -56,6 +64,7 @@ def train(config: DictConfig) -> None:
             ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True),
             SaveProjection(folder),
             LossCurve(folder),
+            *([RecordHeads(folder, similarity)] if config.record_heads else []),
         ],
     )
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
@@ -68,7 +77,7 @@ def train(config: DictConfig) -> None:
 
 
 def fill_widths(config: DictConfig) -> None:
-    """Set the projection's widths that the config leaves open to those of the store.
+    """Set the projection's widths and heads that the config leaves open to those of the store.
 
     Raises:
         ConfigError: the config's widths are not those of the store.
@@ -77,7 +86,7 @@ def fill_widths(config: DictConfig) -> None:
     other = ("id", "file_name", "patch_index", "self_attn_maps")  # not of the vision width
     visual = next(name for name in store.images.fields if name not in other)
     found = {
-        "text_dim": store.captions["embedding"].shape[-1],
+        "text_dim": text_width(store),
         "vision_dim": store.images[visual].shape[-1],
     }
     for key, width in found.items():
@@ -91,6 +100,48 @@ def fill_widths(config: DictConfig) -> None:
                 + (f" ({encoder.name})" if encoder else "")
                 + f"; set projection.{key}={width} or choose the experiment of these encoders"
             )
+    if config.projection.get("head_weighting") and config.projection.get("num_heads") is None:
+        config.projection.num_heads = store.images["self_attn_maps"].shape[1]
+
+
+def text_width(store: FeatureStore) -> int:
+    """Width C of the text features, whichever of them the store holds."""
+    for name in ("embedding", "token_embeddings"):
+        if name in store.captions:
+            return store.captions[name].shape[-1]
+    if store.text is None or not store.text.embed_dim:
+        raise ConfigError(f"store={store.path}: has neither embedding nor the width of its text")
+    return store.text.embed_dim
+
+
+def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
+    """Build ψ; one that starts from the text encoder's weights gets the store's encoder."""
+    target = get_object(config.projection._target_)
+    needs_text = "text" in inspect.signature(target).parameters
+    arguments = {"text": stored_text_encoder(store)} if needs_text else {}
+    projection: Projection = cli.build(config.projection, **arguments)
+    return projection
+
+
+def stored_text_encoder(store: FeatureStore) -> TextEncoder:
+    """The text encoder that the store's features come from.
+
+    Raises:
+        ConfigError: the store does not name it, or its weights are others now.
+    """
+    info = store.text
+    if info is None or not info.spec:
+        raise ConfigError(
+            f"store={store.path}: does not name its text encoder, whose weights this projection "
+            "starts from; extract with features=clip_last_layer"
+        )
+    encoder = build_text(info.spec)
+    if encoder.describe()["weights_sha256"] != info.weights_sha256:
+        raise ConfigError(
+            f"store={store.path}: its text encoder {info.name} has other weights now than at "
+            "extraction; extract again"
+        )
+    return encoder
 
 
 def encoder_specs(store: FeatureStore) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`outputs/quickstart` of the Makefile's own recipe, run once at a reduced size."""
     need(*BUNDLED)
     folder = tmp_path_factory.mktemp("quickstart")
-    sizes = "SCENES=96 HELDOUT=6 EPOCHS=3 HEAD_EPOCHS=3 PICTURES=2".split()
+    sizes = ["SCENES=96", "HELDOUT=6", "EPOCHS=3", "HEAD_EPOCHS=3", "PICTURES=2"]
     makefile = Path(__file__).parents[1] / "Makefile"
     command = ["make", "-f", str(makefile), "quickstart-steps", f"PY={sys.executable}", *sizes]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -254,9 +254,7 @@ def two_epochs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_these_files(two_epochs: Path) -> None:
-    names = {
-        str(path.relative_to(two_epochs)) for path in two_epochs.rglob("*") if path.is_file()
-    }
+    names = {str(path.relative_to(two_epochs)) for path in two_epochs.rglob("*") if path.is_file()}
     assert {
         "checkpoints/last.ckpt",
         "projection.safetensors",

@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from talk2dino import load_projection
-from talk2dino.cli import config_folder
+from talk2dino.cli import config_folder, user_message
 from talk2dino.config_schema import check_given, check_targets, register_schemas
+from talk2dino.errors import DataError
 from talk2dino.features import write_store
 from tests.pipeline import TRAIN, fails, run
 
@@ -212,7 +213,12 @@ def test_other_choices_train(overrides: list[str], stores: Any, tmp_path: Path) 
 
 TYPOS = [
     ("train", ["optimizer.lrr=1"], "unknown config key optimizer.lrr", "optimizer.lr?"),
-    ("train", ["trainer.max_epoch=3"], "unknown config key trainer.max_epoch ", "trainer.max_epochs?"),
+    (
+        "train",
+        ["trainer.max_epoch=3"],
+        "unknown config key trainer.max_epoch ",
+        "trainer.max_epochs?",
+    ),
     ("train", ["sed=1"], "unknown config key sed ", "seed?"),
     ("train", ["dta.batch_size=3"], "unknown config key dta.batch_size", "data.batch_size?"),
     ("train", ["data.batchsize=3"], "unknown config key data.batchsize", "data.batch_size?"),
@@ -220,7 +226,12 @@ TYPOS = [
     ("train", ["+optimizer.lrr=1"], "unknown config key optimizer.lrr", "optimizer.lr?"),
     ("train", ["+sed=1"], "sed", "seed?"),
     ("train", ["similarity=max_scoer"], "similarity=max_scoer", "similarity=max_score?"),
-    ("train", ["experiment=vitz_infonce"], "experiment=vitz_infonce", "experiment=vitb_infonce|vit"),
+    (
+        "train",
+        ["experiment=vitz_infonce"],
+        "experiment=vitz_infonce",
+        "experiment=vitb_infonce|vit",
+    ),
     ("train", ["simlarity=dense"], "simlarity", "similarity?"),
     ("train", ["seed=x"], "seed=x", "Integer"),
     ("train", ["data.batch_size=many"], "data.batch_size=many", "Integer"),
@@ -250,7 +261,9 @@ TYPOS = [
 
 
 @pytest.mark.parametrize(
-    ("command", "overrides", "named", "near"), TYPOS, ids=lambda v: v[-1] if isinstance(v, list) else ""
+    ("command", "overrides", "named", "near"),
+    TYPOS,
+    ids=lambda v: v[-1] if isinstance(v, list) else "",
 )
 def test_typos_are_one_line(
     command: str,
@@ -261,7 +274,9 @@ def test_typos_are_one_line(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    given = [item for item in GIVEN[command] if item.partition("=")[0] != overrides[0].split("=")[0]]
+    given = [
+        item for item in GIVEN[command] if item.partition("=")[0] != overrides[0].split("=")[0]
+    ]
     if command == "train":
         given = [f"store={stores(4, 6)}", *given[1:]] if given[0] == "store=s" else given
         given.append("experiment=vits_infonce") if "experiment" not in overrides[0] else None
@@ -323,9 +338,7 @@ def test_a_good_experiment_file_of_ones_own_trains(stores: Any, tmp_path: Path) 
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /loss: triplet\nloss:\n  margin: 0.1\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
-    two_steps(
-        stores(4, 6), tmp_path / "run", "--config-dir", str(tmp_path), "experiment=mine"
-    )
+    two_steps(stores(4, 6), tmp_path / "run", "--config-dir", str(tmp_path), "experiment=mine")
     saved = OmegaConf.load(tmp_path / "run" / "config.yaml")
     assert saved.loss.margin == 0.1
     assert saved.projection.vision_dim == 6
@@ -366,6 +379,18 @@ def test_a_sweep_trains_once_per_value(stores: Any, tmp_path: Path) -> None:
     )
     found = sorted(path.parent.name for path in tmp_path.glob("*/projection.safetensors"))
     assert found == ["0", "1"]
+
+
+def test_errors_of_other_processes_become_their_line() -> None:
+    """Loader workers and spawned ranks hand over a traceback as text."""
+    relayed = (
+        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 3, in f\ntalk2dino.errors.DataError: a.png: is broken\n'
+    )
+    assert user_message(RuntimeError(relayed)) == "a.png: is broken"
+    assert user_message(DataError(relayed)) == "a.png: is broken"
+    assert user_message(DataError("plain")) == "plain"
+    assert user_message(RuntimeError("a bug")) is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -25,6 +25,7 @@ from talk2dino.features import FeatureStore
 from talk2dino.features.extraction import EXTRACTED, Extraction, crop_square
 from talk2dino.features.sources import CaptionFolder, Source
 from tests.pipeline import HashText, files_below
+from tests.ranks import two_ranks
 
 SIZE, BATCH, SHARD = 32, 4, 8
 
@@ -62,7 +63,9 @@ def job(source: Source, vision: TimmVisionEncoder, store: Path, **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def whole(images: Path, vision: TimmVisionEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    images: Path, vision: TimmVisionEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The store of an uninterrupted run."""
     store = tmp_path_factory.mktemp("whole")
     assert job(CaptionFolder(str(images)), vision, store).run() is not None
@@ -119,9 +122,7 @@ def test_crop_keeps_the_centre() -> None:
     assert crop_square(Image.fromarray(pixels.transpose(1, 0, 2)), 20).float().mean() == 255
 
 
-def test_float32_and_chosen_fields(
-    images: Path, vision: TimmVisionEncoder, tmp_path: Path
-) -> None:
+def test_float32_and_chosen_fields(images: Path, vision: TimmVisionEncoder, tmp_path: Path) -> None:
     source = CaptionFolder(str(images), limit=3)
     job(source, vision, tmp_path, image_fields=["cls_token"], dtype="float32").run()
     store = FeatureStore(tmp_path)
@@ -183,7 +184,8 @@ def killed_run(images: str, store: str) -> None:
 def test_a_killed_run_continues_to_the_same_bytes(
     images: Path, vision: TimmVisionEncoder, whole: Path, tmp_path: Path
 ) -> None:
-    code = f"from tests.test_extraction import killed_run; killed_run({str(images)!r}, {str(tmp_path)!r})"
+    call = f"killed_run({str(images)!r}, {str(tmp_path)!r})"
+    code = f"from tests.test_extraction import killed_run; {call}"
     root = Path(__file__).parents[1]
     dead = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
@@ -203,11 +205,20 @@ def test_ranks_in_any_order_write_the_same_store(
     images: Path, vision: TimmVisionEncoder, whole: Path, tmp_path: Path, order: tuple[int, int]
 ) -> None:
     source = CaptionFolder(str(images))
-    first, last = (
-        job(source, vision, tmp_path, rank=rank, world_size=2).run() for rank in order
-    )
+    first, last = (job(source, vision, tmp_path, rank=rank, world_size=2).run() for rank in order)
     assert first is None
     assert last is not None
+    assert files_below(tmp_path) == files_below(whole)
+
+
+def rank_extracts(rank: int, images: str, store: str) -> None:
+    job(CaptionFolder(images), small_vit(), Path(store), rank=rank, world_size=2).run()
+
+
+def test_ranks_at_the_same_time_write_the_same_store(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    two_ranks(rank_extracts, str(images), str(tmp_path))
     assert files_below(tmp_path) == files_below(whole)
 
 
@@ -219,9 +230,7 @@ def test_a_finished_store_is_not_touched(
     assert {path: path.stat().st_mtime_ns for path in whole.glob("*.h5")} == before
 
 
-def test_other_settings_are_refused(
-    images: Path, vision: TimmVisionEncoder, whole: Path
-) -> None:
+def test_other_settings_are_refused(images: Path, vision: TimmVisionEncoder, whole: Path) -> None:
     source = CaptionFolder(str(images))
     cases: dict[str, Extraction] = {
         "dtype='float16', now dtype='float32'": job(source, vision, whole, dtype="float32"),
@@ -246,10 +255,12 @@ def test_a_full_disk_is_noticed_before(
     run = job(CaptionFolder(str(images)), vision, tmp_path)
     patches, width, heads = 4, vision.embed_dim, vision.num_heads
     floats = patches * width + heads * patches + 2 * width + heads * width
-    assert run.expected_bytes() == 20 * 2 * floats
+    assert run.expected_bytes() == 2 * (20 * floats + 40 * HashText.embed_dim)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    with pytest.raises(StoreError, match=r"the disk has 0\.0 GB free; keep less with features=pool"):
+    with pytest.raises(
+        StoreError, match=r"the disk has 0\.0 GB free; keep less with features=pool"
+    ):
         extract.check_space(run, Console(quiet=True))
 
 

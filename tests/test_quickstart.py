@@ -37,7 +37,7 @@ def test_training_helps_on_held_out_scenes(quickstart: Path) -> None:
 
 
 def test_segmented_photograph(quickstart: Path) -> None:
-    photograph = Image.open(quickstart / "photograph.png")
+    photograph = Image.open(quickstart / "photograph.jpg")
     overlay = Image.open(quickstart / "segmented.png")
     labels = Image.open(quickstart / "segmented_labels.png")
     assert labels.size == photograph.size

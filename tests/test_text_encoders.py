@@ -46,7 +46,7 @@ def clip() -> OpenClipTextEncoder:
 
 @cache
 def minilm() -> SentenceTransformerTextEncoder:
-    return SentenceTransformerTextEncoder()
+    return SentenceTransformerTextEncoder(max_length=12)
 
 
 @cache
@@ -188,6 +188,7 @@ def test_sentence_tokens() -> None:
     torch.testing.assert_close(features.embedding, minilm().encode(TEXTS), atol=1e-5, rtol=1e-4)
     none = minilm().encode_tokens([])
     assert none.embedding.shape == (0, 384) and none.token_mask.dtype == torch.bool
+    assert none.token_embeddings.shape[1:] == features.token_embeddings.shape[1:] == (12, 384)
 
 
 def test_bert_agrees_with_sentence_transformers_on_the_same_weights() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from talk2dino.alignment.similarity_base import Similarity, as_heads, like
+from talk2dino.alignment.similarity_base import Similarity, TextField, as_heads, like
 from talk2dino.errors import ConfigError
 
 
@@ -20,7 +22,10 @@ class AllPairs(Similarity):
         cosine: compare directions.
         keep_cls: the start token takes part.
         keep_end_seq: the last unmasked token takes part.
+        text_field: what of a caption is compared.
     """
+
+    takes_tokens: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -28,8 +33,9 @@ class AllPairs(Similarity):
         cosine: bool = True,
         keep_cls: bool = False,
         keep_end_seq: bool = False,
+        text_field: TextField = "embedding",
     ) -> None:
-        super().__init__(field, cosine)
+        super().__init__(field, cosine, text_field)
         self.keep_cls = keep_cls
         self.keep_end_seq = keep_end_seq
 
@@ -96,8 +102,9 @@ class Nucleus(AllPairs):
         cosine: bool = True,
         keep_cls: bool = False,
         keep_end_seq: bool = False,
+        text_field: TextField = "embedding",
     ) -> None:
-        super().__init__(field, cosine, keep_cls, keep_end_seq)
+        super().__init__(field, cosine, keep_cls, keep_end_seq, text_field)
         self.alpha = alpha
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from talk2dino.alignment.projection import Projection, ProjectionLayer
 from talk2dino.alignment.projection_base import Activation, check_width
+from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import ConfigError
 
 
@@ -101,6 +102,41 @@ class CLIPLastLayer(Projection):
             layer.text_projection.copy_(matrix)
         return layer
 
+    @classmethod
+    def from_text_encoder(
+        cls,
+        text: TextEncoder,
+        vision_dim: int,
+        text_dim: int | None = None,
+        hidden_layers: int | bool = 1,
+        activation: Activation | None = "tanh",
+    ) -> CLIPLastLayer:
+        """Start from the end of a text encoder; what `projection=clip_last_layer` builds.
+
+        Args:
+            text: an `OpenClipTextEncoder`, the one that the features come from.
+            vision_dim: width D of the visual features.
+            text_dim: width C, checked against the encoder's if it is given.
+            hidden_layers: of ψ.
+            activation: of ψ.
+
+        Raises:
+            ConfigError: not a CLIP text encoder (see `from_open_clip`), or another width.
+        """
+        tower = getattr(text, "tower", None)
+        if not isinstance(tower, nn.Module):
+            raise ConfigError(
+                f"projection=clip_last_layer: {type(text).__name__} has no CLIP text tower; extract "
+                "with text=clip_vitb16"
+            )
+        layer = cls.from_open_clip(tower, vision_dim, hidden_layers, activation)
+        if text_dim not in (None, layer.text_dim):
+            raise ConfigError(
+                f"projection.text_dim={text_dim}: the text encoder has {layer.text_dim}; leave it "
+                "null"
+            )
+        return layer
+
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's keyword arguments as plain values (JSON)."""
@@ -128,11 +164,28 @@ class CLIPLastLayer(Projection):
         Raises:
             ConfigError: the tokens' width is not `width`.
         """
-        check_width(second_last_tokens, self.width, "second_last_tokens", "projection.width")
-        tokens = second_last_tokens.to(self.text_projection.dtype)
+        return self.project_embedding(self.embed_text(second_last_tokens, eot_index))
+
+    def embed_text(self, text: Tensor, eot_index: Tensor | None = None) -> Tensor:
+        """`second_last_tokens` `[B, L, W]` and `eot_index` `[B]` to CLIP's embedding, `[B, C]`.
+
+        Raises:
+            ConfigError: `eot_index` is missing, or the tokens' width is not `width`.
+        """
+        if eot_index is None:
+            raise ConfigError(
+                "projection=CLIPLastLayer reads the caption fields second_last_tokens and "
+                "eot_index: extract them, or use a projection that reads embedding"
+            )
+        check_width(text, self.width, "second_last_tokens", "projection.width")
+        tokens = text.to(self.text_projection.dtype)
         end = self.ln_final(self.last_block(tokens, eot_index))  # [B, W]
-        projected: Tensor = self.projection(end @ self.text_projection)
-        return projected
+        embedding: Tensor = end @ self.text_projection
+        return embedding
+
+    def project_embedding(self, embedding: Tensor) -> Tensor:
+        """ψ of `embed_text`'s result, `[..., C]` to `[..., D]`."""
+        return self.projection.project_text(embedding)
 
     def project_text(self, text: Tensor, eot_index: Tensor | None = None) -> Tensor:
         """The same as calling the module.
@@ -140,13 +193,7 @@ class CLIPLastLayer(Projection):
         Raises:
             ConfigError: `eot_index` is missing.
         """
-        if eot_index is None:
-            raise ConfigError(
-                "projection=CLIPLastLayer reads the caption fields second_last_tokens and "
-                "eot_index: extract them, or use a projection that reads embedding"
-            )
-        projected: Tensor = self(text, eot_index)
-        return projected
+        return self.project_embedding(self.embed_text(text, eot_index))
 
 
 class _LastBlock(nn.Module):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from talk2dino.alignment.checkpoint import describe_projection
-from talk2dino.alignment.pooling import visual_feature
+from talk2dino.alignment.inputs import projected_text, projected_visual
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.retrieval import retrieval_metrics
 from talk2dino.alignment.similarity import Similarity
@@ -58,9 +58,8 @@ class AlignmentModule(L.LightningModule):
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the score matrix [text, image] over all ranks, and the image id of each row."""
-        text = self.projection.project_text(*(batch[f] for f in self.projection.text_fields))
-        visual = self.projection.project_visual(visual_feature(batch, self.similarity.field))
-        mask = batch["token_mask"] if text.ndim == 3 else None
+        text, mask = projected_text(batch, self.projection, self.similarity)
+        visual = projected_visual(batch, self.projection, self.similarity)
         chosen = self.similarity.select(text, visual)
         columns = self.similarity.scores(
             gather_rows(text), chosen, None if mask is None else gather_rows(mask)
@@ -76,10 +75,10 @@ class AlignmentModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Project and keep one batch; the metrics need all of them."""
-        text = self.projection.project_text(*(batch[f] for f in self.projection.text_fields))
-        visual = self.projection.project_visual(visual_feature(batch, self.val_similarity.field))
+        text, mask = projected_text(batch, self.projection, self.val_similarity)
+        visual = projected_visual(batch, self.projection, self.val_similarity)
         kept = {"text": text, "visual": visual, "image_id": batch["image_id"]}
-        self._val_batches.append(kept)
+        self._val_batches.append(kept if mask is None else kept | {"mask": mask})
 
     def on_validation_epoch_end(self) -> None:
         """Log recall at 1, 5 and 10 and the median rank in both directions."""
@@ -89,10 +88,16 @@ class AlignmentModule(L.LightningModule):
             torch.cat([batch[key] for batch in self._val_batches])
             for key in ("text", "visual", "image_id")
         )
+        masks = [batch["mask"] for batch in self._val_batches if "mask" in batch]
         self._val_batches.clear()
         image_ids, first = first_occurrences(captions)
         metrics = retrieval_metrics(
-            self.val_similarity.scores, text, visual[first], captions, image_ids
+            self.val_similarity.scores,
+            text,
+            visual[first],
+            captions,
+            image_ids,
+            text_mask=torch.cat(masks) if masks else None,
         )
         self.log_dict({f"val/{name}": value for name, value in metrics.items()})
         self.log("recall@5", metrics["text_to_image/recall@5"], prog_bar=True, logger=False)

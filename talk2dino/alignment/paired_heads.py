@@ -8,6 +8,7 @@ from torch import Tensor
 
 from talk2dino.alignment.similarity_base import (
     Similarity,
+    TextField,
     as_heads,
     like,
     positive,
@@ -24,8 +25,13 @@ class PairedHead(Similarity):
     compared with every text; it is not a choice per pair.
     """
 
-    def __init__(self, field: str = "disentangled_self_attn", cosine: bool = True) -> None:
-        super().__init__(field, cosine)
+    def __init__(
+        self,
+        field: str = "disentangled_self_attn",
+        cosine: bool = True,
+        text_field: TextField = "embedding",
+    ) -> None:
+        super().__init__(field, cosine, text_field)
 
     def select(self, text: Tensor, visual: Tensor) -> Tensor:
         """Text `[B, D]`, visual `[B, H, D]` to what stands for each image, `[B, D]`."""
@@ -72,6 +78,7 @@ class SampledHead(PairedHead):
         field: name of the visual feature.
         cosine: compare directions.
         generator: source of randomness; None is torch's default generator.
+        text_field: what of a caption is compared.
     """
 
     def __init__(
@@ -79,8 +86,9 @@ class SampledHead(PairedHead):
         field: str = "disentangled_self_attn",
         cosine: bool = True,
         generator: torch.Generator | None = None,
+        text_field: TextField = "embedding",
     ) -> None:
-        super().__init__(field, cosine)
+        super().__init__(field, cosine, text_field)
         self.generator = generator
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
@@ -102,8 +110,9 @@ class SoftHead(PairedHead):
         temperature: float = 0.1,
         field: str = "disentangled_self_attn",
         cosine: bool = True,
+        text_field: TextField = "embedding",
     ) -> None:
-        super().__init__(field, cosine)
+        super().__init__(field, cosine, text_field)
         self.temperature = positive("similarity.temperature", temperature)
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:

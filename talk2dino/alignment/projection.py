@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,16 @@ class ProjectionLayer(Projection):
         projected: Tensor = self(text)
         return projected
 
+    @property
+    def pooled_fields(self) -> tuple[str, ...]:
+        """Image fields that `pool_visual` takes; empty without `head_weighting`."""
+        dense = ("patch_tokens", "self_attn_maps")
+        return {"static": dense, "conditioned": (*dense, "cls_token")}.get(
+            self.head_weighting or "", ()
+        )
+
     def pool_visual(
-        self, patch_tokens: Tensor, self_attn_maps: Tensor, cls_token: Tensor
+        self, patch_tokens: Tensor, self_attn_maps: Tensor, cls_token: Tensor | None = None
     ) -> Tensor:
         """Pool patches by a weighted mean of the heads' attention (original `get_visual_embed`).
 
@@ -151,14 +159,17 @@ class ProjectionLayer(Projection):
                 f"{tuple(self_attn_maps.shape)} [B, H, P]: set it to {self_attn_maps.shape[1]}"
             )
         dtype = self.linear_layer.weight.dtype
-        weights = self._head_logits(cls_token.to(dtype)).softmax(dim=-1)  # [B, H] or [H]
+        weights = self._head_logits(cls_token).softmax(dim=-1)  # [B, H] or [H]
         logits = (self_attn_maps.to(dtype) * weights[..., None]).mean(dim=1)  # [B, P]
         attention = logits.softmax(dim=-1)
         return (attention[..., None] * patch_tokens.to(dtype)).mean(dim=1)  # [B, D]
 
-    def _head_logits(self, cls_token: Tensor) -> Tensor:
+    def _head_logits(self, cls_token: Tensor | None) -> Tensor:
         if self.head_weighting == "static":
             return self.attn_weights
+        if cls_token is None:
+            raise ConfigError("projection.head_weighting=conditioned needs the field cls_token")
+        cls_token = cls_token.to(self.weight_layer1.weight.dtype)
         hidden = activate(self.activation, self.weight_layer1(cls_token))
         logits: Tensor = self.weight_layer2(hidden)
         return logits
@@ -189,6 +200,8 @@ class DoubleMLP(ProjectionLayer):
     `visual_hidden_layers.N`. With `hidden_layers=0` both sides are one linear layer; the original
     `DoubleMLP` raises there.
     """
+
+    projects_visual: ClassVar[bool] = True
 
     def __init__(
         self,

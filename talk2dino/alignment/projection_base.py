@@ -27,15 +27,41 @@ class Projection(nn.Module):
         vision_dim: width D of the visual features.
         text_fields: caption fields that `project_text` takes, in order:
             `projection.project_text(*(batch[name] for name in projection.text_fields))`.
+        pooled_fields: image fields that `pool_visual` takes, in order; empty if the projection has
+            no pooling of its own.
+        projects_visual: whether `project_visual` does anything.
     """
 
     text_fields: ClassVar[tuple[str, ...]] = ("embedding",)
+    projects_visual: ClassVar[bool] = False
     text_dim: int
     vision_dim: int
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's keyword arguments as plain values (JSON)."""
+        raise NotImplementedError
+
+    @property
+    def pooled_fields(self) -> tuple[str, ...]:
+        """See the class."""
+        return ()
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """First stage of the text side: `text_fields` to one embedding, `[..., C]`.
+
+        Prompts of one class are averaged between the two stages.
+        """
+        return text
+
+    def project_embedding(self, embedding: Tensor) -> Tensor:
+        """Second stage, `[..., C]`: what `project_text` does behind `embed_text`."""
+        return self.project_text(embedding)
+
+    def pool_visual(
+        self, patch_tokens: Tensor, self_attn_maps: Tensor, cls_token: Tensor | None = None
+    ) -> Tensor:
+        """The image as one vector `[B, D]`, pooled with learned weights (see `pooled_fields`)."""
         raise NotImplementedError
 
     def project_text(self, text: Tensor) -> Tensor:
@@ -45,6 +71,23 @@ class Projection(nn.Module):
     def project_visual(self, visual: Tensor) -> Tensor:
         """Visual features `[..., D]` in the space where similarities are computed."""
         return visual
+
+
+class VisualSide(nn.Module):
+    """`project_visual` as a module, which moves and saves with whatever holds it."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, visual: Tensor) -> Tensor:
+        """`[..., D]` to the space where similarities are computed."""
+        return self.projection.project_visual(visual)
+
+
+def visual_side(projection: Projection) -> VisualSide | None:
+    """The image side of a projection as a module; None where it changes nothing."""
+    return VisualSide(projection) if projection.projects_visual else None
 
 
 def check_width(x: Tensor, width: int, what: str, key: str) -> None:

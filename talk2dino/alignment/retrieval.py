@@ -65,22 +65,25 @@ class RetrievalReport:
 
 @torch.no_grad()
 def retrieval_metrics(
-    scores: Callable[[Tensor, Tensor], Tensor],
+    scores: Callable[..., Tensor],
     texts: Tensor,
     images: Tensor,
     text_image_ids: Tensor,
     image_ids: Tensor,
     chunk_size: int = 512,
+    text_mask: Tensor | None = None,
 ) -> dict[str, float]:
     """Recall and ranks of any similarity, for a logger.
 
     Args:
-        scores: the similarity's `scores`, texts `[t, ...]` and images `[I, ...]` to `[t, I]`.
+        scores: the similarity's `scores`, texts `[t, ...]` and images `[I, ...]` to `[t, I]`;
+            called with the rows of the mask as well if there is one.
         texts: `[T, ...]` projected captions.
         images: `[I, ...]` visual features, one row per image.
         text_image_ids: `[T]` int64, the id of each caption's image.
         image_ids: `[I]` int64, all different.
         chunk_size: captions per call of `scores`.
+        text_mask: `[T, L]` bool, for token-level texts.
 
     Returns:
         `text_to_image/recall@1`, `…@5`, `…@10` in percent, `…/median_rank`, `…/mean_rank`, and the
@@ -96,9 +99,12 @@ def retrieval_metrics(
         raise DataError(
             f"retrieval: image id {int(unknown[0])} of a caption is not among the images"
         )
-    report = retrieval_from_scores(
-        lambda rows: scores(texts[rows], images), order[place], len(images), chunk_size
-    )
+
+    def score_rows(rows: slice) -> Tensor:
+        masks = () if text_mask is None else (text_mask[rows],)
+        return scores(texts[rows], images, *masks)
+
+    report = retrieval_from_scores(score_rows, order[place], len(images), chunk_size)
     return report.as_dict()
 
 

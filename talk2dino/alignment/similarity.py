@@ -24,6 +24,7 @@ from talk2dino.alignment.paired_heads import (
 )
 from talk2dino.alignment.similarity_base import (
     Similarity,
+    TextField,
     like,
     positive,
     positive_or_none,
@@ -52,8 +53,13 @@ __all__ = [
 class DotProduct(Similarity):
     """One vector per image, one per text (the original's comparison of 2-D inputs)."""
 
-    def __init__(self, field: str = "avg_self_attn_out", cosine: bool = True) -> None:
-        super().__init__(field, cosine)
+    def __init__(
+        self,
+        field: str = "avg_self_attn_out",
+        cosine: bool = True,
+        text_field: TextField = "embedding",
+    ) -> None:
+        super().__init__(field, cosine, text_field)
 
     def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Text `[T, D]`, visual `[I, D]` to `[T, I]`."""
@@ -74,6 +80,7 @@ class Dense(Similarity):
         chunk_size: images at a time, recomputed in backward, to bound memory; None is all at once.
         field: name of the visual feature.
         generator: source of randomness of the subset; None is torch's default generator.
+        text_field: what of a caption is compared.
     """
 
     def __init__(
@@ -83,8 +90,9 @@ class Dense(Similarity):
         chunk_size: int | None = None,
         field: str = "patch_tokens",
         generator: torch.Generator | None = None,
+        text_field: TextField = "embedding",
     ) -> None:
-        super().__init__(field, cosine=True)
+        super().__init__(field, cosine=True, text_field=text_field)
         self.temperature = positive("similarity.temperature", temperature)
         self.max_patches = positive_or_none("similarity.max_patches", max_patches)
         self.chunk_size = positive_or_none("similarity.chunk_size", chunk_size)

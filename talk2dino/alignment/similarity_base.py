@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal, get_args
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError
+
+TextField = Literal["embedding", "token_average", "token_embeddings"]
 
 
 class Similarity(nn.Module):
@@ -14,12 +18,37 @@ class Similarity(nn.Module):
     Args:
         field: name of the visual feature that is compared.
         cosine: compare directions; False compares by dot product.
+        text_field: what of a caption is projected and compared: its pooled `embedding`, the
+            `token_average` (original `clip_txt_out_tokens_avg`: without the first and the last
+            token), or all `token_embeddings`, which only some strategies take.
+
+    Attributes:
+        takes_tokens: whether the strategy compares token by token.
+
+    Raises:
+        ConfigError: an unknown text field, or tokens for a strategy that takes one vector.
     """
 
-    def __init__(self, field: str, cosine: bool = True) -> None:
+    takes_tokens: ClassVar[bool] = False
+
+    def __init__(
+        self, field: str, cosine: bool = True, text_field: TextField = "embedding"
+    ) -> None:
         super().__init__()
         self.field = field
         self.cosine = cosine
+        self.text_field = text_field
+        if text_field not in get_args(TextField):
+            raise ConfigError(
+                f"similarity.text_field={text_field!r}: choose one of "
+                f"{', '.join(get_args(TextField))}"
+            )
+        if text_field == "token_embeddings" and not self.takes_tokens:
+            raise ConfigError(
+                f"similarity.text_field=token_embeddings: {type(self).__name__} compares one vector "
+                "per caption; choose similarity=sum, mean, max_row_sum or nucleus, or "
+                "text_field=token_average"
+            )
 
     def select(self, text: Tensor, visual: Tensor) -> Tensor:
         """Local stage, row i of text `[B, D]` with row i of visual: identity unless overridden."""
@@ -35,7 +64,7 @@ class Similarity(nn.Module):
 
     def extra_repr(self) -> str:
         """Options, for `print(module)`."""
-        return f"field={self.field!r}, cosine={self.cosine}"
+        return f"field={self.field!r}, cosine={self.cosine}, text_field={self.text_field!r}"
 
     def _unit(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.cosine else x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class VisualProjectionLayer(Projection):
         hidden_dim: width between two layers (`linear_layer`, `linear_layer2`); None has one layer.
         activation: "tanh", "relu", "sigmoid" or None.
     """
+
+    projects_visual: ClassVar[bool] = True
 
     def __init__(
         self,

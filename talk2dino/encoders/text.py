@@ -5,7 +5,7 @@ from __future__ import annotations
 from talk2dino.encoders.bert_text import BertTextEncoder
 from talk2dino.encoders.open_clip_text import OpenClipTextEncoder
 from talk2dino.encoders.sentence_text import SentenceTransformerTextEncoder
-from talk2dino.encoders.text_base import TextEncoder, TextFeatures, TokenTextEncoder
+from talk2dino.encoders.text_base import TextEncoder, TextFeatures, TokenTextEncoder, encode_fields
 
 __all__ = [
     "BertTextEncoder",
@@ -14,4 +14,5 @@ __all__ = [
     "TextEncoder",
     "TextFeatures",
     "TokenTextEncoder",
+    "encode_fields",
 ]

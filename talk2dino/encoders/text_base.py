@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from talk2dino.errors import ConfigError
+
 
 class TextEncoder(Protocol):
     """What extraction and segmentation need of a text encoder.
@@ -65,4 +67,34 @@ def join(parts: Sequence[TextFeatures]) -> TextFeatures:
         token_mask=torch.cat([part.token_mask for part in parts]),
         second_last_tokens=torch.cat(earlier) if earlier else None,
         eot_index=torch.cat([part.eot_index for part in parts]),
+    )
+
+
+def encode_fields(
+    text: TextEncoder, texts: Sequence[str], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The named fields of `TextFeatures`, each [N, ...] on the CPU.
+
+    Asks for the pooled embedding alone if that is all, since token-level outputs cost memory.
+
+    Raises:
+        ConfigError: the encoder does not give one of them.
+    """
+    if list(names) == ["embedding"]:
+        return {"embedding": text.encode(texts)}
+    encode_tokens = getattr(text, "encode_tokens", None)
+    if encode_tokens is None:
+        raise _no_field(text, next(name for name in names if name != "embedding"))
+    features: TextFeatures = encode_tokens(texts)
+    fields: dict[str, Tensor | None] = {name: getattr(features, name) for name in names}
+    found = {name: values for name, values in fields.items() if values is not None}
+    if missing := sorted(fields.keys() - found.keys()):
+        raise _no_field(text, missing[0])
+    return found
+
+
+def _no_field(text: TextEncoder, name: str) -> ConfigError:
+    return ConfigError(
+        f"text: {type(text).__name__} does not give {name}; choose text=clip_vitb16, or features "
+        "and a projection that need the embedding only"
     )

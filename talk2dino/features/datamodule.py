@@ -27,7 +27,8 @@ class FeatureDataModule(L.LightningDataModule):
         store: feature store to train on.
         image_fields: image features of a training batch.
         val_image_fields: image features of a validation batch.
-        caption_fields: caption features of both.
+        caption_fields: caption features of a training batch.
+        val_caption_fields: caption features of a validation batch; None takes the same.
         val_store: feature store to validate on.
         val_fraction: share of the images of `store` held out when there is no `val_store`.
         batch_size: captions per rank and step.
@@ -46,6 +47,7 @@ class FeatureDataModule(L.LightningDataModule):
         image_fields: Sequence[str],
         val_image_fields: Sequence[str] = ("avg_self_attn_out",),
         caption_fields: Sequence[str] = ("embedding",),
+        val_caption_fields: Sequence[str] | None = None,
         val_store: str | Path | None = None,
         val_fraction: float = 0.05,
         batch_size: int = 128,
@@ -61,7 +63,8 @@ class FeatureDataModule(L.LightningDataModule):
         self.store = FeatureStore(store)
         held_out = FeatureStore(val_store) if val_store else self.store
         self.train_data = CaptionBatches(self.store, image_fields, caption_fields)
-        self.val_data = CaptionBatches(held_out, val_image_fields, caption_fields)
+        val_captions = caption_fields if val_caption_fields is None else val_caption_fields
+        self.val_data = CaptionBatches(held_out, val_image_fields, val_captions)
         rows = self.train_data.image_row
         if not len(rows):
             raise StoreError(f"{store}: holds no captions; nothing to train on")

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from talk2dino.atomic import replacing
 from talk2dino.encoders.attention import pool_attention
-from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.text import TextEncoder, encode_fields
 from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import ConfigError
+from talk2dino.features.caption_fields import caption_bytes, check_caption_fields
 from talk2dino.features.schema import EncoderInfo, Manifest, VisionInfo
 from talk2dino.features.sources import Entry, Source
 from talk2dino.features.writer import (
@@ -41,6 +42,7 @@ EXTRACTED = (
     "avg_self_attn_out",
     "disentangled_self_attn",
 )
+IMAGE_CHOICES = (*EXTRACTED, "second_last_out")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Extraction:
         text: text encoder.
         store: folder to fill; created if absent.
         split: first part of the shards' names.
-        image_fields: what to keep of an image, out of `EXTRACTED`.
+        image_fields: what to keep of an image, out of `IMAGE_CHOICES`.
+        caption_fields: what to keep of a caption, out of `EXTRACTED_CAPTIONS`.
         dtype: of the stored features, `float16` or `float32`.
         images_per_shard: images per shard.
         num_workers: processes that decode images.
@@ -104,6 +107,7 @@ class Extraction:
     store: Path
     split: str = "train"
     image_fields: Sequence[str] = EXTRACTED
+    caption_fields: Sequence[str] = ("embedding",)
     dtype: str = "float16"
     images_per_shard: int = 1024
     num_workers: int = 2
@@ -115,10 +119,12 @@ class Extraction:
 
     def __post_init__(self) -> None:
         for name in self.image_fields:
-            if name not in EXTRACTED:
+            if name not in IMAGE_CHOICES:
                 raise ConfigError(
-                    f"features.image_fields: {name!r} is unknown; choose of {', '.join(EXTRACTED)}"
+                    f"features.image_fields: {name!r} is unknown; choose of "
+                    f"{', '.join(IMAGE_CHOICES)}"
                 )
+        check_caption_fields(self.caption_fields, self.text)
         if self.images_per_shard < 1:
             raise ConfigError(f"images_per_shard={self.images_per_shard}; use 1 or more")
 
@@ -128,7 +134,7 @@ class Extraction:
         return -(-len(self.source) // self.images_per_shard)
 
     def expected_bytes(self) -> int:
-        """Size of the image features of the whole store; captions come on top."""
+        """Size of the features of the whole store; ids, names and texts come on top."""
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
         width, heads = self.vision.embed_dim, self.vision.num_heads
         values = {
@@ -137,9 +143,12 @@ class Extraction:
             "cls_token": width,
             "avg_self_attn_out": width,
             "disentangled_self_attn": heads * width,
+            "second_last_out": width,
         }
         size = np.dtype(self.dtype).itemsize
-        return len(self.source) * size * sum(values[name] for name in self.image_fields)
+        images = len(self.source) * size * sum(values[name] for name in self.image_fields)
+        per_caption = caption_bytes(self.text, self.caption_fields, self.dtype)
+        return images + self.source.caption_count() * per_caption
 
     def run(self, advance: Callable[[int], None] = lambda images: None) -> Manifest | None:
         """Write this rank's missing shards, then the manifest if all shards are there.
@@ -177,8 +186,10 @@ class Extraction:
             "source": self.source.fingerprint(),
             "vision": {k: vision[k] for k in ("name", "weights_sha256", "image_size")}
             | {"rope_in_attention": self.vision.rope_in_attention, "precision": self.precision},
-            "text": {k: text[k] for k in ("name", "weights_sha256")},
+            "text": {k: text[k] for k in ("name", "weights_sha256")}
+            | {k: v for k, v in text["spec"].items() if k in ("pooling", "max_length")},
             "image_fields": list(self.image_fields),
+            "caption_fields": list(self.caption_fields),
             "dtype": self.dtype,
             "images_per_shard": self.images_per_shard,
             # A batch of another size may sum in another order: the bytes would differ.
@@ -229,7 +240,7 @@ class Extraction:
             features = self.vision(pixels.to(device, non_blocking=True).float() / 255)
         rows.add_images(items, select_fields(features, self.image_fields), self.dtype)
         texts = [text for item in items for _, text in item.entry.captions]
-        rows.add_embeddings(self.text.encode(texts), self.dtype)
+        rows.add_captions(encode_fields(self.text, texts, self.caption_fields), self.dtype)
 
     def _encode_nothing(self, rows: _Rows) -> None:
         """Give `rows` every field with its shape and no row."""
@@ -239,7 +250,8 @@ class Extraction:
             blank = self.vision(torch.zeros(1, 3, side, side, device=device))
         fields = select_fields(blank, self.image_fields)
         rows.add_images([], {name: values[:0] for name, values in fields.items()}, self.dtype)
-        rows.add_embeddings(self.text.encode([""])[:0], self.dtype)
+        captions = encode_fields(self.text, [""], self.caption_fields)
+        rows.add_captions({name: values[:0] for name, values in captions.items()}, self.dtype)
 
     def _finish_shard(self, shard: int, rows: _Rows) -> None:
         skipped = self.store / ".parts" / f"{self.split}-{shard:05d}.skipped"
@@ -278,7 +290,7 @@ class _Rows:
         self.file_names: list[str] = []
         self.captions: list[tuple[int, int, str]] = []  # id, image_row, text
         self.fields: dict[str, list[np.ndarray]] = {}
-        self.embeddings: list[np.ndarray] = []
+        self.caption_fields: dict[str, list[np.ndarray]] = {}
         self.skipped: list[dict[str, Any]] = []
 
     def add_images(self, items: Sequence[Decoded], fields: dict[str, Tensor], dtype: str) -> None:
@@ -290,18 +302,21 @@ class _Rows:
         for name, values in fields.items():
             self.fields.setdefault(name, []).append(values.cpu().numpy().astype(dtype))
 
-    def add_embeddings(self, embeddings: Tensor, dtype: str) -> None:
-        self.embeddings.append(embeddings.numpy().astype(dtype))
+    def add_captions(self, fields: dict[str, Tensor], dtype: str) -> None:
+        for name, values in fields.items():
+            array = values.numpy()
+            floats = array.dtype.kind == "f"
+            self.caption_fields.setdefault(name, []).append(array.astype(dtype) if floats else array)
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         images: dict[str, Any] = {"id": np.array(self.ids), "file_name": self.file_names}
         images |= {name: np.concatenate(parts) for name, parts in self.fields.items()}
-        captions = {
+        captions: dict[str, Any] = {
             "id": np.array([number for number, _, _ in self.captions], np.int64),
             "image_row": np.array([row for _, row, _ in self.captions], np.int64),
             "text": [text for _, _, text in self.captions],
-            "embedding": np.concatenate(self.embeddings),
         }
+        captions |= {name: np.concatenate(parts) for name, parts in self.caption_fields.items()}
         return images, captions
 
 
@@ -314,5 +329,14 @@ def select_fields(features: VisionFeatures, names: Sequence[str]) -> dict[str, T
         "cls_token": lambda: features.cls_token.float(),
         "avg_self_attn_out": lambda: pool_attention(tokens, maps, head_average=True),
         "disentangled_self_attn": lambda: pool_attention(tokens, maps),
+        "second_last_out": lambda: _second_last(features),
     }
     return {name: make[name]() for name in names}
+
+
+def _second_last(features: VisionFeatures) -> Tensor:
+    if features.second_last_out is None:
+        raise ConfigError(
+            "features.image_fields: this vision encoder does not show second_last_out; leave it out"
+        )
+    return features.second_last_out.float()

@@ -2,8 +2,8 @@
 
 A scene is a canvas split into two to four rectangles; each shows a random crop of the photograph
 of one concept. Its captions each name a random subset of the regions, as people's captions do.
-Training scenes crop from one part of every photograph and held-out scenes from another part, so that the
-pixels of an evaluation scene were never seen. The photographs come with scikit-image and
+Training scenes crop from one part of every photograph and held-out scenes from another part, so
+that the pixels of an evaluation scene were never seen. The photographs come with scikit-image and
 scikit-learn; nothing is downloaded.
 """
 

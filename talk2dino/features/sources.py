@@ -48,6 +48,10 @@ class Source:
         """The captions and the name of image `index`."""
         return self.entries[index]
 
+    def caption_count(self) -> int:
+        """Number of captions of all images."""
+        return sum(len(self.entry(index).captions) for index in range(len(self)))
+
     def image(self, index: int) -> Image.Image:
         """Read image `index` as RGB.
 
@@ -212,6 +216,10 @@ class Mosaic(Source):
 
     def __len__(self) -> int:
         return self.count
+
+    def caption_count(self) -> int:
+        """Known without composing the scenes."""
+        return self.count * self.scenes.captions_per_scene
 
     def entry(self, index: int) -> Entry:
         """Captions of scene `index`."""

@@ -201,6 +201,11 @@ def read_image(path: Path) -> Tensor:
 def _value_table(classes: ClassList, ignore_index: int) -> np.ndarray:
     """From label value to class index; -1 where there is no class."""
     values = [spec.value for spec in classes.classes]
+    if ignore_index in values or len(values) > ignore_index:
+        raise ConfigError(
+            f"benchmark.ignore_index={ignore_index} is also a class; choose a value above the "
+            f"{len(values)} classes and none of their label values"
+        )
     table = np.full(max(*values, *classes.unlabelled, ignore_index, 255) + 1, -1, np.int64)
     table[ignore_index] = ignore_index
     table[list(classes.unlabelled)] = ignore_index

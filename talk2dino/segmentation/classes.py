@@ -103,11 +103,21 @@ def _read_file(path: Path) -> tuple[list[Any], tuple[int, ...]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not a json file ({error})") from error
+    ignored: list[int] = []
     if isinstance(content, dict):
-        unlabelled = content.get("unlabeled", [])
-        values = unlabelled if isinstance(unlabelled, list) else [unlabelled]
-        return list(content.get("classes", [])), tuple(int(value) for value in values)
-    return list(content), ()
+        given = content.get("unlabeled", [])
+        values = given if isinstance(given, list) else [given]
+        ignored = [_label_value(value, f"{path}: unlabeled") for value in values]
+        content = content.get("classes", [])
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of classes, found {type(content).__name__}")
+    return content, tuple(ignored)
+
+
+def _label_value(value: Any, where: str) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise DataError(f"{where} is {value!r}; give a label value, a whole number from 0")
+    return value
 
 
 def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
@@ -118,7 +128,8 @@ def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
     elif isinstance(entry, dict) and str(entry.get("name", "")).strip():
         name = str(entry["name"]).strip()
         synonyms = tuple(map(str, entry.get("synonyms") or (name,)))
-        return ClassSpec(name, synonyms, int(entry.get("id", number)))
+        value = _label_value(entry.get("id", number), f"{origin}: class {number} ({name}): id")
+        return ClassSpec(name, synonyms, value)
     raise DataError(f"{origin}: class {number} is {entry!r}; give it a name")
 
 

@@ -100,6 +100,11 @@ class Segmenter(nn.Module):
         window_batch_size: windows per encoder call.
         antialias: filter when a window is larger than `input_size`. The original did so from
             torchvision 0.17 on; benchmark windows are never larger, so nothing changes there.
+        project_patches: maps patch tokens `[..., D]` to the width of the text, for a projection
+            whose image side learns (`DoubleMLP`, `VisualProjectionLayer`; see `visual_side`).
+            Scores and background cleaning both compare with the text, so both see the projected
+            tokens; heads are then pooled after the projection. The attention maps are the
+            encoder's. `None` leaves the tokens as they are.
 
     Raises:
         ConfigError: `input_size` is no multiple of the encoder's patch size, or the window
@@ -120,6 +125,7 @@ class Segmenter(nn.Module):
         background_threshold: float | None = None,
         window_batch_size: int = 8,
         antialias: bool = True,
+        project_patches: nn.Module | None = None,
     ) -> None:
         super().__init__()
         patch_size = getattr(vision, "patch_size", 1)
@@ -141,6 +147,7 @@ class Segmenter(nn.Module):
         self.background_threshold = background_threshold
         self.window_batch_size = window_batch_size
         self.antialias = antialias
+        self.project_patches = project_patches
 
     @torch.no_grad()
     def forward(
@@ -224,6 +231,8 @@ class Segmenter(nn.Module):
     ) -> Tensor:
         """`[B, K, rows, columns]`; synonyms compete after cleaning, each as its own class."""
         tokens, maps = features.patch_tokens, features.self_attn_maps
+        if self.project_patches is not None:
+            tokens = self.project_patches(tokens)
         scores = class_scores(tokens, text, features.grid)
         if self.background_cleaning:
             scores = clean_background(scores, tokens, maps, text, self.lambda_bg)
