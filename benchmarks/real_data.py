@@ -177,6 +177,8 @@ def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -
     )
     auc = patch_auc((tokens @ rows.T).numpy(), labels.numpy(), benchmark.ignore_index)
     names, voc = benchmark.class_list.names, voc_names()
+    per_class = {names[k]: value for k, value in sorted(auc.items(), key=lambda pair: pair[1])}
+    (folder / "auc.json").write_text(json.dumps(per_class, indent=1))
     figures = {f"R@{k}": validation[f"val/text_to_image/recall@{k}"] for k in (1, 5, 10)}
     figures["AUC"] = float(np.mean(list(auc.values())))
     figures["AUC VOC"] = float(np.mean([v for k, v in auc.items() if names[k] in voc]))

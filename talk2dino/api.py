@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.projection_base import visual_side
+from talk2dino.alignment.texts import embed_texts
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.encoders.device import choose_device
 from talk2dino.encoders.hub import WEIGHTS, resolve_checkpoint
@@ -136,13 +138,15 @@ class Talk2DINO(nn.Module):
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """ψ of texts, [N, D] float32, not normalised; a single text is a list of one."""
         texts = [texts] if isinstance(texts, str) else texts
-        return self.projection.project_text(self.text.encode(texts).to(self.device))
+        embeddings = embed_texts(texts, self.text, self.projection)
+        return self.projection.project_embedding(embeddings)
 
     @torch.no_grad()
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Patch tokens of one picture or several: [B, P, D], in the encoder's precision.
 
         Each picture is resized and centre-cropped to the encoder's `image_size`, as in extraction.
+        A projection with an image side is applied, so that the tokens compare with `encode_text`.
         """
         several = isinstance(images, Sequence) and not isinstance(images, str)
         batch: Sequence[ImageLike] = images if several else [images]  # type: ignore[assignment, list-item]
@@ -151,7 +155,7 @@ class Talk2DINO(nn.Module):
         size = self.vision.image_size
         pixels = torch.stack([crop_square(to_picture(to_pixels(i)), size) for i in batch])
         tokens: Tensor = self.vision(pixels.to(self.device).float() / 255).patch_tokens
-        return tokens
+        return self.projection.project_visual(tokens)
 
     @torch.no_grad()
     def segment(
@@ -210,6 +214,7 @@ class Talk2DINO(nn.Module):
             background_cleaning=threshold is not None,
             background_threshold=threshold,
             pamr=PAMR() if pamr else None,
+            project_patches=visual_side(self.projection),
         )
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: where the configs are, and errors as one line."""
+"""What all commands share: compose, check, run, and report errors as one line."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from talk2dino.config_schema import check_given, check_targets, register_schemas, unknown_key
+from talk2dino.config_errors import config_folder, config_groups, explain
+from talk2dino.config_schema import check_given, check_targets, register_schemas
 from talk2dino.errors import ConfigError, UserError
-
-
-def config_folder() -> Path:
-    """Return the folder `conf`: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def run(
@@ -85,8 +79,6 @@ def quiet_libraries() -> None:
     # Memory-mapped features need no loader processes, and short runs log rarely: both are chosen.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # Results are written as they come and counted in a metric.
-    warnings.filterwarnings("ignore", message=".*predict returned None.*")
     # Every rank validates on everything, so its figures are already those of all ranks.
     warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist.*")
     # Evaluation counts into one confusion matrix and hands out nothing per image.
@@ -108,86 +100,6 @@ def build(node: DictConfig, **arguments: Any) -> Any:
 def _stop(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def explain(error: Exception, command: str) -> str:
-    """Turn an error of config composition into one line that names the nearest valid key."""
-    text = str(error)
-    causes = [str(error.__cause__)] if error.__cause__ else []
-    if isinstance(error, OverrideParseException):
-        reason = _first_line(text.rpartition(f"'{error.override}'")[2].strip() or text)
-        return (
-            f"{error.override}: not of the form key=value ({reason}); "
-            "put quotes around values with special characters: 'key=\"value\"'"
-        )
-    override = re.match(r"Could not override '([^']+)'", text)
-    if override:
-        key = override.group(1)
-        value = _given_value(key)
-        typed = next((c for c in causes if "could not be converted" in c or "Invalid" in c), None)
-        if typed:
-            return f"{key}={value}: {_first_line(typed)}"
-        return unknown_key(key, value, valid_keys(command))
-    group = re.search(
-        r"Could not find '([^']+)/([^'/]+)'.*?Available options[^\n]*\n(.*)", text, re.S
-    )
-    if group:
-        options = group.group(3).split()
-        return unknown_option(group.group(1), group.group(2), options)
-    nested = re.search(r"Key '([^']+)' not in '([^']+)'", text)
-    full = re.search(r"full_key: (\S+)", text)
-    if nested and full:
-        return unknown_key(full.group(1), "", valid_keys(command)).replace(" (value '', str)", "")
-    lines = [line.strip() for line in [*text.splitlines(), *causes[:1]] if line.strip()]
-    return "; ".join(map(_first_line, lines[:3])) if lines else type(error).__name__
-
-
-def config_groups() -> set[str]:
-    """Names of the config groups."""
-    return {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
-
-
-def valid_keys(command: str) -> list[str]:
-    """All dotted keys of a command's default config, and its groups."""
-    groups = config_groups()
-    choices = [item for item in sys.argv[1:] if item.partition("=")[0] in groups]
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        try:
-            config = hydra.compose(command, choices)
-        except (HydraException, OmegaConfBaseException):
-            config = hydra.compose(command)
-    keys: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                inner = f"{path}.{key}" if path else str(key)
-                keys.append(inner)
-                walk(value, inner)
-
-    walk(OmegaConf.to_container(config, resolve=False), "")
-    return keys + sorted(groups)
-
-
-def unknown_option(group: str, option: str, options: list[str]) -> str:
-    """One line about a group option that does not exist."""
-    line = unknown_key(f"{group}={option}", option, [f"{group}={name}" for name in options])
-    return line.replace("unknown config key", "unknown option").replace(
-        f" (value {option!r}, str)", ""
-    )
-
-
-def _given_value(key: str) -> str:
-    """What the command line says for a key."""
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name.lstrip("+~") == key:
-            return value
-    return ""
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
 
 
 def require_output_folder(path: Path, key: str) -> Path:

@@ -108,6 +108,19 @@ class SegmentConfig:
     accelerator: str = "auto"
 
 
+@dataclass
+class ConvertConfig:
+    """convert.yaml."""
+
+    task: str = MISSING
+    vision: Any = None
+    text: Any = None
+    input: str | None = None
+    output: str | None = None
+    activation: str | None = "tanh"
+    store: str | None = None
+
+
 def register_schemas() -> None:
     """Make the schemas known to Hydra under `<command>_schema`."""
     store = ConfigStore.instance()
@@ -115,6 +128,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="segment_schema", node=SegmentConfig)
+    store.store(name="convert_schema", node=ConvertConfig)
 
 
 def check_given(config: DictConfig) -> None:

@@ -13,9 +13,12 @@ from rich.console import Console
 
 from talk2dino import cli
 from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.projection_base import visual_side
 from talk2dino.api import Talk2DINO
 from talk2dino.atomic import write_json
+from talk2dino.encoders.text import TextEncoder
 from talk2dino.segmentation import PAMR, Segmenter
 from talk2dino.segmentation.benchmarks import Benchmark
 from talk2dino.segmentation.classes import embed_classes
@@ -33,7 +36,7 @@ def evaluate(config: DictConfig) -> None:
     plain = OmegaConf.to_container(config, resolve=True)
     columns: dict[str, Any] = {}
     if config.compare_untrained:
-        untrained = fresh_projection(model.projection)
+        untrained = fresh_projection(model.projection, model.text)
         file = folder / "results_untrained.json"
         baseline = predict(config, model, untrained, benchmark, folder / "untrained", file)
         if baseline:
@@ -61,9 +64,12 @@ def load_model(config: DictConfig) -> Talk2DINO:
     )
 
 
-def fresh_projection(trained: Projection) -> Projection:
-    """A projection of the same kind with new random weights."""
+def fresh_projection(trained: Projection, text: TextEncoder) -> Projection:
+    """A projection of the same kind as training starts from: new random weights for ψ."""
     arguments = describe_projection(trained)
+    if isinstance(trained, CLIPLastLayer):
+        kept = {key: arguments[key] for key in ("hidden_layers", "activation")}
+        return CLIPLastLayer.from_text_encoder(text, trained.vision_dim, **kept)
     del arguments["_target_"]
     return type(trained)(**arguments)
 
@@ -90,6 +96,7 @@ def predict(
         background_cleaning=benchmark.background_cleaning,
         background_threshold=benchmark.background_threshold if has_background else None,
         pamr=PAMR() if config.pamr else None,
+        project_patches=visual_side(projection),
     )
     module = SegmentationModule(
         segmenter, benchmark, text, row_classes, folder, config.pictures, results_file=file

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import ParityRecord
+from tests.parity import USE, ParityRecord, whole_suite
 from tests.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
+from tests.token_stores import pictures, token_store  # noqa: F401 (fixtures)
 
 GOLDENS = Path(__file__).parent / "goldens"
+DESELECTED = pytest.StashKey[int]()
+COMPLETE = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,14 +26,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ParityRecord.KEY] = ParityRecord()
+    config.stash[DESELECTED] = 0
+    config.stash[COMPLETE] = False
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[DESELECTED] += "parity" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test of the committed table sees what all others recorded."""
+    items.sort(key=lambda item: item.path.name == "test_parity_table.py")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Only a session that runs everything may write or compare the table."""
+    config = session.config
+    config.stash[COMPLETE] = whole_suite(session.items, config.stash[DESELECTED], config.args)
+    if config.getoption("--write-parity") and not config.stash[COMPLETE]:
+        raise pytest.UsageError(
+            "--write-parity: only a part of the parity tests would run; name whole files, with all "
+            f"that use {USE}…), and no -k, -m or ::"
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     target = session.config.getoption("--write-parity")
-    if target:
-        session.config.stash[ParityRecord.KEY].write(Path(target))
+    if not target or not session.config.stash[COMPLETE]:
+        return
+    if exitstatus:  # a part that failed would be missing
+        session.config.get_terminal_writer().line(f"{target}: not written, since a test failed")
+        return
+    session.config.stash[ParityRecord.KEY].write(Path(target))
+
+
+@pytest.fixture
+def recorded(pytestconfig: pytest.Config) -> ParityRecord:
+    """The whole record, at the end of a session that ran every parity test."""
+    if not pytestconfig.stash[COMPLETE]:
+        pytest.skip("only a part of the parity tests ran")
+    return pytestconfig.stash[ParityRecord.KEY]
 
 
 @pytest.fixture(scope="session")

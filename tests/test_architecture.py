@@ -11,21 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "talk2dino"
 LAYERS = ["encoders", "features", "alignment", "segmentation"]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 BELOW_ALL = {"errors", "atomic"}
+ENTRY_POINTS = {f"{name}.py" for name in ("extract", "train", "evaluate", "segment", "convert")}
 ONLY_IN = {
-    "hydra": {"cli.py", "config_schema.py", "extract.py", "train.py", "evaluate.py", "segment.py"},
-    "omegaconf": {
-        "cli.py",
-        "config_schema.py",
-        "config_types.py",
-        "extract.py",
-        "train.py",
-        "evaluate.py",
-        "segment.py",
-    },
+    "hydra": ENTRY_POINTS | {"cli.py", "config_errors.py", "config_schema.py"},
+    "omegaconf": ENTRY_POINTS
+    | {"cli.py", "config_errors.py", "config_schema.py", "config_types.py"},
     "lightning": {
         "features/datamodule.py",
         "alignment/module.py",
         "alignment/callbacks.py",
+        "alignment/head_records.py",
         "segmentation/datamodule.py",
         "segmentation/module.py",
         "train.py",

@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from talk2dino import load_projection
-from talk2dino.cli import config_folder, user_message
+from talk2dino.cli import user_message
+from talk2dino.config_errors import config_folder
 from talk2dino.config_schema import check_given, check_targets, register_schemas
 from talk2dino.errors import DataError
 from talk2dino.features import write_store
@@ -254,6 +255,8 @@ TYPOS = [
     ("evaluate", ["benchmark.strde=3"], "benchmark.strde", "benchmark.stride?"),
     ("evaluate", ["benchmark.window=wide"], "benchmark.window='wide'", "int"),
     ("evaluate", ["pamr=perhaps"], "pamr=perhaps", "bool"),
+    ("evaluate", ["vision=dinov2_vits"], "vision=dinov2_vits", "vision=dinov2_vits14?"),
+    ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
     ("segment", ["short_side=tall"], "short_side=tall", "Integer"),
     ("segment", ["background=grey"], "background=grey", "Float"),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import hydra
 import pytest
 
-from talk2dino import cli
+from talk2dino.config_errors import config_folder
 from talk2dino.config_schema import check_targets, register_schemas
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def test_command_composes(block: Block) -> None:
         python, flag, module, *overrides = shlex.split(command, comments=True)
         assert (python, flag) == ("python", "-m")
         name = module.removeprefix("talk2dino.")
-        with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
             check_targets(hydra.compose(name, overrides, return_hydra_config=False))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import save_projection
-from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.alignment.projection import Projection, ProjectionLayer
 from talk2dino.errors import DataError, UserError
 from talk2dino.evaluate import predict
 from talk2dino.segmentation.benchmarks import (
@@ -35,7 +35,7 @@ NAMES = ["background", "red", "green", "blue"]
 SMALL: dict[str, Any] = {"short_side": 32, "window": 32, "stride": 16, "input_size": 32}
 
 
-class Colours(nn.Module):
+class Colours(Projection):
     """ψ that puts class prompts where `MeanColourEncoder` puts pictures of that colour."""
 
     def __init__(self) -> None:

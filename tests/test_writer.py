@@ -13,8 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
+from talk2dino import atomic
 from talk2dino.errors import StoreError
-from talk2dino.features import FeatureStore, atomic, shard_writer, write_store
+from talk2dino.features import FeatureStore, shard_writer, write_store
 from talk2dino.features.schema import Manifest
 from talk2dino.features.writer import finish_manifest, open_for_append, write_shard
 

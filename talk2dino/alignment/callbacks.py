@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.module import AlignmentModule
@@ -41,14 +42,14 @@ class LossCurve(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.train: list[tuple[int, float]] = []
+        self.train: list[tuple[int, Tensor]] = []
         self.validation: list[dict[str, float]] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Remember the loss of every step."""
-        self.train.append((trainer.global_step, float(outputs["loss"].detach())))
+        self.train.append((trainer.global_step, outputs["loss"].detach()))  # no device sync
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Remember the validation figures of every epoch."""
@@ -61,13 +62,14 @@ class LossCurve(L.Callback):
         """Write both files."""
         if not self.train:
             return
-        last = self.train[-1][1]
+        losses = [(step, float(loss)) for step, loss in self.train]
+        last = losses[-1][1]
         write_json(
             self.folder / "metrics.json",
             {"steps": trainer.global_step, "train/loss": last, "validation": self.validation},
         )
         with replacing(self.folder / "loss.png") as path:
-            draw_curves(path, self.train, self.validation)
+            draw_curves(path, losses, self.validation)
 
 
 def draw_curves(

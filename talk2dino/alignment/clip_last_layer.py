@@ -126,8 +126,8 @@ class CLIPLastLayer(Projection):
         tower = getattr(text, "tower", None)
         if not isinstance(tower, nn.Module):
             raise ConfigError(
-                f"projection=clip_last_layer: {type(text).__name__} has no CLIP text tower; extract "
-                "with text=clip_vitb16"
+                f"projection=clip_last_layer: {type(text).__name__} has no CLIP text tower; "
+                "extract with text=clip_vitb16"
             )
         layer = cls.from_open_clip(tower, vision_dim, hidden_layers, activation)
         if text_dim not in (None, layer.text_dim):

@@ -45,8 +45,8 @@ class Similarity(nn.Module):
             )
         if text_field == "token_embeddings" and not self.takes_tokens:
             raise ConfigError(
-                f"similarity.text_field=token_embeddings: {type(self).__name__} compares one vector "
-                "per caption; choose similarity=sum, mean, max_row_sum or nucleus, or "
+                f"similarity.text_field=token_embeddings: {type(self).__name__} compares one "
+                "vector per caption; choose similarity=sum, mean, max_row_sum or nucleus, or "
                 "text_field=token_average"
             )
 

@@ -38,13 +38,28 @@ def build_text(spec: Mapping[str, Any]) -> TextEncoder:
     return encoder
 
 
-def _build(spec: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Any:
+def check_spec(spec: Mapping[str, Any], kind: str) -> None:
+    """Refuse a spec from which `build_vision` or `build_text` would not build.
+
+    Args:
+        spec: of an encoder.
+        kind: `vision` or `text`.
+
+    Raises:
+        CheckpointError: another class than this package's own encoders.
+    """
+    known = _VISION if kind == "vision" else _TEXT
     target = str(spec.get("_target_"))
     if target not in known:
         raise CheckpointError(
             f"the {kind} encoder {target!r} of this file is none of {', '.join(known)}; "
             f"choose one with {kind}=…"
         )
+
+
+def _build(spec: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Any:
+    check_spec(spec, kind)
+    target = str(spec["_target_"])
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     try:
         return known[target](**arguments)

@@ -305,8 +305,9 @@ class _Rows:
     def add_captions(self, fields: dict[str, Tensor], dtype: str) -> None:
         for name, values in fields.items():
             array = values.numpy()
-            floats = array.dtype.kind == "f"
-            self.caption_fields.setdefault(name, []).append(array.astype(dtype) if floats else array)
+            if array.dtype.kind == "f":
+                array = array.astype(dtype)
+            self.caption_fields.setdefault(name, []).append(array)
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         images: dict[str, Any] = {"id": np.array(self.ids), "file_name": self.file_names}

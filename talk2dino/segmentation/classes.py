@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.texts import embed_texts
 from talk2dino.encoders.prompts import templates
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import DataError
@@ -143,7 +144,8 @@ def embed_classes(
     """Embed class names in the space of the patch tokens.
 
     Raw mean of the text embeddings over the templates, then ψ, then unit length (eps 1e-6), as the
-    original's `build_text_embedding`; ψ is not linear, so the order matters.
+    original's `build_text_embedding`; ψ is not linear, so the order matters. With `CLIPLastLayer`
+    the mean is taken over the embeddings of its own last block.
 
     Args:
         synonyms: per class, the names that stand for it.
@@ -157,8 +159,8 @@ def embed_classes(
     rows = [(number, name) for number, names in enumerate(synonyms) for name in names]
     patterns = templates(template_set or text.templates)
     sentences = [pattern(name) for _, name in rows for pattern in patterns]
-    device = next(projection.parameters()).device
-    embeddings = text.encode(sentences).view(len(rows), len(patterns), -1).mean(dim=1)
-    projected = projection.project_text(embeddings.to(device))
-    classes = torch.tensor([number for number, _ in rows], device=device)
+    embeddings = embed_texts(sentences, text, projection)
+    embeddings = embeddings.view(len(rows), len(patterns), -1).mean(dim=1)
+    projected = projection.project_embedding(embeddings)
+    classes = torch.tensor([number for number, _ in rows], device=projected.device)
     return F.normalize(projected, dim=-1, eps=1e-6), classes
