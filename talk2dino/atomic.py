@@ -49,7 +49,7 @@ def temporary_name(target: Path) -> Path:
 def write_json(target: Path, data: object, shared: bool = False) -> None:
     """Write `data` as indented JSON through `replacing`."""
     with replacing(target, shared) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
