@@ -203,7 +203,7 @@ def main() -> None:
         help="max_score or dense, with overrides behind @: dense@loss.logit_scale=30",
     )
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
-    parser.add_argument("--validate-every", type=int, default=5)
+    parser.add_argument("--validate-every", type=int, default=1, help="epochs")
     parser.add_argument("--limit", type=int, help="only the first images of each split")
     parser.add_argument("--precision", default="bf16", help="of extraction: 32 or bf16")
     parser.add_argument("--no-miou", action="store_true", help="skip the two segmentations")
