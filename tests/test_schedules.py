@@ -38,10 +38,10 @@ def test_cosine_matches_original_and_stays_at_zero(golden, parity, warmup, steps
 
 
 def test_a_resumed_schedule_continues() -> None:
-    whole = rates(cosine_with_warmup(optimizer(), 5, 30), 30)
-    first = cosine_with_warmup(optimizer(), 5, 30)
+    whole = rates(cosine_with_warmup(optimizer(), 5, total_steps=30), 30)
+    first = cosine_with_warmup(optimizer(), 5, total_steps=30)
     rates(first, 12)
-    second = cosine_with_warmup(optimizer(), 5, 30)
+    second = cosine_with_warmup(optimizer(), 5, total_steps=30)
     second.load_state_dict(first.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     assert torch.allclose(rates(second, 18), whole[12:])
@@ -50,7 +50,21 @@ def test_a_resumed_schedule_continues() -> None:
 def test_bad_steps_are_named() -> None:
     with pytest.raises(ConfigError, match="warmup_steps is -1"):
         constant_with_warmup(optimizer(), warmup_steps=-1)
-    with pytest.raises(ConfigError, match=r"total_steps is None.*warmup_steps=5"):
+    with pytest.raises(ConfigError, match="warmup_epochs is -1"):
+        cosine_with_warmup(optimizer(), warmup_epochs=-1, total_steps=5)
+    with pytest.raises(ConfigError, match="total_steps is None"):
         cosine_with_warmup(optimizer(), warmup_steps=5)
-    with pytest.raises(ConfigError, match="total_steps is 5"):
-        cosine_with_warmup(optimizer(), warmup_steps=5, total_steps=5)
+    with pytest.raises(ConfigError, match="needs steps_per_epoch"):
+        constant_with_warmup(optimizer(), warmup_epochs=1.0)
+
+
+@pytest.mark.parametrize("factory", [constant_with_warmup, cosine_with_warmup])
+def test_epochs_are_steps_by_another_name(factory) -> None:
+    steps = rates(factory(optimizer(), warmup_steps=15, total_steps=50))
+    epochs = rates(factory(optimizer(), warmup_epochs=1.5, total_steps=50, steps_per_epoch=10.0))
+    assert torch.equal(steps, epochs)
+
+
+def test_a_run_cut_short_only_warms_up() -> None:
+    got = rates(cosine_with_warmup(optimizer(), warmup_steps=10, total_steps=5), 5)
+    assert torch.allclose(got, 1e-4 * torch.arange(1, 6, dtype=torch.float64) / 10)

@@ -34,8 +34,8 @@ class AlignmentModule(L.LightningModule):
         similarity: how a text and an image are compared in training.
         loss: of the score matrix, called with the image ids.
         optimizer: makes an optimizer of parameters.
-        scheduler: makes a learning rate schedule, stepped once per batch, of an optimizer and
-            `total_steps`; None keeps the rate.
+        scheduler: makes a learning rate schedule, stepped once per optimizer step, of an
+            optimizer, `total_steps` and `steps_per_epoch`; None keeps the rate.
         val_similarity: how they are compared in validation (recall).
         encoders: specs of the encoders, `{"vision": …, "text": …}`, kept in every checkpoint.
     """
@@ -109,7 +109,8 @@ class AlignmentModule(L.LightningModule):
         if self._scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self._scheduler(optimizer, total_steps=steps)
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        scheduler = self._scheduler(optimizer, total_steps=steps, steps_per_epoch=per_epoch)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
