@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -223,6 +224,8 @@ def test_other_networks_are_refused_in_one_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit_dlittle_patch16_reg1_gap_256", "xcit_nano_12_p16_224"])
 def test_attention_that_is_not_one_softmax_over_tokens_is_refused(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm release does not have {name}")
     with pytest.raises(EncoderError, match="vision transformer"):
         make(name, 224)(torch.rand(1, 3, 224, 224))
 
