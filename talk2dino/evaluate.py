@@ -18,6 +18,8 @@ from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.projection_base import visual_side
 from talk2dino.api import Talk2DINO
 from talk2dino.atomic import write_json
+from talk2dino.encoders.bundled import cache_dir
+from talk2dino.encoders.cache import CachedTextEncoder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.segmentation import PAMR, Segmenter
 from talk2dino.segmentation.benchmarks import Benchmark
@@ -84,7 +86,10 @@ def predict(
 ) -> dict[str, Any]:
     """Run the predict loop and write the results; empty on all ranks but the first."""
     synonyms = [spec.synonyms for spec in benchmark.class_list.prompted]
-    text, row_classes = embed_classes(synonyms, model.text, projection, benchmark.templates)
+    encoder: TextEncoder = model.text
+    if projection.text_fields == ("embedding",):  # prompts of a benchmark are always the same
+        encoder = CachedTextEncoder(encoder, cache_dir() / "text")
+    text, row_classes = embed_classes(synonyms, encoder, projection, benchmark.templates)
     has_background = benchmark.class_list.has_background
     segmenter = Segmenter(
         model.vision,

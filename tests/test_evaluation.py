@@ -388,6 +388,20 @@ def evaluate_mosaic(checkpoint: Path, folder: Path, *overrides: object) -> list[
     ]
 
 
+def test_prompts_are_embedded_once(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from talk2dino.encoders.sentence_text import SentenceTransformerTextEncoder
+
+    run(*evaluate_mosaic(trained_run, tmp_path / "first"))
+    monkeypatch.setattr(SentenceTransformerTextEncoder, "encode", None)  # calling it would fail
+    run(*evaluate_mosaic(trained_run, tmp_path / "second"))
+    first, second = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second")
+    )
+    assert first["per_class"] == second["per_class"]
+
+
 def test_the_mosaic_benchmark_end_to_end(trained_run: Path, tmp_path: Path) -> None:
     run(*evaluate_mosaic(trained_run, tmp_path, "compare_untrained=true", "pictures=1"))
     results = json.loads((tmp_path / "results.json").read_text())
