@@ -175,8 +175,7 @@ class Talk2DINO(nn.Module):
             background: True, or a threshold of the score, adds a background class in front and
                 cleans the scores by the attention maps; True is 0.55.
             pamr: refine the edges.
-            short_side: working size in pixels; None takes the larger of 448 and what fits the
-                encoder's patches.
+            short_side: working size in pixels, rounded to whole patches; None takes 448.
             templates: prompt templates; None takes those that suit the text encoder.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.texts import embed_texts
-from talk2dino.encoders.prompts import templates
+from talk2dino.encoders.prompts import prompts
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import DataError
 
@@ -157,10 +157,10 @@ def embed_classes(
         [N, D] unit rows, one per synonym, and [N] int64 the class of each row.
     """
     rows = [(number, name) for number, names in enumerate(synonyms) for name in names]
-    patterns = templates(template_set or text.templates)
-    sentences = [pattern(name) for _, name in rows for pattern in patterns]
+    groups = prompts([name for _, name in rows], template_set or text.templates)
+    sentences = [sentence for group in groups for sentence in group]
     embeddings = embed_texts(sentences, text, projection)
-    embeddings = embeddings.view(len(rows), len(patterns), -1).mean(dim=1)
+    embeddings = embeddings.view(len(rows), len(groups[0]), -1).mean(dim=1)
     projected = projection.project_embedding(embeddings)
     classes = torch.tensor([number for number, _ in rows], device=projected.device)
     return F.normalize(projected, dim=-1, eps=1e-6), classes
