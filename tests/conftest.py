@@ -6,18 +6,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.parity import USE, ParityRecord, whole_suite
+from tests.once import once
+from tests.parity import USE, ParityRecord, differs, whole_suite
 from tests.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
 from tests.token_stores import pictures, token_store  # noqa: F401 (fixtures)
 
 GOLDENS = Path(__file__).parent / "goldens"
 DESELECTED = pytest.StashKey[int]()
 COMPLETE = pytest.StashKey[bool]()
+STALE = pytest.StashKey[str]()
+PARITY_PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,39 +41,48 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         item.config.stash[DESELECTED] += "parity" in getattr(item, "fixturenames", ())
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test of the committed table sees what all others recorded."""
-    items.sort(key=lambda item: item.path.name == "test_parity_table.py")
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Only a session that runs everything may write or compare the table."""
     config = session.config
     config.stash[COMPLETE] = whole_suite(session.items, config.stash[DESELECTED], config.args)
-    if config.getoption("--write-parity") and not config.stash[COMPLETE]:
+    if config.getoption("--write-parity") and not config.stash[COMPLETE] and session.items:
         raise pytest.UsageError(
             "--write-parity: only a part of the parity tests would run; name whole files, with all "
             f"that use {USE}…), and no -k, -m or ::"
         )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take in what a worker of pytest-xdist recorded."""
+    config, output = node.config, node.workeroutput
+    config.stash[ParityRecord.KEY].add(output["parity"])
+    config.stash[COMPLETE] = output["complete"]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    target = session.config.getoption("--write-parity")
-    if not target or not session.config.stash[COMPLETE]:
+    """Write docs/parity.md, or fail if it is not what the tests measured."""
+    config = session.config
+    record, complete = config.stash[ParityRecord.KEY], config.stash[COMPLETE]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput |= {"parity": record.to_plain(), "complete": complete}
         return
-    if exitstatus:  # a part that failed would be missing
-        session.config.get_terminal_writer().line(f"{target}: not written, since a test failed")
+    if not complete or exitstatus:  # a part that failed would be missing
         return
-    session.config.stash[ParityRecord.KEY].write(Path(target))
+    if target := config.getoption("--write-parity"):
+        Path(target).write_text(record.table())
+    elif wrong := differs(PARITY_PAGE.read_text(), record.table()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        config.stash[STALE] = wrong
 
 
-@pytest.fixture
-def recorded(pytestconfig: pytest.Config) -> ParityRecord:
-    """The whole record, at the end of a session that ran every parity test."""
-    if not pytestconfig.stash[COMPLETE]:
-        pytest.skip("only a part of the parity tests ran")
-    return pytestconfig.stash[ParityRecord.KEY]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why the session failed if it was for the page of parity."""
+    if wrong := terminalreporter.config.stash.get(STALE, ""):
+        terminalreporter.line(
+            f"docs/parity.md is stale ({wrong}): run pytest --write-parity docs/parity.md", red=True
+        )
 
 
 @pytest.fixture(scope="session")
@@ -93,13 +106,15 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`outputs/quickstart` of the Makefile's own recipe, run once at a reduced size."""
     need(*BUNDLED)
-    folder = tmp_path_factory.mktemp("quickstart")
     sizes = ["SCENES=96", "HELDOUT=6", "EPOCHS=3", "HEAD_EPOCHS=3", "PICTURES=2"]
     makefile = Path(__file__).parents[1] / "Makefile"
     command = ["make", "-f", str(makefile), "quickstart-steps", f"PY={sys.executable}", *sizes]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder / "outputs" / "quickstart"
+
+    def make(folder: Path) -> None:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    return once(tmp_path_factory, "quickstart", make) / "outputs" / "quickstart"
 
 
 @pytest.fixture(autouse=True)

