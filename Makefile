@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
+WORKERS ?= 2
 CONSTRAINTS ?= constraints.txt
 
 # sizes of the quickstart
@@ -71,7 +72,7 @@ check:
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
