@@ -15,12 +15,13 @@ EPOCHS ?= 8
 HEAD_EPOCHS ?= 30
 PICTURES ?= 6
 
-.PHONY: help quickstart quickstart-steps test check clean
+.PHONY: help quickstart quickstart-steps test check docs clean
 
 help:
 	@echo "make quickstart   install, then extract -> train -> evaluate -> segment on real parts"
 	@echo "make test         install, then format, lint, types, docs and all tests"
 	@echo "make check        the same without installing"
+	@echo "make docs         the documentation site in build/site, warnings are errors"
 	@echo "make clean        remove environment and outputs"
 
 $(VENV)/.quickstart: pyproject.toml $(CONSTRAINTS)
@@ -72,7 +73,11 @@ check:
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(MAKE) --no-print-directory docs
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache

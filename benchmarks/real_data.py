@@ -26,7 +26,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from talk2dino import Talk2DINO
-from talk2dino.segmentation.benchmarks import FolderBenchmark
+from talk2dino.segmentation.folder import FolderBenchmark
 from talk2dino.segmentation.classes import embed_classes
 
 BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}

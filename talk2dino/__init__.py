@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from talk2dino.alignment.checkpoint import load_projection
-    from talk2dino.api import Talk2DINO
+    from talk2dino.inference.model import Talk2DINO
 
 __all__ = ["Talk2DINO", "load_projection"]
 
@@ -14,7 +14,7 @@ __all__ = ["Talk2DINO", "load_projection"]
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `python -m talk2dino.…  --help` answers at once."""
     if name == "Talk2DINO":
-        from talk2dino.api import Talk2DINO
+        from talk2dino.inference.model import Talk2DINO
 
         return Talk2DINO
     if name == "load_projection":

@@ -52,6 +52,25 @@ def write_json(target: Path, data: object, shared: bool = False) -> None:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+def create_json(target: Path, data: object) -> bool:
+    """Write `data` as `write_json` does unless `target` is there; returns whether it was written.
+
+    Of several processes that try at once, one writes. File systems without hard links cannot tell:
+    there the last one wins.
+    """
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+    write_json(draft, data)
+    try:
+        os.link(draft, target)
+    except FileExistsError:
+        return False
+    except OSError:
+        os.replace(draft, target)  # noqa: PTH105 (as above)
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)

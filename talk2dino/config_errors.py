@@ -50,6 +50,8 @@ def explain(error: Exception, command: str) -> str:
     )
     if group:
         options = group.group(3).split()
+        if group.group(1).startswith("hydra/"):  # a plugin of Hydra, chosen by a group of ours
+            return f"{group.group(2)}: not installed; pip install 'talk2dino[sweep]'"
         return unknown_option(group.group(1), group.group(2), options)
     nested = re.search(r"Key '([^']+)' not in '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)

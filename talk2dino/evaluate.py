@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import json
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import Progress
+from torch import nn
 
 from talk2dino import cli
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.projection_base import visual_side
-from talk2dino.api import Talk2DINO
 from talk2dino.atomic import write_json
 from talk2dino.encoders.bundled import cache_dir
 from talk2dino.encoders.cache import CachedTextEncoder
+from talk2dino.encoders.identity import state_dict_digest
 from talk2dino.encoders.text import TextEncoder
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import PAMR, Segmenter
 from talk2dino.segmentation.benchmarks import Benchmark
 from talk2dino.segmentation.classes import embed_classes
 from talk2dino.segmentation.datamodule import SegmentationDataModule
-from talk2dino.segmentation.module import SegmentationModule
+from talk2dino.segmentation.html_report import ENVIRONMENT, write_report
+from talk2dino.segmentation.module import Keep, SegmentationModule
+from talk2dino.segmentation.progress import EvaluationProgress
+from talk2dino.segmentation.records import Records
 from talk2dino.segmentation.report import table
 
 
 def evaluate(config: DictConfig) -> None:
-    """Score the checkpoint on the benchmark; print a table and write `results.json`."""
+    """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
+    cli.refuse_ddp_in_sweep(config)
+    check_precision(str(config.trainer.get("precision", "32-true")))
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = cli.build(config.benchmark)
+    check_files(benchmark)
     model = load_model(config)
     plain = OmegaConf.to_container(config, resolve=True)
     columns: dict[str, Any] = {}
@@ -52,8 +67,38 @@ def evaluate(config: DictConfig) -> None:
     columns["trained" if columns else "IoU"] = results
     Console().print(table(columns, benchmark.reference))
     print(f"results: {file}")
-    if config.pictures:
-        print(f"pictures: {folder / 'pictures'}")
+    write_json(folder / ENVIRONMENT, describe_environment(config.trainer))
+    print(f"report: {write_report(folder)}")
+    for kind, wished in (("pictures", config.pictures), ("label_maps", config.label_maps)):
+        if wished:
+            print(f"{kind.replace('_', ' ')}: {folder / kind}")
+
+
+def check_files(benchmark: Benchmark) -> None:
+    """Refuse bad files before the model is loaded; thousands of headers take a few seconds.
+
+    Raises:
+        DataError: the first bad one.
+    """
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or getattr(rank_zero_only, "rank", 0) > 0
+    with Progress(console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("checking files", total=None)
+        benchmark.check(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that would reach beyond the encoder.
+
+    Raises:
+        ConfigError: `bf16-true` and its like, which convert the class embeddings as well.
+    """
+    if precision.endswith("-true") and not precision.startswith(("32", "64")):
+        mixed = precision.replace("-true", "-mixed")
+        raise ConfigError(
+            f"trainer.precision={precision}: would round the class scores too; use {mixed}, which "
+            "runs the encoder alone in lower precision"
+        )
 
 
 def load_model(config: DictConfig) -> Talk2DINO:
@@ -84,35 +129,123 @@ def predict(
     folder: Path,
     file: Path,
 ) -> dict[str, Any]:
-    """Run the predict loop and write the results; empty on all ranks but the first."""
-    synonyms = [spec.synonyms for spec in benchmark.class_list.prompted]
-    encoder: TextEncoder = model.text
-    if projection.text_fields == ("embedding",):  # prompts of a benchmark are always the same
-        encoder = CachedTextEncoder(encoder, cache_dir() / "text")
-    text, row_classes = embed_classes(synonyms, encoder, projection, benchmark.templates)
-    has_background = benchmark.class_list.has_background
-    segmenter = Segmenter(
-        model.vision,
+    """Run the predict loop and write the results; empty on all ranks but the first.
+
+    Raises:
+        DataError: an image or label map is bad; what was finished before it is kept in `folder`.
+    """
+    text, row_classes = embed_classes(
+        [spec.synonyms for spec in benchmark.class_list.prompted],
+        cached_text(model.text, projection),
+        projection,
+        benchmark.templates,
+    )
+    module = SegmentationModule(
+        build_segmenter(config, model.vision, projection, benchmark),
+        benchmark,
+        text,
+        row_classes,
+        folder,
+        Keep(
+            describe_run(config, model, projection, benchmark),
+            config.resume,
+            config.pictures,
+            config.label_maps,
+            config.examples,
+        ),
+        batch_size=config.batch_size,
+        results_file=file,
+    )
+    extra = {"callbacks": [EvaluationProgress()]} if config.trainer.enable_progress_bar else {}
+    trainer: L.Trainer = cli.build(
+        config.trainer, default_root_dir=str(folder), logger=False, **extra
+    )
+    data = SegmentationDataModule(
+        benchmark, config.num_workers, config.batch_size, finished=module.finished
+    )
+    try:
+        trainer.predict(module, data, return_predictions=False)
+    except Exception as error:
+        message = cli.user_message(error)
+        if message is None or isinstance(error, ConfigError):
+            raise
+        raise DataError(f"{message} ({how_to_go_on(folder)})") from error
+    if not trainer.is_global_zero:
+        return {}
+    results: dict[str, Any] = json.loads(file.read_text())  # the ranks may be other processes
+    return results
+
+
+def cached_text(text: TextEncoder, projection: Projection) -> TextEncoder:
+    """Look embeddings up on disk where ψ takes nothing else: a benchmark's prompts never change."""
+    cached = projection.text_fields == ("embedding",)
+    return CachedTextEncoder(text, cache_dir() / "text") if cached else text
+
+
+def build_segmenter(
+    config: DictConfig, vision: nn.Module, projection: Projection, benchmark: Benchmark
+) -> Segmenter:
+    """The segmenter of a benchmark's protocol."""
+    return Segmenter(
+        vision,
         window=benchmark.window,
         stride=benchmark.stride,
         short_side=benchmark.short_side,
         long_side=benchmark.long_side,
         input_size=benchmark.input_size,
         background_cleaning=benchmark.background_cleaning,
-        background_threshold=benchmark.background_threshold if has_background else None,
+        background_threshold=benchmark.threshold(getattr(vision, "embed_dim", None)),
         pamr=PAMR() if config.pamr else None,
+        window_batch_size=config.window_batch_size,
         project_patches=visual_side(projection),
+        knn=cli.build(config.refinement) if config.refinement else None,
+        pamr_whole_image=config.pamr_whole_image,
     )
-    module = SegmentationModule(
-        segmenter, benchmark, text, row_classes, folder, config.pictures, results_file=file
+
+
+def describe_run(
+    config: DictConfig, model: Talk2DINO, projection: Projection, benchmark: Benchmark
+) -> dict[str, Any]:
+    """Everything that decides the figures: a run goes on with the records of its like only."""
+    node = config.get("benchmark")
+    protocol: Any = _plain(node) or {}
+    return {
+        "classes": [list(spec.synonyms) for spec in benchmark.class_list.classes],
+        **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
+        "pamr": config.pamr,
+        "pamr_whole_image": config.pamr_whole_image,
+        "refinement": _plain(config.refinement),
+        "trainer.precision": str(config.trainer.get("precision", "32-true")),
+        "projection": state_dict_digest(projection),
+        "vision": state_dict_digest(model.vision),
+        "text": model.text.describe()["weights_sha256"],
+    }
+
+
+def _plain(node: DictConfig | None) -> Any:
+    return None if node is None else OmegaConf.to_container(node, resolve=True)
+
+
+def describe_environment(trainer: DictConfig) -> dict[str, str]:
+    """Versions and device, for the report."""
+    packages = ("talk2dino", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy")
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for name in (*packages, "pillow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    on_gpu = torch.cuda.is_available() and trainer.get("accelerator") != "cpu"
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    return found | {"device": device, "precision": str(trainer.get("precision", "32-true"))}
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to do after an image could not be read."""
+    done = len(Records(folder / "records").read())
+    run = folder.parent if folder.name == "untrained" else folder
+    return (
+        f"{done} images are finished and kept: mend this and run the same command with "
+        f"hydra.run.dir={run}"
     )
-    trainer: L.Trainer = cli.build(config.trainer, default_root_dir=str(folder), logger=False)
-    data = SegmentationDataModule(benchmark, config.num_workers)
-    trainer.predict(module, data, return_predictions=False)
-    if not trainer.is_global_zero:
-        return {}
-    results: dict[str, Any] = json.loads(file.read_text())  # the ranks may be other processes
-    return results
 
 
 if __name__ == "__main__":

@@ -2,85 +2,119 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from talk2dino import cli
 from talk2dino.encoders.device import choose_device
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.encoders.ranks import process_rank
+from talk2dino.errors import StoreError
 from talk2dino.features.extraction import Extraction
-
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+from talk2dino.features.schema import Manifest
 
 
 def extract(config: DictConfig) -> None:
     """Fill the store that the config describes, with a progress bar."""
+    job = extraction(config)
+    console = Console()
+    check_space(job, console)
+    with progress_bar(console, enabled=job.rank == 0) as bar:
+        task = bar.add_task("extract", total=job.num_images)
+        counted = Counter()
+
+        def advance(images: int) -> None:
+            bar.advance(task, images)
+            counted.advance(images)
+
+        manifest = job.run(advance)
+    report(job, manifest, counted, console)
+
+
+def extraction(config: DictConfig) -> Extraction:
+    """Build source and encoders of a config; under torchrun or srun for this rank."""
     store = cli.require_output_folder(Path(config.store), "store")
+    place = process_rank()
     device = choose_device(config.accelerator)
-    source = cli.build(config.source)
-    vision = cli.build(config.vision).to(device)
-    text = cli.build(config.text).to(device)
-    job = Extraction(
-        source=source,
-        vision=vision,
-        text=text,
+    return Extraction(
+        source=cli.build(config.source),
+        vision=cli.build(config.vision).to(device),
+        text=cli.build(config.text).to(device),
         store=store,
         split=config.split,
         image_fields=list(config.features.image_fields),
         caption_fields=list(config.features.caption_fields),
         dtype=config.features.dtype,
+        patches_per_image=config.features.patches_per_image,
         images_per_shard=config.images_per_shard,
         num_workers=config.num_workers,
-        autocast=autocast(config.precision, device),
         precision=config.precision,
-        rank=int(os.environ.get("RANK", 0)),  # set by torchrun
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        text_precision=config.text_precision,
+        compiled=config.compile,
+        rank=place.rank,
+        world_size=place.world_size,
     )
-    console = Console()
-    check_space(job, console)
-    with progress_bar(console) as bar:
-        task = bar.add_task("extract", total=len(source))
-        manifest = job.run(lambda images: bar.advance(task, images))
-    if job.skipped:
-        console.print(
-            f"[yellow]{len(job.skipped)} images could not be read and were skipped; "
-            f"the list is {store / f'{config.split}-skipped.jsonl'}"
-        )
+
+
+class Counter:
+    """Images that this run encoded, and how long that took; the first number was there before."""
+
+    def __init__(self) -> None:
+        self.images: int | None = None
+        self.started = self.ended = time.perf_counter()
+
+    def advance(self, images: int) -> None:
+        """Count `images` as done now."""
+        self.ended = time.perf_counter()
+        if self.images is None:
+            self.images, self.started = 0, self.ended
+        else:
+            self.images += images
+
+    def __str__(self) -> str:
+        seconds = self.ended - self.started
+        if not self.images:
+            return "nothing was left to do"
+        return f"{self.images} images in {seconds:.1f} s, {self.images / seconds:.1f} images/s"
+
+
+def report(job: Extraction, manifest: Manifest | None, counted: Counter, console: Console) -> None:
+    """Print this run's figures, and those of the store once it is complete."""
+    who = f"rank {job.rank} of {job.world_size}: " if job.world_size > 1 else ""
+    console.print(f"{who}{counted}", highlight=False)
     if manifest is None:
-        console.print("this rank is done; the last rank to finish writes the manifest")
+        console.print(
+            f"{who}done; the last rank to finish writes the manifest. If none is running any more, "
+            "start again with any number of ranks: only what is missing is done"
+        )
         return
+    skipped = manifest.skipped
+    if skipped:
+        console.print(
+            f"[yellow]{skipped} images could not be read and were skipped; "
+            f"the list is {job.store / f'{job.split}-skipped.jsonl'}"
+        )
     images = sum(shard.images for shard in manifest.shards)
     captions = sum(shard.captions for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     console.print(
-        f"{store}: {images} images, {captions} captions, {len(manifest.shards)} shards, "
-        f"{size / 1e6:.1f} MB"
+        f"{job.store}: {images} images, {captions} captions, {skipped} skipped, "
+        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
     )
-
-
-def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return the maker of the forward pass's context."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r}; choose one of {', '.join(PRECISIONS)}")
-    dtype = PRECISIONS[precision]
-    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
 def check_space(job: Extraction, console: Console) -> None:
@@ -98,15 +132,26 @@ def check_space(job: Extraction, console: Console) -> None:
         )
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with counts, elapsed and remaining time."""
+class ImagesPerSecond(ProgressColumn):
+    """Images per second of the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        """Rich leaves out the first number, which is what earlier runs did."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} images/s" if speed else "")
+
+
+def progress_bar(console: Console, enabled: bool = True) -> Progress:
+    """A bar with counts, images per second, elapsed and remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        ImagesPerSecond(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=not enabled,
     )
 
 

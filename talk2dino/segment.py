@@ -2,115 +2,165 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig
-from PIL import Image
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from talk2dino import cli
-from talk2dino.api import SegmentedImage, Talk2DINO
 from talk2dino.encoders.device import choose_device
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.overlay import save_label_map
-from talk2dino.segmentation.report import save_picture
+from talk2dino.inference.files import Job, plan, write
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.inference.segmented import SegmentedImage, background_threshold
+from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.segmentation.class_files import read_classes, shipped_lists
+from talk2dino.segmentation.overlay import class_colours
+
+# what makes two results differ; kept with each result, so that `resume=true` can compare
+SETTINGS = ("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side")
+HOW = (
+    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
+    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
+)
+
+
+def require(config: DictConfig) -> None:
+    """Say all that is missing at once, and where a checkpoint comes from.
+
+    Raises:
+        ConfigError: checkpoint, image or classes are not given.
+    """
+    missing = [key for key in ("checkpoint", "image", "classes") if config[key] is None]
+    if missing:
+        how = HOW if "checkpoint" in missing else "for instance classes='[cat,sofa]'"
+        raise ConfigError(f"{', '.join(f'{key}=…' for key in missing)} not given; {how}")
 
 
 def segment(config: DictConfig) -> None:
-    """Segment the picture, or all pictures of the folder, that the config names."""
-    classes = class_names(config.classes)
-    jobs = plan(Path(config.image).expanduser(), Path(config.output).expanduser())
+    """Segment the picture, or all pictures of the folder or pattern, that the config names."""
+    classes = class_words(config.classes)
+    background_threshold(config.background)  # refuses it before the model is loaded
+    output = Path(config.output).expanduser()
+    jobs = plan(str(config.image), output)
+    cli.require_output_folder(jobs[0].overlay.parent, "output")
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = {key: settings[key] for key in SETTINGS}
+    left = [job for job in jobs if not (config.resume and job.done_with(settings))]
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} pictures were done before")
+    if left:
+        vocabulary = open_vocabulary(config, classes)
+        _segment(left, vocabulary, settings, bool(config.heatmaps), single=len(jobs) == 1)
+
+
+def open_vocabulary(config: DictConfig, classes: dict[str, tuple[str, ...]]) -> OpenVocabulary:
+    """Load the model and settle the classes."""
     model = Talk2DINO.from_pretrained(
         config.checkpoint,
         device=choose_device(config.accelerator),
         vision=cli.build(config.vision) if config.vision else None,
         text=cli.build(config.text) if config.text else None,
     )
+    return model.open_vocabulary(
+        classes,
+        config.background,
+        config.pamr,
+        config.short_side,
+        config.templates,
+        negatives=_listed(config.negatives),
+    )
+
+
+def _segment(
+    jobs: Sequence[Job],
+    vocabulary: OpenVocabulary,
+    settings: dict[str, Any],
+    heatmaps: bool,
+    single: bool,
+) -> None:
+    """Write every result; broken pictures of a folder are named at the end (exit status 1)."""
     console = Console()
-    for image, output in track(jobs, "segment", console=console, disable=len(jobs) == 1):
-        result = model.segment(
-            image,
-            classes,
-            background=config.background if config.background is not None else False,
-            pamr=config.pamr,
-            short_side=config.short_side,
-        )
-        write(result, output)
-    if len(jobs) == 1:
-        console.print(areas(result))
-    print(f"overlay: {jobs[0][1] if len(jobs) == 1 else jobs[0][1].parent}")
-    print(f"label map: {label_path(jobs[-1][1])}")
+    totals: dict[str, list[float]] = {}
+    broken: list[str] = []
+    for job in track(jobs, "segment", console=console, disable=single):
+        try:
+            result = vocabulary(job.image)
+        except DataError as error:
+            if single:
+                raise
+            broken.append(str(error))
+            continue
+        write(result, job, heatmaps, settings)
+        for name, share in result.areas().items():
+            totals.setdefault(name, []).append(share)
+    if totals:
+        console.print(_table(result, None) if single else _table(result, totals))
+        print(f"overlay: {jobs[0].overlay if single else jobs[0].overlay.parent}")
+        print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")
+    if broken:
+        print(f"{len(broken)} of {len(jobs)} pictures could not be read:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in broken), file=sys.stderr)
+        raise SystemExit(1)
 
 
-def class_names(given: object) -> list[str]:
-    """The class list of the command line, `[cat,sofa]` or `"cat, sofa"`.
-
-    Raises:
-        ConfigError: no class.
-    """
-    parts = list(given) if isinstance(given, ListConfig) else str(given).split(",")
-    names = [str(part).strip() for part in parts if str(part).strip()]
-    if not names:
-        raise ConfigError("classes: the list is empty; name what to look for: classes='[cat,sofa]'")
-    return names
-
-
-def plan(image: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Pairs of picture and overlay file.
-
-    Raises:
-        DataError: no picture there.
-        ConfigError: a folder of pictures, but one output file.
-    """
-    if image.is_file():
-        overlay = output / f"{image.stem}.png" if output.is_dir() else output.with_suffix(".png")
-        if overlay.resolve() == image.resolve():
-            raise ConfigError(f"output={output}: this would overwrite the image; use another name")
-        cli.require_output_folder(overlay.parent, "output")
-        return [(image, overlay)]
-    if not image.is_dir():
-        raise DataError(f"image={image}: no such file or folder")
-    if output.suffix:
-        raise ConfigError(f"output={output}: image is a folder, so output must be a folder too")
-    if output.resolve() == image.resolve():
-        raise ConfigError(f"output={output}: is the folder of the images; use another folder")
-    cli.require_output_folder(output, "output")
-    known = Image.registered_extensions()
-    found = sorted(path for path in image.iterdir() if path.suffix.lower() in known)
-    if not found:
-        raise DataError(f"image={image}: no pictures in this folder")
-    for one, other in pairwise(sorted(found, key=lambda path: path.stem)):
-        if one.stem == other.stem:
-            raise DataError(
-                f"image={image}: {one.name} and {other.name} would both become {one.stem}.png; "
-                "rename one"
-            )
-    return [(path, output / f"{path.stem}.png") for path in found]
-
-
-def label_path(output: Path) -> Path:
-    """Where the label map of an overlay goes."""
-    return output.with_name(f"{output.stem}_labels.png")
-
-
-def write(result: SegmentedImage, output: Path) -> None:
-    """Write overlay and label map."""
-    save_picture(result.overlay(), output)
-    save_label_map(result.labels, label_path(output))
-
-
-def areas(result: SegmentedImage) -> Table:
-    """A table of the classes and their share of the picture."""
+def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Table:
+    """Classes, their share of the picture and their colour; several pictures: the mean share."""
     table = Table()
-    table.add_column("class")
-    table.add_column("share", justify="right")
-    for index, name in enumerate(result.classes):
-        table.add_row(name, f"{100 * float((result.labels == index).float().mean()):.1f} %")
+    table.add_column("")
+    table.add_column("class", overflow="fold")
+    table.add_column("share" if totals is None else "mean share", justify="right")
+    if totals is not None:
+        table.add_column("pictures", justify="right")
+    shares = result.areas() if totals is None else {k: sum(v) / len(v) for k, v in totals.items()}
+    colours = dict(zip(result.classes, class_colours(result.classes), strict=True))
+    for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+        red, green, blue = colours[name]
+        swatch = Text("██", style=f"rgb({red},{green},{blue})")
+        seen = [] if totals is None else [str(sum(one > 0 for one in totals[name]))]
+        table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
     return table
 
 
+def class_words(given: object) -> dict[str, tuple[str, ...]]:
+    """Class names and the words that stand for them, from the command line or a file.
+
+    Args:
+        given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a `.txt` or `.json` file
+            or the name of a list that comes with the package (see `class_files.read_classes`).
+
+    Raises:
+        ConfigError: no class.
+        DataError: a class file that cannot be read, or names a class twice.
+    """
+    if isinstance(given, str) and _is_file(given):
+        specs = read_classes(given).prompted
+    else:
+        parts = _listed(given) if isinstance(given, ListConfig) else str(given).split(",")
+        named = ["; ".join(part) if isinstance(part, list) else str(part).strip() for part in parts]
+        if not any(named):
+            raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
+        specs = read_classes([name for name in named if name]).prompted
+    return {spec.name: spec.synonyms for spec in specs}
+
+
+def _is_file(given: str) -> bool:
+    shipped = all(part in shipped_lists() for part in given.split("+"))
+    return shipped or Path(given).suffix.lower() in (".txt", ".json")
+
+
+def _listed(given: Any) -> list[Any]:
+    """A config list as a plain one; a single string is one entry."""
+    if isinstance(given, ListConfig):
+        return list(OmegaConf.to_container(given))  # type: ignore[arg-type]
+    return [given] if isinstance(given, str) else list(given or [])
+
+
 if __name__ == "__main__":
-    cli.run("segment", segment)
+    cli.run("segment", segment, require)

@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from talk2dino import cli
-from talk2dino.alignment.callbacks import LossCurve, SaveProjection
-from talk2dino.alignment.head_records import RecordHeads
+from talk2dino.alignment.exact_resume import AtomicCheckpointIO
 from talk2dino.alignment.inputs import caption_fields, check_combination, image_fields
 from talk2dino.alignment.module import AlignmentModule
-from talk2dino.alignment.projection import Projection
-from talk2dino.encoders.build import build_text
-from talk2dino.encoders.text import TextEncoder
+from talk2dino.alignment.trackers import close_loggers
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
+from talk2dino.sweeps.pruning import PruneTrial
+from talk2dino.training.callbacks import callbacks, check_metric, check_mode
+from talk2dino.training.from_store import build_projection, encoder_specs, fill_widths
 
 
 def train(config: DictConfig) -> None:
     """Train the projection that the config describes."""
-    refuse_ddp_in_sweep(config)
+    cli.refuse_ddp_in_sweep(config)
+    check_sweep(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     store = FeatureStore(config.store)
+    module = build_module(config, store)
+    data = build_data(config, store, module)
+    checkpoint = checkpoint_to_resume(config, folder)
+    if checkpoint is not None:
+        keep_logs(folder)
+    trainer: L.Trainer = cli.build(
+        config.trainer,
+        default_root_dir=str(folder),
+        plugins=[AtomicCheckpointIO()],
+        logger=cli.build(config.logger) if config.logger else False,
+        callbacks=callbacks(config, folder, store, module.similarity, len(data.val_rows) > 0),
+    )
+    if trainer.is_global_zero:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(_plain(config))
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    finally:
+        close_loggers(trainer)
+    if trainer.is_global_zero:
+        report(folder, trainer)
+
+
+def build_module(config: DictConfig, store: FeatureStore) -> AlignmentModule:
+    """Projection, similarities, loss and optimizer of the config."""
     similarity = cli.build(config.similarity)
     val_similarity = cli.build(config.val_similarity)
     projection = build_projection(config, store)
     check_combination(projection, similarity)
     check_combination(projection, val_similarity, "val_similarity")
+    return AlignmentModule(
+        projection=projection,
+        similarity=similarity,
+        loss=cli.build(config.loss),
+        optimizer=build_optimizer(config),
+        scheduler=cli.build(config.scheduler) if config.scheduler else None,
+        val_similarity=val_similarity,
+        encoders=encoder_specs(store),
+    )
+
+
+def build_data(
+    config: DictConfig, store: FeatureStore, module: AlignmentModule
+) -> FeatureDataModule:
+    """The fields that projection and similarities read, streamed from the store."""
     stored = store.images.fields
-    data = FeatureDataModule(
+    projection, similarity, val_similarity = (
+        module.projection,
+        module.similarity,
+        module.val_similarity,
+    )
+    return FeatureDataModule(
         store=config.store,
         image_fields=image_fields(projection, similarity, stored),
         val_image_fields=image_fields(projection, val_similarity, stored),
@@ -47,124 +92,79 @@ def train(config: DictConfig) -> None:
         seed=config.seed,
         **config.data,
     )
-    module = AlignmentModule(
-        projection=projection,
-        similarity=similarity,
-        loss=cli.build(config.loss),
-        optimizer=cli.build(config.optimizer),
-        scheduler=cli.build(config.scheduler) if config.scheduler else None,
-        val_similarity=val_similarity,
-        encoders=encoder_specs(store),
-    )
-    trainer: L.Trainer = cli.build(
-        config.trainer,
-        default_root_dir=str(folder),
-        logger=cli.build(config.logger) if config.logger else False,
-        callbacks=[
-            ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True),
-            SaveProjection(folder),
-            LossCurve(folder),
-            *([RecordHeads(folder, similarity)] if config.record_heads else []),
-        ],
-    )
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    if trainer.loggers:
-        trainer.loggers[0].log_hyperparams(_plain(config))
-    trainer.fit(module, data, ckpt_path=config.ckpt_path)
-    if trainer.is_global_zero:
-        print(f"projection: {folder / 'projection.safetensors'}")
-        print(f"loss curve: {folder / 'loss.png'}")
 
 
-def fill_widths(config: DictConfig) -> None:
-    """Set the projection's widths and heads that the config leaves open to those of the store.
+def checkpoint_to_resume(config: DictConfig, folder: Path) -> str | None:
+    """`last.ckpt` of this run folder with `resume`, if there is one; else `ckpt_path`.
 
     Raises:
-        ConfigError: the config's widths are not those of the store.
+        ConfigError: `ckpt_path` does not exist.
     """
-    store = FeatureStore(config.store)
-    other = ("id", "file_name", "patch_index", "self_attn_maps")  # not of the vision width
-    visual = next(name for name in store.images.fields if name not in other)
-    found = {
-        "text_dim": text_width(store),
-        "vision_dim": store.images[visual].shape[-1],
-    }
-    for key, width in found.items():
-        wanted = config.projection.get(key)
-        if wanted is None:
-            config.projection[key] = width
-        elif wanted != width:
-            encoder = store.text if key == "text_dim" else store.vision
-            raise ConfigError(
-                f"projection.{key}={wanted} but {config.store} holds features of width {width}"
-                + (f" ({encoder.name})" if encoder else "")
-                + f"; set projection.{key}={width} or choose the experiment of these encoders"
-            )
-    if config.projection.get("head_weighting") and config.projection.get("num_heads") is None:
-        config.projection.num_heads = store.images["self_attn_maps"].shape[1]
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.resume and last.is_file():
+        return str(last)
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise ConfigError(f"ckpt_path={config.ckpt_path}: no such file; give a run's last.ckpt")
+    return config.ckpt_path and str(config.ckpt_path)
 
 
-def text_width(store: FeatureStore) -> int:
-    """Width C of the text features, whichever of them the store holds."""
-    for name in ("embedding", "token_embeddings"):
-        if name in store.captions:
-            return store.captions[name].shape[-1]
-    if store.text is None or not store.text.embed_dim:
-        raise ConfigError(f"store={store.path}: has neither embedding nor the width of its text")
-    return store.text.embed_dim
+def keep_logs(folder: Path) -> None:
+    """Move a former run's `metrics.csv` aside, which the CSV logger would overwrite."""
+    old = folder / "logs" / "metrics.csv"
+    if old.is_file():
+        number = len(list(old.parent.glob("metrics.*.csv"))) + 1
+        old.rename(old.with_name(f"metrics.{number}.csv"))
 
 
-def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
-    """Build ψ; one that starts from the text encoder's weights gets the store's encoder."""
-    target = get_object(config.projection._target_)
-    needs_text = "text" in inspect.signature(target).parameters
-    arguments = {"text": stored_text_encoder(store)} if needs_text else {}
-    projection: Projection = cli.build(config.projection, **arguments)
-    return projection
+def build_optimizer(config: DictConfig) -> Any:
+    """The optimizer's factory; `fused: null` becomes true wherever Lightning allows it.
 
-
-def stored_text_encoder(store: FeatureStore) -> TextEncoder:
-    """The text encoder that the store's features come from.
+    Lightning cannot clip the gradients of a fused optimizer in mixed precision.
 
     Raises:
-        ConfigError: the store does not name it, or its weights are others now.
+        ConfigError: `fused: true` there.
     """
-    info = store.text
-    if info is None or not info.spec:
+    if "fused" not in config.optimizer:
+        return cli.build(config.optimizer)
+    precision, fused = str(config.trainer.get("precision")), config.optimizer.fused
+    mixed = "mixed" in precision or precision in ("16", "bf16")
+    clips_mixed = mixed and bool(config.trainer.get("gradient_clip_val"))
+    if fused and clips_mixed:
         raise ConfigError(
-            f"store={store.path}: does not name its text encoder, whose weights this projection "
-            "starts from; extract with features=clip_last_layer"
+            f"optimizer.fused=true: cannot clip gradients with trainer.precision={precision}; use "
+            "optimizer.fused=null"
         )
-    encoder = build_text(info.spec)
-    if encoder.describe()["weights_sha256"] != info.weights_sha256:
-        raise ConfigError(
-            f"store={store.path}: its text encoder {info.name} has other weights now than at "
-            "extraction; extract again"
-        )
-    return encoder
+    return cli.build(config.optimizer, fused=not clips_mixed if fused is None else fused)
 
 
-def encoder_specs(store: FeatureStore) -> dict[str, Any]:
-    """The specs of the store's encoders, for the checkpoint."""
-    return {
-        "vision": store.vision.spec if store.vision else None,
-        "text": store.text.spec if store.text else None,
-    }
-
-
-def refuse_ddp_in_sweep(config: DictConfig) -> None:
-    """A sweep would start its jobs again in every DDP process.
+def check_sweep(config: DictConfig) -> None:
+    """Refuse keys of a search in a grid, and in a sweep a metric that orders nothing.
 
     Raises:
-        ConfigError: strategy ddp inside a multirun.
+        ConfigError: `sweep.n_trials` and the like without `sweep=optuna`, or an unknown metric.
     """
-    strategy = str(config.trainer.get("strategy", ""))
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep and strategy.startswith("ddp") and "spawn" not in strategy:
-        raise ConfigError(
-            f"trainer.strategy={strategy} inside a sweep (-m): each process would start the sweep "
-            "anew; use one device per job, trainer.strategy=ddp_spawn, or torchrun"
-        )
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        check_metric("sweep.metric", config.sweep.metric, validates=True)
+        check_mode("sweep.mode", config.sweep.mode)
+    given = [key for key in config.sweep if key not in ("metric", "mode", "trial")]
+    for key in given:
+        if config.sweep.sampler is None and config.sweep[key]:
+            raise ConfigError(f"sweep.{key}={config.sweep[key]}: needs sweep=optuna")
+
+
+def report(folder: Path, trainer: L.Trainer) -> None:
+    """Say where things are, and what came out."""
+    if any(isinstance(c, PruneTrial) and c.pruned for c in trainer.callbacks):  # type: ignore[attr-defined]
+        print(f"pruned after {trainer.current_epoch} epochs: others were better by then")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    result = metrics["result"]
+    shown = {key: result[key] for key in result if "text_to_image/recall" in key}
+    if shown:
+        figures = "  ".join(f"{k.rpartition('/')[2]} {v:.1f}" for k, v in shown.items())
+        print(f"text → image, held-out captions: {figures} (step {int(result['step'])})")
+    print(f"loss: {metrics['train/loss']:.4g} after {metrics['steps']} steps")
+    for name, file in (("projection", "projection.safetensors"), ("loss curve", "loss.png")):
+        print(f"{name}: {folder / file}")
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -173,4 +173,5 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    cli.require_common_folder()
     cli.run("train", train, complete=fill_widths)

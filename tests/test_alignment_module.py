@@ -7,8 +7,10 @@ import json
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from talk2dino import load_projection
+from talk2dino.alignment.ema import AverageWeights
 from talk2dino.alignment.losses import InfoNCE, TripletLoss
 from talk2dino.alignment.module import AlignmentModule, first_occurrences, gather_rows
 from talk2dino.alignment.pooling import stored_fields, visual_feature
@@ -225,10 +228,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(
-    store: Path, folder: Path, *overrides: str, trainer: tuple[str, ...] = TRAIN
-) -> dict[str, Tensor]:
-    """Weights after the real entry point has trained on the tiny store."""
+def train(store: Path, folder: Path, *overrides: str, trainer: tuple[str, ...] = TRAIN) -> None:
+    """The real entry point on the tiny store."""
     run(
         "train",
         "experiment=vits_infonce",
@@ -243,6 +244,13 @@ def trained(
         *trainer,
         *overrides,
     )
+
+
+def trained(
+    store: Path, folder: Path, *overrides: str, trainer: tuple[str, ...] = TRAIN
+) -> dict[str, Tensor]:
+    """Weights that the real entry point leaves."""
+    train(store, folder, *overrides, trainer=trainer)
     return dict(load_projection(folder / "projection.safetensors").state_dict())
 
 
@@ -261,6 +269,7 @@ def test_a_run_leaves_these_files(two_epochs: Path) -> None:
         "config.yaml",
         "metrics.json",
         "loss.png",
+        "retrieval.md",
         "logs/metrics.csv",
     } <= names
     assert not [name for name in names if name.endswith(".tmp")]
@@ -296,6 +305,109 @@ def test_resuming_equals_going_on(store: Path, two_epochs: Path, tmp_path: Path)
     assert metrics["steps"] == 8
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_seed_gives_the_same_weights_twice(store: Path, two_epochs: Path, tmp_path: Path) -> None:
+    first = load_projection(two_epochs / "projection.safetensors").state_dict()
+    assert same(first, trained(store, tmp_path / "again"))
+    assert not same(first, trained(store, tmp_path / "other", "seed=1"))
+
+
+def test_a_stopped_run_goes_on_in_its_folder(store: Path, two_epochs: Path, tmp_path: Path) -> None:
+    """`resume=true`: nothing to resume from at first; then the curve is whole, no log is lost."""
+    trained(store, tmp_path, "resume=true", "trainer.max_epochs=1")
+    weights = trained(store, tmp_path, "resume=true", "checkpoint.every_n_steps=3")
+    assert same(load_projection(two_epochs / "projection.safetensors").state_dict(), weights)
+    whole, parts = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (two_epochs, tmp_path)
+    )
+    assert [whole.pop("seconds") > 0, parts.pop("seconds") > 0] == [True, True]
+    assert parts == whole
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["callbacks"]["LossCurve"]["steps"].tolist() == list(range(1, 9))
+    assert (tmp_path / "logs" / "metrics.1.csv").is_file()
+    assert (tmp_path / "logs" / "metrics.csv").is_file()
+
+
+def test_the_best_is_kept_and_training_stops_early(store: Path, tmp_path: Path) -> None:
+    """Training for the wrong figure soon stops to improve: the mean rank shall rise."""
+    metric = "val/text_to_image/mean_rank"
+    monitored = (f"checkpoint.monitor={metric}", f"early_stopping.monitor={metric}")
+    weights = trained(
+        store,
+        tmp_path,
+        *monitored,
+        "early_stopping.patience=1",
+        "trainer.max_epochs=20",
+        "optimizer.lr=0.03",
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    ranks = [row[metric] for row in metrics["validation"]]
+    assert len(ranks) < 20
+    assert metrics["result"] == metrics["validation"][ranks.index(max(ranks))]
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert same(load_projection(folder / "best.ckpt").state_dict(), weights)
+    assert not same(load_projection(folder / "last.ckpt").state_dict(), weights)
+    table = (tmp_path / "retrieval.md").read_text()
+    assert f"{max(ranks):.2f}" in table
+
+
+class Weight(L.LightningModule):
+    """One trained and one frozen number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(1.0))
+        self.frozen = torch.nn.Parameter(torch.tensor(5.0), requires_grad=False)
+
+
+def test_the_average_of_the_weights() -> None:
+    """Against the formula by hand; accumulated batches and validation leave it as it is."""
+    module, average, want = Weight(), AverageWeights(0.5), 1.0
+    trainer: Any = SimpleNamespace(global_step=0)
+    average.on_train_start(trainer, module)
+    average.on_train_batch_end(trainer, module)  # no step yet
+    for step, value in enumerate([2.0, 4.0, 8.0], start=1):
+        module.value.data.fill_(value)
+        trainer.global_step = step
+        average.on_train_batch_end(trainer, module)
+        average.on_train_batch_end(trainer, module)  # the second of two accumulated batches
+        decay = min(0.5, (1 + step) / (10 + step))
+        want = decay * want + (1 - decay) * value
+    average.on_validation_start(trainer, module)
+    assert module.value.item() == pytest.approx(want)
+    average.on_validation_end(trainer, module)
+    assert (module.value.item(), module.frozen.item()) == (8.0, 5.0)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    average.on_save_checkpoint(trainer, module, checkpoint)
+    assert checkpoint["state_dict"]["value"].item() == pytest.approx(want)
+    other, resumed = Weight(), AverageWeights(0.5)
+    resumed.on_load_checkpoint(trainer, other, checkpoint)
+    assert other.value.item() == 8.0
+    resumed.on_train_end(trainer, other)
+    assert other.value.item() == pytest.approx(want)
+
+
+def test_a_run_with_an_average_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+    whole = trained(store, tmp_path / "whole", "ema.decay=0.9")
+    content = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert same(
+        load_projection(tmp_path / "whole" / "checkpoints" / "last.ckpt").state_dict(), whole
+    )
+    raw = {name.removeprefix("projection."): v for name, v in content["raw_state_dict"].items()}
+    assert not same(whole, raw)
+    trained(store, tmp_path / "half", "ema.decay=0.9", "trainer.max_epochs=1")
+    resumed = trained(store, tmp_path / "half", "ema.decay=0.9", "resume=true")
+    assert same(whole, resumed)
+
+
+def files_of(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_ddp_through_the_entry_point(store: Path, two_epochs: Path, tmp_path: Path) -> None:
     """Two ranks with half the batch are the run of one process, and write one set of files."""
     ddp = ("trainer=ddp_cpu", "trainer.enable_progress_bar=false")
@@ -303,11 +415,44 @@ def test_ddp_through_the_entry_point(store: Path, two_epochs: Path, tmp_path: Pa
     want = load_projection(two_epochs / "projection.safetensors").state_dict()
     for name, value in want.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
-    here, there = (
-        {p.relative_to(f) for f in (folder,) for p in f.rglob("*") if p.is_file()}
-        for folder in (tmp_path, two_epochs)
-    )
-    assert here == there
+    assert files_of(tmp_path) == files_of(two_epochs)
+
+
+UNEVEN = (  # 60 captions: batches of 16 leave 12 over, in which no rank may wait for the other
+    "data.val_fraction=0.25",
+    "trainer.accumulate_grad_batches=2",
+    "loss.mask_same_image=true",
+    "trainer.max_epochs=1",
+)
+
+
+def torchrun_rank(rank: int, store: Path, folder: Path) -> None:
+    ddp = ("trainer=ddp_cpu", "trainer.strategy=ddp", "trainer.enable_progress_bar=false")
+    train(store, folder, "data.batch_size=8", *UNEVEN, trainer=ddp)
+
+
+def test_ranks_started_by_torchrun_with_an_uneven_end(store: Path, tmp_path: Path) -> None:
+    """As one process, with accumulated gradients and masked captions of the same image."""
+    two_ranks(torchrun_rank, store, tmp_path / "ranks")
+    weights = load_projection(tmp_path / "ranks" / "projection.safetensors").state_dict()
+    want = trained(store, tmp_path / "one", *UNEVEN)
+    for name, value in want.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert files_of(tmp_path / "ranks") == files_of(tmp_path / "one")
+
+
+def test_only_chosen_heads_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is chosen before the gather: patch tokens and heads stay on their rank."""
+    travelled: list[tuple[int, ...]] = []
+
+    def gather(rows: Tensor) -> Tensor:
+        travelled.append(tuple(rows.shape))
+        return rows
+
+    monkeypatch.setattr("talk2dino.alignment.module.gather_rows", gather)
+    for similarity in (MaxScore(), Dense()):
+        case(similarity, InfoNCE()).scores(whole_batch())
+    assert travelled == [(BATCH, WIDTH), (BATCH, BATCH), (BATCH,)] * 2
 
 
 def test_errors_of_ranks_are_one_line(

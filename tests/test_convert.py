@@ -1,14 +1,18 @@
-"""`talk2dino.convert`: weights both ways without loss, and stores that are checked in full."""
+"""`talk2dino.convert`: weights both ways without loss, stores checked in full, all tasks."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from talk2dino import load_projection
@@ -16,7 +20,9 @@ from talk2dino.alignment.checkpoint import describe_projection, read_checkpoint,
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
 from talk2dino.alignment.visual_projection import VisualProjectionLayer
-from talk2dino.convert import task_first
+from talk2dino.cli import quote_ranges
+from talk2dino.config_schema import ConvertConfig
+from talk2dino.convert import TASKS, task_first
 from talk2dino.features import write_store
 from tests.pipeline import fails, run
 from tests.shared import shared_path
@@ -131,6 +137,13 @@ def test_released_weights(name: str, tmp_path: Path) -> None:
         (["weights", "inptu=a.pth"], "did you mean input?"),
         (["weights", "input=a.pth", "output=b.pth", "text=clip"], "did you mean text=clip_vitb16?"),
         (["verify"], "store: required but not given"),
+        (["features", "store=s"], "input: required but not given"),
+        (["features", "input=a.pth", "store=s"], "input=a.pth: no list 'images'"),
+        (["features", "input=none.pth", "store=s"], "input=none.pth: no such file"),
+        (["tars", "input={0..2}.tar", "store=s"], "input: 0.tar: no such file"),
+        (["archive", "store=nowhere", "output=o"], "manifest.json: not found"),
+        (["unarchive", "store=nowhere"], "output: required but not given"),
+        (["coco_object", "output=o"], "input: required but not given"),
         (["verfy", "store=a"], "task=verfy: unknown"),
         ([], "task: required but not given"),
     ],
@@ -199,9 +212,46 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
         out = capfd.readouterr().out
         for word in ("weights input=FILE output=FILE", "verify store=DIR", "vision: ", "text: "):
             assert word in out
+        for task in TASKS:
+            assert re.search(rf"^ +{task} +\w+=", out, re.M), task
+
+
+def test_tasks_take_what_the_config_has() -> None:
+    keys = {field.name for field in fields(ConvertConfig)}
+    for name, task in TASKS.items():
+        parameters = inspect.signature(task).parameters
+        assert parameters.keys() <= keys - {"task"}, name
+        for key, parameter in parameters.items():
+            if parameter.default is not parameter.empty:
+                assert parameter.default == getattr(ConvertConfig, key), f"{name} {key}"
+
+
+def test_coco_object_labels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    masks = tmp_path / "maps" / "val2017"
+    masks.mkdir(parents=True)
+    stuff = np.array([[0, 1, 89], [91, 181, 255]], np.uint8)  # person, bicycle, toothbrush; stuff
+    for number in range(3):
+        Image.fromarray(stuff).save(masks / f"{number:012d}.png")
+    command = ("convert", "coco_object", f"input={tmp_path / 'maps'}", f"output={tmp_path / 'out'}")
+    run(*command, "num_workers=0")
+    assert "3 label maps written" in capfd.readouterr().out
+    written = sorted((tmp_path / "out" / "val2017").iterdir())
+    assert written[0].name == "000000000000_instanceTrainIds.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(written[2])), [[1, 2, 80], [0, 0, 0]])
+    run(*command)
+    assert "0 label maps written" in capfd.readouterr().out
+    assert "no such folder" in fails(capfd, *command[:2], "input=nowhere", "output=out")
 
 
 def test_the_task_stands_first() -> None:
     assert task_first(["verify", "store=a"]) == ["task=verify", "store=a"]
     for same in ([], ["--help"], ["task=verify", "store=a"]):
         assert task_first(same) == same
+
+
+def test_brace_ranges_need_no_second_quotes() -> None:
+    tars = "cc3m/{00000..00331}.tar"
+    assert quote_ranges([f"source.tars={tars}", "-m"]) == [f"source.tars='{tars}'", "-m"]
+    assert quote_ranges(["input={0..2}.tar"]) == ["input='{0..2}.tar'"]
+    for same in (f"source.tars='{tars}'", f'a="{tars}"', f"a=['{tars}']", "a={b:1}", "a=${b}", "x"):
+        assert quote_ranges([same]) == [same]

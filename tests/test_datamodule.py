@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureDataModule, FeatureStore, write_store
 
@@ -53,11 +54,12 @@ def test_batches_equal_the_store(store: Path) -> None:
         np.testing.assert_array_equal(batch["image_row"], image_rows)
         np.testing.assert_array_equal(batch["image_id"], images["id"][image_rows])
         assert batch["text"] == [f"caption {row}" for row in rows]
-        for name, table, index in (
-            ("embedding", captions, rows.numpy()),
-            ("disentangled_self_attn", images, image_rows),
+        attention = per_caption(batch["disentangled_self_attn"], batch)
+        for got, table, index in (
+            (batch["embedding"], captions["embedding"], rows.numpy()),
+            (attention, images["disentangled_self_attn"], image_rows),
         ):
-            np.testing.assert_array_equal(batch[name], table[name][index].astype(np.float32))
+            np.testing.assert_array_equal(got, table[index].astype(np.float32))
     assert len(set(seen)) == len(seen) == 24  # of 27, the partial batch is dropped
     assert max(seen) < 27
 
@@ -107,7 +109,7 @@ def test_one_caption_per_image_and_epoch(store: Path) -> None:
     loader = data.train_dataloader()
     epochs = []
     for epoch in range(3):
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.sampler.set_epoch(epoch)
         batches = list(loader)
         assert sorted(int(row) for b in batches for row in b["image_row"]) == list(range(IMAGES))
         epochs.append({int(row) for b in batches for row in b["caption_row"]})

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from talk2dino.cli import quote_ranges
 from talk2dino.config_errors import config_folder
 from talk2dino.config_schema import check_targets, register_schemas
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\s*)?^( *)```(bash|python)\n(.*?)^ *```", re.M | re.S)
 
 
@@ -81,11 +83,26 @@ def test_command_composes(block: Block) -> None:
     for command in commands:
         python, flag, module, *overrides = shlex.split(command, comments=True)
         assert (python, flag) == ("python", "-m")
+        overrides = quote_ranges(overrides)
         name = module.removeprefix("talk2dino.")
         if name == "convert":  # its first word is the task
             overrides[0] = f"task={overrides[0]}"
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            check_targets(hydra.compose(name, overrides, return_hydra_config=False))
+            for job in jobs(overrides):
+                check_targets(hydra.compose(name, job, return_hydra_config=False))
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """Overrides of as few jobs of a sweep (-m) as show every value; else the overrides alone."""
+    if overrides[:1] != ["-m"]:
+        return [overrides]
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in OverridesParser.create().parse_overrides(overrides[1:])
+    ]
+    return [[c[job % len(c)] for c in choices] for job in range(max(map(len, choices)))]
 
 
 def test_every_block_has_a_mode() -> None:

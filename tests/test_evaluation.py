@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +14,19 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import Projection, ProjectionLayer
-from talk2dino.errors import DataError, UserError
-from talk2dino.evaluate import predict
-from talk2dino.segmentation.benchmarks import (
-    Benchmark,
-    FolderBenchmark,
-    MosaicBenchmark,
-    read_image,
-)
-from talk2dino.segmentation.classes import read_classes
+from talk2dino.errors import ConfigError, DataError, UserError
+from talk2dino.evaluate import check_precision, predict
+from talk2dino.segmentation.benchmarks import Benchmark
+from talk2dino.segmentation.class_files import read_classes
 from talk2dino.segmentation.datamodule import SegmentationDataModule
+from talk2dino.segmentation.folder import FolderBenchmark
+from talk2dino.segmentation.mosaic import MosaicBenchmark
+from talk2dino.segmentation.pictures import read_image
 from tests.pipeline import TRAIN, HashText, fails, need, run
 from tests.ranks import two_ranks
 from tests.test_segmenter import MeanColourEncoder
@@ -78,7 +78,13 @@ def benchmark(root: Path, **options: Any) -> FolderBenchmark:
     return FolderBenchmark(**settings)
 
 
-def settings(devices: int = 1, strategy: str = "auto", pictures: int = 0) -> DictConfig:
+def settings(
+    devices: int = 1,
+    strategy: str = "auto",
+    pictures: int = 0,
+    batch_size: int = 1,
+    **changes: Any,
+) -> DictConfig:
     trainer = {
         "_target_": "lightning.Trainer",
         "accelerator": "cpu",
@@ -87,9 +93,10 @@ def settings(devices: int = 1, strategy: str = "auto", pictures: int = 0) -> Dic
         "enable_progress_bar": False,
         "use_distributed_sampler": False,
     }
-    return OmegaConf.create(
-        {"trainer": trainer, "pamr": False, "pictures": pictures, "num_workers": 0}
-    )
+    plain = {"pamr": False, "pictures": pictures, "num_workers": 0, "batch_size": batch_size}
+    plain |= {"label_maps": False, "examples": 0, "resume": True, "window_batch_size": 8}
+    plain |= {"refinement": None, "pamr_whole_image": False}
+    return OmegaConf.create({"trainer": trainer} | plain | {"benchmark": None} | changes)
 
 
 def evaluate(folder: Path, bench: Benchmark, config: DictConfig | None = None) -> dict[str, Any]:
@@ -213,17 +220,22 @@ def test_results_of_spawned_ranks_come_back(tmp_path: Path) -> None:
     assert results["images"] == 3
 
 
+def rank_of(rank: int, world: int) -> Any:
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("length", [1, 5])
-def test_ranks_share_the_images(tmp_path: Path, world: int, length: int) -> None:
+@pytest.mark.parametrize(("length", "batch_size"), [(1, 1), (5, 1), (5, 2), (5, 9)])
+def test_ranks_share_the_images(tmp_path: Path, world: int, length: int, batch_size: int) -> None:
     bench = benchmark(write_benchmark(tmp_path, length))
     seen = []
     for rank in range(world):
-        data = SegmentationDataModule(bench, num_workers=0)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world)  # type: ignore[assignment]
+        data = SegmentationDataModule(bench, num_workers=0, batch_size=batch_size)
+        data.trainer = rank_of(rank, world)
         works = list(data.predict_dataloader())
         assert works  # an idle rank would hang the others
-        seen += [work.index for work in works if work.counted]
+        seen += [index for work in works for index in work.indices]
     assert sorted(seen) == list(range(length))
 
 
@@ -364,6 +376,43 @@ def test_images_of_all_kinds(tmp_path: Path) -> None:
     pixels = read_image(tmp_path / "cmyk.jpg")
     assert pixels[0].min() > 240
     assert pixels[1:].max() < 15
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_the_miou_so_far(root: Path, tmp_path: Path, terminal: bool) -> None:
+    from talk2dino.segmentation import Segmenter
+    from talk2dino.segmentation.module import SegmentationModule
+    from talk2dino.segmentation.progress import EvaluationProgress
+
+    bench = benchmark(root)
+    text = torch.nn.functional.normalize(Colours().colours, dim=-1)
+    segmenter = Segmenter(MeanColourEncoder(), background_threshold=0.6, **SMALL)
+    for known in (0, 2):
+        module = SegmentationModule(segmenter, bench, text, torch.arange(3), tmp_path)
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, callbacks=[EvaluationProgress(console)]
+        )
+        data = SegmentationDataModule(bench, num_workers=0, finished=module.finished)
+        trainer.predict(module, data, return_predictions=False)
+        shown = console.file.getvalue()
+        assert ("2 of 2 images were finished before" in shown) == (known == 2)
+        if terminal:
+            assert "2/2" in shown
+        if terminal and not known:
+            assert f"mIoU {module.results['miou']:.1f}" in shown
+
+
+def test_only_the_encoder_runs_in_lower_precision(root: Path, tmp_path: Path) -> None:
+    """The stand-in encoder has nothing to round, so a difference would come from the scores."""
+    exact = evaluate(tmp_path / "exact", benchmark(root))
+    config = settings()
+    config.trainer.precision = "bf16-mixed"
+    assert_same(evaluate(tmp_path / "mixed", benchmark(root), config), exact, tolerance=0)
+    for good in ("32-true", "64-true", "16-mixed", "bf16-mixed", "32"):
+        check_precision(good)
+    with pytest.raises(ConfigError, match=r"trainer\.precision=bf16-true: .*; use bf16-mixed"):
+        check_precision("bf16-true")
 
 
 # --- through the entry point, with the encoders that come with packages ---------------------------

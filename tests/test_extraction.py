@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,13 +19,20 @@ from PIL import Image
 from rich.console import Console
 
 from talk2dino import extract
+from talk2dino.alignment.pooling import DENSE, stored_fields
+from talk2dino.encoders.ranks import process_rank
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureStore
-from talk2dino.features.extraction import EXTRACTED, Extraction, crop_square
+from talk2dino.features.extraction import Extraction
+from talk2dino.features.image_batches import crop_square
+from talk2dino.features.image_fields import EXTRACTED
+from talk2dino.features.patch_subset import patch_subset
 from talk2dino.features.sources import CaptionFolder, Source
-from tests.pipeline import HashText, files_below
+from tests.pipeline import TRAIN, HashText, files_below, run
 from tests.ranks import two_ranks
+from tests.token_stores import ENCODERS
+from tests.token_stores import extract as extract_pictures
 
 SIZE, BATCH, SHARD = 32, 4, 8
 
@@ -143,10 +150,10 @@ def test_unreadable_images_are_skipped_and_listed(
     (folder / "06.png").write_bytes(b"")
     (folder / "08.png").unlink()  # the only one of its shard
     (folder / "08.png").mkdir()
-    run = job(CaptionFolder(str(folder)), vision, tmp_path / "store", num_workers=workers)
-    manifest = run.run()
+    extraction = job(CaptionFolder(str(folder)), vision, tmp_path / "store", num_workers=workers)
+    manifest = extraction.run()
     assert manifest is not None
-    assert manifest.skipped == len(run.skipped) == 4
+    assert manifest.skipped == len(extraction.skipped) == 4
     listed = (tmp_path / "store" / "train-skipped.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in listed]
     assert [row["file_name"] for row in rows] == ["03.png", "05.png", "06.png", "08.png"]
@@ -164,40 +171,6 @@ def test_nothing_readable_is_one_line(vision: TimmVisionEncoder, tmp_path: Path)
         path.write_text("broken")
     with pytest.raises(StoreError, match="no image to store; check the source"):
         job(CaptionFolder(str(folder)), vision, tmp_path / "store").run()
-
-
-def killed_run(images: str, store: str) -> None:
-    """Run in a process of its own, which dies while it decodes the fourteenth picture."""
-    source = CaptionFolder(images)
-    decode = source.image
-
-    def image(index: int) -> Image.Image:
-        if index == 13:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return decode(index)
-
-    source.image = image  # type: ignore[method-assign]
-    torch.set_num_threads(1)
-    job(source, small_vit(), Path(store)).run()
-
-
-def test_a_killed_run_continues_to_the_same_bytes(
-    images: Path, vision: TimmVisionEncoder, whole: Path, tmp_path: Path
-) -> None:
-    call = f"killed_run({str(images)!r}, {str(tmp_path)!r})"
-    code = f"from tests.test_extraction import killed_run; {call}"
-    root = Path(__file__).parents[1]
-    dead = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
-    first = (tmp_path / "train-00000.h5").stat()
-    assert not (tmp_path / "manifest.json").exists()
-    with pytest.raises(StoreError, match=r"manifest\.json: not found"):
-        FeatureStore(tmp_path)
-    seen: list[int] = []
-    job(CaptionFolder(str(images)), vision, tmp_path).run(seen.append)
-    assert sum(seen) == 20
-    assert (tmp_path / "train-00000.h5").stat().st_mtime_ns == first.st_mtime_ns  # not again
-    assert files_below(tmp_path) == files_below(whole)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -241,9 +214,9 @@ def test_other_settings_are_refused(images: Path, vision: TimmVisionEncoder, who
             CaptionFolder(str(images), limit=5), vision, whole
         ),
     }
-    for message, run in cases.items():
+    for message, other in cases.items():
         with pytest.raises(StoreError) as error:
-            run.run()
+            other.run()
         assert "\n" not in str(error.value)
         assert message in str(error.value)
         assert "use the old value or another folder" in str(error.value)
@@ -252,18 +225,177 @@ def test_other_settings_are_refused(images: Path, vision: TimmVisionEncoder, who
 def test_a_full_disk_is_noticed_before(
     images: Path, vision: TimmVisionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = job(CaptionFolder(str(images)), vision, tmp_path)
+    extraction = job(CaptionFolder(str(images)), vision, tmp_path)
     patches, width, heads = 4, vision.embed_dim, vision.num_heads
     floats = patches * width + heads * patches + 2 * width + heads * width
-    assert run.expected_bytes() == 2 * (20 * floats + 40 * HashText.embed_dim)
+    assert extraction.expected_bytes() == 2 * (20 * floats + 40 * HashText.embed_dim)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(
         StoreError, match=r"the disk has 0\.0 GB free; keep less with features=pool"
     ):
-        extract.check_space(run, Console(quiet=True))
+        extract.check_space(extraction, Console(quiet=True))
 
 
-def test_unknown_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="precision='fp8'; choose one of 32, bf16, 16"):
-        extract.autocast("fp8", torch.device("cpu"))
+def test_a_subset_of_patches_is_the_images_own(
+    images: Path, vision: TimmVisionEncoder, whole: Path, tmp_path: Path
+) -> None:
+    """Against the complete store: rows picked by `patch_index`, pooled fields untouched."""
+    source = CaptionFolder(str(images))
+    full = FeatureStore(whole)
+    extraction = job(source, vision, tmp_path / "a", patches_per_image=3)
+    extraction.run()
+    store = FeatureStore(tmp_path / "a")
+    assert store.verify() == []
+    index = store.images["patch_index"][:]  # [n, 3]
+    assert index.dtype == np.int64
+    assert (np.diff(index, axis=1) > 0).all() and index.min() >= 0 and index.max() < 4
+    assert len(np.unique(index, axis=0)) == 4  # every subset of three occurs in twenty images
+    rows = np.arange(20)[:, None]
+    tokens, maps = full.images["patch_tokens"][:], full.images["self_attn_maps"][:]
+    np.testing.assert_array_equal(store.images["patch_tokens"][:], tokens[rows, index])
+    picked = maps.transpose(0, 2, 1)[rows, index].transpose(0, 2, 1)
+    np.testing.assert_array_equal(store.images["self_attn_maps"][:], picked)
+    for name in ("cls_token", "avg_self_attn_out", "disentangled_self_attn"):
+        np.testing.assert_array_equal(store.images[name][:], full.images[name][:])
+    fields = [store.images[name] for name in (*EXTRACTED, "patch_index")]
+    fields.append(store.captions["embedding"])
+    assert extraction.expected_bytes() == sum(
+        int(np.prod(f.shape)) * f.dtype.itemsize for f in fields
+    )
+    # the same ones in other company
+    job(CaptionFolder(str(images), limit=7), vision, tmp_path / "b", patches_per_image=3).run()
+    np.testing.assert_array_equal(FeatureStore(tmp_path / "b").images["patch_index"][:], index[:7])
+    assert stored_fields("avg_self_attn_out", {"patch_tokens", "self_attn_maps"}) == DENSE
+    assert stored_fields("avg_self_attn_out", {*DENSE, "patch_index"}) == ("avg_self_attn_out",)
+
+
+def test_patches_of_a_subset_are_drawn_evenly() -> None:
+    chosen = patch_subset(range(-2000, 2000), 16, 4)
+    counts = np.bincount(chosen.ravel(), minlength=16)
+    # 1000 expected each, standard deviation 27
+    assert np.abs(counts - 1000).max() < 4 * np.sqrt(4000 * 0.25 * 0.75)
+    np.testing.assert_array_equal(patch_subset([7], 16, 16), [np.arange(16)])
+
+
+def test_dense_training_takes_a_subset_of_patches(pictures: Path, tmp_path: Path) -> None:
+    options = ("features=dense", "features.patches_per_image=5")
+    store = extract_pictures(pictures, tmp_path / "store", *options)
+    assert FeatureStore(store).images["patch_tokens"].shape[1:] == (5, 64)
+    run(
+        "train",
+        "experiment=vits_dense",
+        f"store={store}",
+        "projection.vision_dim=64",
+        "projection.text_dim=256",
+        "data.batch_size=8",
+        "trainer.max_epochs=1",
+        *TRAIN,
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert (tmp_path / "run" / "projection.safetensors").is_file()
+
+
+def test_the_command_prints_its_figures(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("first", "again"):
+        capfd.readouterr()
+        extract_pictures(pictures, tmp_path / "store", "features=pooled", "source.limit=12")
+        out = " ".join(capfd.readouterr().out.split())
+        if command == "first":
+            assert re.search(r"12 images in \d+\.\d s, \d+\.\d images/s", out), out
+        else:
+            assert "nothing was left to do" in out
+        assert "12 images, 12 captions, 0 skipped, 2 shards" in out
+
+
+@pytest.mark.parametrize(
+    ("environment", "want"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "2"}, (0, 2, 0)),
+    ],
+)
+def test_rank_comes_from_the_launcher(
+    environment: dict[str, str], want: tuple[int, int, int]
+) -> None:
+    place = process_rank(environment)
+    assert (place.rank, place.world_size, place.local_rank) == want
+
+
+def test_impossible_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="RANK='one' in the environment is no number"):
+        process_rank({"RANK": "one", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="RANK=2 with WORLD_SIZE=2: a rank lies below"):
+        process_rank({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.slow
+def test_torchrun_writes_the_same_store(pictures: Path, tmp_path: Path) -> None:
+    one = extract_pictures(pictures, tmp_path / "one", "features=pooled")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ("source=folder", f"source.images={pictures}", *ENCODERS, "features=pooled")
+    where = (f"store={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'run'}")
+    command += ["-m", "talk2dino.extract", *options, *where, "images_per_shard=10"]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rank 1 of 2" in done.stdout
+    assert files_below(tmp_path / "two") == files_below(one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_same_features(images: Path, whole: Path, tmp_path: Path) -> None:
+    """The last batch is not full; the names of the state stay."""
+    vision = small_vit()
+    names = list(vision.state_dict())
+    job(CaptionFolder(str(images), limit=7), vision, tmp_path, compiled=True).run()
+    assert list(vision.state_dict()) == names
+    got, want = FeatureStore(tmp_path), FeatureStore(whole)
+    for name in EXTRACTED:
+        np.testing.assert_allclose(got.images[name][:], want.images[name][:7], rtol=2e-3, atol=2e-3)
+
+
+def test_a_missing_compiler_is_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = small_vit()
+
+    def broken() -> None:
+        monkeypatch.setattr(vision, "forward", lambda images: 1 / 0)
+
+    monkeypatch.setattr(vision, "compile_blocks", broken)
+    with pytest.raises(
+        ConfigError, match=r"^compile=true: torch cannot compile .*division by zero"
+    ):
+        job(CaptionFolder(str(images)), vision, tmp_path, compiled=True).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "fp8"}, "^precision='fp8'; choose one of 32, bf16, 16"),
+        ({"text_precision": "64"}, "^text_precision='64'; choose one of 32"),
+        ({"dtype": "bfloat16"}, "features.dtype='bfloat16'; choose float16 or float32"),
+        ({"num_workers": -1}, "num_workers=-1; use 0 or more"),
+        ({"images_per_shard": 0}, "images_per_shard=0; use 1 or more"),
+        ({"image_fields": []}, "features.image_fields is empty"),
+        ({"patches_per_image": 0}, "patches_per_image=0; use 1 or more"),
+        ({"patches_per_image": 5}, "vision.image_size=32 gives 4 patches; use at most that"),
+        (
+            {"patches_per_image": 2, "image_fields": ["cls_token"]},
+            "patches_per_image=2 has no effect without patch_tokens or self_attn_maps",
+        ),
+    ],
+)
+def test_settings_are_checked_first(
+    options: dict[str, Any], said: str, images: Path, vision: TimmVisionEncoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        job(CaptionFolder(str(images)), vision, tmp_path, **options)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from talk2dino.errors import DataError
+from talk2dino.segmentation.classes import ClassList, ClassSpec
+from talk2dino.segmentation.labels import LabelValues
 from talk2dino.segmentation.metrics import (
     mean_iou,
     mean_iou_metric,
     per_class_iou,
     pixel_accuracy,
-    prepare_target,
 )
 from tests.parity import ParityRecord
 
@@ -22,16 +25,19 @@ Golden = Callable[[str], dict[str, Tensor]]
 NAN = float("nan")
 
 
+def labels(classes: int, **options: Any) -> LabelValues:
+    return LabelValues(
+        ClassList(tuple(ClassSpec(f"c{k}", (f"c{k}",), k) for k in range(classes))), **options
+    )
+
+
 def count(arrays: dict[str, Tensor], case: str) -> tuple[Tensor, Tensor]:
     """Confusion matrix over the images of a case, and the metric's own mean."""
     classes = int(arrays[f"{case}/num_classes"])
     metric = mean_iou_metric(classes, int(arrays[f"{case}/ignore_index"]))
     for i in range(2):
-        target = prepare_target(
-            arrays[f"{case}/gt{i}"],
-            classes,
-            reduce_zero_label=bool(arrays[f"{case}/reduce_zero_label"]),
-        )
+        table = labels(classes, reduce_zero_label=bool(arrays[f"{case}/reduce_zero_label"]))
+        target = table.targets(arrays[f"{case}/gt{i}"].numpy())
         metric.update(arrays[f"{case}/pred{i}"][None], target[None])
     return metric.confmat, metric.compute()
 
@@ -65,17 +71,17 @@ def test_areas(case: str, golden: Golden, parity: ParityRecord) -> None:
 
 def test_foreign_values_are_refused_by_name(golden: Golden) -> None:
     target = golden("metrics")["outofrange3/gt0"]
-    with pytest.raises(DataError, match=r"a\.png: holds \[7, 200\], outside the 3 classes"):
-        prepare_target(target, 3, name="a.png")
+    with pytest.raises(DataError, match=r"a\.png: label value 7, 200 is no class"):
+        labels(3).targets(target.numpy(), "a.png")
 
 
 def test_reducing_zero_leaves_the_file_alone() -> None:
-    target = torch.tensor([[0, 1, 3, 255]], dtype=torch.uint8)
-    kept = target.clone()
-    assert prepare_target(target, 3, reduce_zero_label=True).tolist() == [[255, 0, 2, 255]]
-    assert torch.equal(target, kept)
-    with pytest.raises(DataError, match=r"\[3\]"):
-        prepare_target(target, 2, reduce_zero_label=True)
+    target = np.array([[0, 1, 3, 255]], np.uint8)
+    kept = target.copy()
+    assert labels(3, reduce_zero_label=True).targets(target).tolist() == [[255, 0, 2, 255]]
+    assert np.array_equal(target, kept)
+    with pytest.raises(DataError, match="label value 3 is no class"):
+        labels(2, reduce_zero_label=True).targets(target)
 
 
 def test_written_out() -> None:

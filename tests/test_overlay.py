@@ -13,9 +13,13 @@ from torch import Tensor
 
 from talk2dino.errors import DataError
 from talk2dino.segmentation.overlay import (
+    HEAT,
+    INK,
     PAPER,
     SWATCH,
+    class_colours,
     default_palette,
+    heat_overlay,
     overlay,
     save_label_map,
 )
@@ -82,6 +86,46 @@ def test_background_stays_uncoloured_unless_a_palette_says_so() -> None:
     )
 
 
+def test_the_colours_of_the_legend_are_told() -> None:
+    """What tables and JSON show is what the picture shows."""
+    image, labels = scene()
+    names = ["background", "cat"]
+    strip = np.asarray(overlay(image, labels, names))[60:].reshape(-1, 3)
+    for colour in class_colours(names):
+        assert (strip == colour).all(1).any()
+    assert class_colours(["a", "b"], [RED, BLUE]) == [RED, BLUE]
+
+
+def test_the_legend_reads_on_any_picture() -> None:
+    """Its own paper: the strip is the same below a black, a white and a noisy picture."""
+    labels = scene()[1]
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    pictures = [Image.new("RGB", (80, 60), c) for c in ("black", "white")] + [
+        Image.fromarray(noise)
+    ]
+    strips = [np.asarray(overlay(p, labels, ["a", "b"]))[60:] for p in pictures]
+    assert all(np.array_equal(strip, strips[0]) for strip in strips)
+    light, dark = (_luminance(c) for c in (PAPER, INK))
+    assert (light + 0.05) / (dark + 0.05) > 12  # WCAG asks 7 for small text
+
+
+def _luminance(colour: tuple[int, int, int]) -> float:
+    part = np.array(colour) / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_heat_runs_from_dark_to_bright_between_its_limits() -> None:
+    image = Image.new("RGB", (5, 1), (100, 100, 100))
+    scores = torch.tensor([[-1.0, 0.0, 0.5, 1.0, 9.0]])
+    picture = heat_overlay(image, scores, 0.0, 1.0, alpha=1.0)
+    colours = [picture.getpixel((x, 0)) for x in range(5)]
+    assert colours == [HEAT[0], HEAT[0], HEAT[2], HEAT[4], HEAT[4]]
+    assert heat_overlay(image, scores, 0.0, 1.0, alpha=0.0).getpixel((3, 0)) == (100, 100, 100)
+    same = heat_overlay(image, torch.ones(1, 5), 1.0, 1.0, alpha=1.0)  # equal limits
+    assert len({same.getpixel((x, 0)) for x in range(5)}) == 1
+
+
 def test_all_ignored_needs_no_legend() -> None:
     image, labels = scene()
     assert overlay(image, torch.full_like(labels, 255), ["a"]).size == image.size
@@ -119,6 +163,7 @@ def test_label_map_file_holds_the_labels(tmp_path: Path) -> None:
     [
         (lambda: overlay(scene()[0], torch.zeros(2, 3), ["a"]), r"\(2, 3\).*60x80"),
         (lambda: overlay(*scene(), ["a"]), "0..1"),
+        (lambda: heat_overlay(scene()[0], torch.zeros(2, 3), 0, 1), r"\(2, 3\).*60x80"),
         (lambda: overlay(scene()[0], scene()[1] - 1, ["a", "b"]), "-1"),
         (lambda: overlay(*scene(), ["a", "b"], [RED]), "palette of 1"),
         (lambda: save_label_map(torch.full((2, 2), 256), "x.png"), "0..255"),

@@ -35,8 +35,11 @@ def test_the_wheel_holds_code_and_configs_only(wheel: Path) -> None:
         assert f"talk2dino/conf/{path.relative_to(ROOT / 'conf')}" in names
     for path in (ROOT / "talk2dino").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
+    for path in (ROOT / "talk2dino").rglob("*.txt"):  # class lists
+        assert str(path.relative_to(ROOT)) in names
     folders = {name.split("/")[0] for name in names}
-    assert folders == {"talk2dino", next(f for f in folders if f.endswith(".dist-info"))}
+    info = next(f for f in folders if f.endswith(".dist-info"))
+    assert folders == {"talk2dino", "hydra_plugins", info}
     assert not [name for name in names if name.endswith((".npz", ".ipynb", ".pyc"))]
 
 

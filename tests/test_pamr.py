@@ -12,6 +12,7 @@ from torch import Tensor
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.pamr import affinity, neighbours
+from tests.memory import peak_bytes
 from tests.parity import ParityRecord
 
 Golden = Callable[[str], dict[str, Tensor]]
@@ -145,15 +146,42 @@ def test_images_are_independent_and_inputs_untouched() -> None:
     assert not PAMR().state_dict() and not list(PAMR().parameters())
 
 
+def test_chunks_of_classes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, mask = torch.rand(1, 3, 18, 23), torch.rand(1, 11, 5, 6)
+    whole = PAMR(3, (1, 4))(image, mask)
+    monkeypatch.setattr("talk2dino.segmentation.pamr.CLASSES", 4)
+    torch.testing.assert_close(PAMR(3, (1, 4))(image, mask), whole, rtol=0, atol=1e-6)
+
+
+def test_one_after_the_other_with_different_sizes() -> None:
+    images = [torch.rand(3, *size) for size in ((10, 12), (10, 12), (7, 20))]
+    masks = [torch.rand(classes, 4, 6) for classes in (2, 3, 2)]
+    refine = PAMR(3, (1, 2))
+    for got, image, mask in zip(refine.each(images, masks), images, masks, strict=True):
+        assert torch.equal(got, refine(image[None], mask[None])[0])
+
+
+@pytest.mark.parametrize("classes", [1, 21, 171])
+def test_memory_stays_within_three_times_weights_and_scores(classes: int) -> None:
+    height, width = 192, 256
+    image, mask = torch.rand(1, 3, height, width), torch.rand(1, classes, 8, 8)
+    floats = peak_bytes(lambda: PAMR(2)(image, mask)) / 4
+    assert floats <= 3 * (48 + 2 * classes) * height * width
+
+
 def test_no_iterations_only_resize() -> None:
     image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 3, 3)
     want = F.interpolate(mask, size=(9, 9), mode="bilinear", align_corners=True)
     assert torch.equal(PAMR(num_iter=0)(image, mask), want)
 
 
-def test_half_precision_masks_are_refined_in_float32() -> None:
-    image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9).half()
-    torch.testing.assert_close(PAMR()(image, mask), PAMR()(image, mask.float()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_refined_in_float32(dtype: torch.dtype) -> None:
+    image, mask = torch.rand(1, 3, 9, 9).to(dtype), torch.rand(1, 2, 9, 9).to(dtype)
+    want = PAMR()(image.float(), mask.float())
+    assert torch.equal(PAMR()(image, mask), want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(PAMR()(image, mask), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

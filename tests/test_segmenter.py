@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation import PAMR, Segmenter, sliding_windows
+from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
 from tests.parity import ParityRecord
 
@@ -174,6 +178,131 @@ def test_encoded_once_scored_often() -> None:
         labels = segmenter.decide(segmenter.score(encoded, rows), encoded.size).labels
         assert len(segmenter.vision.batches) == calls
         assert torch.equal(labels, small_segmenter()(image, rows).labels)
+
+
+def test_pictures_of_different_sizes_fill_the_batches_of_the_encoder() -> None:
+    sizes = [(60, 100), (100, 60), (64, 64), (200, 64), (40, 300)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    segmenter = small_segmenter(window_batch_size=4, long_side=150)
+    together = segmenter.encode_batch(images)
+    count = sum(len(one.windows) for one in together)
+    batches = segmenter.vision.batches
+    assert sum(batches) == count and set(batches[:-1]) == {4} and batches[-1] <= 4
+    for image, got in zip(images, together, strict=True):
+        alone = small_segmenter(long_side=150).encode(image)
+        assert got.size == alone.size == tuple(image.shape[-2:])
+        assert got.windows == alone.windows and torch.equal(got.image, alone.image)
+        torch.testing.assert_close(got.features.patch_tokens, alone.features.patch_tokens)
+        torch.testing.assert_close(got.features.self_attn_maps, alone.features.self_attn_maps)
+    assert segmenter.encode_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"background_threshold": 0.55, "background_cleaning": True},
+        {"pamr": PAMR(2, (1, 2))},
+        {"pamr": PAMR(2, (1, 2)), "pamr_whole_image": True},
+        {"knn": KNN(4)},
+    ],
+)
+def test_the_short_way_to_labels_gives_those_of_the_scores(options: dict[str, object]) -> None:
+    image, text, _ = colour_scene()
+    segmenter = small_segmenter(short_side=96, **options)
+    encoded = segmenter.encode(image)
+    for size in (None, (33, 150)):
+        got = segmenter.label(encoded, text, size)
+        full = segmenter.decide(segmenter.score(encoded, text), size or (60, 100), True).scores
+        assert full is not None and got.shape == full.shape[1:]
+        best = full.gather(0, got[None])[0]
+        torch.testing.assert_close(best, full.amax(0), rtol=0, atol=1e-6)
+
+
+def test_one_refinement_of_the_whole_picture_differs_only_if_windows_overlap() -> None:
+    image, text, _ = colour_scene()
+    one, every = (
+        small_segmenter(pamr=PAMR(3, (1, 2)), pamr_whole_image=whole, background_cleaning=True)
+        for whole in (True, False)
+    )
+    square = image[:, :, 20:80]
+    scores = [it.score(it.encode(square), text) for it in (one, every)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
+    scores = [it.score(it.encode(image), text) for it in (one, every)]
+    assert 1e-4 < (scores[0] - scores[1]).abs().max() < 0.1
+
+
+def test_knn_sees_the_tokens_of_the_encoder() -> None:
+    image, text, _ = colour_scene()
+    plain, refined = small_segmenter(), small_segmenter(knn=KNN(3, 2))
+    encoded = plain.encode(image)
+    want = KNN(3, 2)(
+        encoded.features.patch_tokens, plain._token_scores(encoded.features, text, None)
+    )
+    assert torch.equal(refined._token_scores(encoded.features, text, None), want)
+
+
+def test_surrounding_autocast_reaches_the_encoder_alone() -> None:
+    image, text, _ = colour_scene()
+    segmenter = small_segmenter(background_cleaning=True, knn=KNN(3), short_side=96)
+    encoded = segmenter.encode(image)
+    want = segmenter.score(encoded, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(segmenter.score(encoded, text), want)
+        assert torch.equal(segmenter.label(encoded, text), segmenter.decide(want, (60, 100)).labels)
+
+
+def test_threads_share_a_segmenter() -> None:
+    image, text, _ = colour_scene()
+    segmenter = small_segmenter(pamr=PAMR(2, (1, 2)), background_cleaning=True)
+    before = dict(vars(segmenter))
+    encoded = segmenter.encode(image)
+    rows = [text, text[:2], text.flip(0)] * 4
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda row: segmenter.label(encoded, row), rows))
+    for labels, row in zip(got, rows, strict=True):
+        assert torch.equal(labels, segmenter.label(encoded, row))
+    assert vars(segmenter) == before
+
+
+MANY_CLASSES = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from talk2dino.segmentation import PAMR, Segmenter
+from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
+from talk2dino.segmentation.windows import sliding_windows
+
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+def encoded(working, size):
+    windows = sliding_windows(*working)
+    tokens = torch.randn(len(windows), 1024, 64)
+    image = torch.randint(0, 256, (3, *working), dtype=torch.uint8)
+    maps = torch.randn(len(windows), 6, 1024)
+    return EncodedImage(image, windows, WindowFeatures(tokens, maps, (32, 32)), size)
+
+text = torch.nn.functional.normalize(torch.randn(171, 64), dim=-1)
+pamr = PAMR(1) if sys.argv[1] == "pamr" else None
+segmenter = Segmenter(nn.Identity(), pamr=pamr, background_cleaning=True)
+small, large = encoded((64, 64), (64, 64)), encoded((448, 896), (1024, 2048))
+segmenter.label(small, text)
+before = peak()
+assert segmenter.label(large, text).shape == (1024, 2048)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("refinement", ["none", "pamr"])
+def test_171_classes_at_2048x1024_take_less_than_two_gigabytes(refinement: str) -> None:
+    command = [sys.executable, "-c", MANY_CLASSES, refinement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # One array of all classes at the size of the picture would already be 1.4 GB.
+    assert int(done.stdout) < (0.4e9 if refinement == "none" else 1.2e9)
 
 
 def test_synonyms_compete_for_their_class() -> None:

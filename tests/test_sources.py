@@ -7,12 +7,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from talk2dino.errors import ConfigError, DataError, UserError
-from talk2dino.features.pictures import upright_rgb
 from talk2dino.features.sources import CaptionFolder, CocoCaptions, Entry, Mosaic
 from tests.pipeline import need
 
@@ -73,6 +71,12 @@ def without(*path: str | int) -> dict[str, Any]:
     return data
 
 
+def twice(key: str) -> dict[str, Any]:
+    data = coco()
+    data[key].append(data[key][0])
+    return data
+
+
 def orphan() -> dict[str, Any]:
     data = coco()
     data["annotations"].append({"id": 8, "image_id": 77, "caption": "lost"})
@@ -88,6 +92,8 @@ def orphan() -> dict[str, Any]:
         (without("images", 1, "id"), r"images\[1\] needs id and file_name"),
         (without("images", 0, "file_name"), r"images\[0\] needs id and file_name"),
         (without("annotations", 2, "caption"), r"annotations\[2\] needs id, image_id and caption"),
+        (twice("images"), r"images\[3\] has id 7, as an image before it"),
+        (twice("annotations"), r"annotations\[3\] has id 1, as a caption before it"),
         (orphan(), "caption 8 names image 77, which is not in its images"),
         ({"images": [], "annotations": []}, "no captioned images"),
     ],
@@ -111,6 +117,66 @@ def test_coco_missing_file_and_folders(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match=r"b\.png, named by .*captions\.json, is not there"):
         CocoCaptions(path, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "sub"),
+    [
+        ("COCO_train2014_000000000009.jpg", None, "train2014"),
+        (
+            "COCO_val2014_000000000042.jpg",
+            "http://x/val2014/COCO_val2014_000000000042.jpg",
+            "val2014",
+        ),
+        ("000000000139.jpg", "http://images.cocodataset.org/val2017/000000000139.jpg", "val2017"),
+    ],
+)
+def test_coco_folders_of_2014_and_2017(
+    tmp_path: Path, name: str, url: str | None, sub: str
+) -> None:
+    """The folder of the files, the folder above it, and names that contain their folder."""
+    (tmp_path / "coco" / sub).mkdir(parents=True)
+    picture(tmp_path / "coco" / sub / name, 90)
+    image = {"id": 9, "file_name": name} | ({"coco_url": url} if url else {})
+    data = {"images": [image], "annotations": [{"id": 1, "image_id": 9, "caption": "x"}]}
+    for folder, want in ((tmp_path / "coco", f"{sub}/{name}"), (tmp_path / "coco" / sub, name)):
+        source = CocoCaptions(write(tmp_path, data), str(folder))
+        assert source.entry(0).file_name == want
+        assert source.image(0).size == (6, 4)
+    image["file_name"] = f"{sub}/{name}"
+    assert CocoCaptions(write(tmp_path, data), str(tmp_path / "coco")).image(0).size == (6, 4)
+
+
+def karpathy(name: str, number: int, split: str, **more: object) -> dict[str, Any]:
+    sentences = [{"raw": f"{name} {k}", "sentid": 10 * number + k, "tokens": []} for k in (0, 1)]
+    return {"filename": name, "imgid": number, "split": split, "sentences": sentences} | more
+
+
+def test_karpathy_splits(tmp_path: Path, folder: Path) -> None:
+    rows = [
+        karpathy("a.png", 0, "train"),
+        karpathy("b.png", 1, "restval", cocoid=77, filepath="elsewhere"),
+        karpathy("c.JPG", 2, "test", filepath="sub", cocoid=88),
+    ]
+    (folder / "sub").mkdir()
+    picture(folder / "sub" / "c.JPG")
+    path = write(tmp_path, {"images": rows, "dataset": "coco"})
+    source = CocoCaptions(path, str(folder), split=["train", "restval"])
+    assert [source.entry(i) for i in range(len(source))] == [
+        Entry(0, "a.png", ((0, "a.png 0"), (1, "a.png 1"))),
+        Entry(77, "b.png", ((10, "b.png 0"), (11, "b.png 1"))),
+    ]
+    assert source.fingerprint()["split"] == ["train", "restval"]
+    assert len(CocoCaptions(path, str(folder))) == 3
+    test = CocoCaptions(path, str(folder), split="test")
+    assert test.entry(0).file_name == "sub/c.JPG"
+    with pytest.raises(DataError, match=r"no split 'dev'; it has restval, test, train"):
+        CocoCaptions(path, str(folder), split="dev")
+    with pytest.raises(ConfigError, match=r"source\.split=train: .* has no splits"):
+        CocoCaptions(write(tmp_path, coco()), str(folder), split="train")
+    del rows[1]["sentences"][0]["raw"]
+    with pytest.raises(DataError, match=r"images\[1\] needs filename, imgid and sentences"):
+        CocoCaptions(write(tmp_path, {"images": rows}), str(folder))
 
 
 @pytest.mark.parametrize("limit", [0, -3])
@@ -157,18 +223,37 @@ def test_folder_with_texts(folder: Path) -> None:
     ]
 
 
+def test_folder_with_a_tabbed_text(folder: Path) -> None:
+    text = "b.png#0\ta cat\n\na.png#0\ta dog, asleep \r\na.png#1\tStraße"
+    (folder / "captions.txt").write_text(text, encoding="utf-8", newline="")
+    assert list(CaptionFolder(str(folder)).entries) == EXPECTED
+    (folder / "captions.csv").write_text("file_name,caption\na.png,x\n")
+    with pytest.raises(
+        DataError, match=r"captions\.csv and captions\.txt are both there; keep one"
+    ):
+        CaptionFolder(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("captions.csv", b"file_name,caption\na.png,\n", "row 1 needs file_name and caption"),
-        ("captions.csv", b"file,text\na.png,x\n", "row 1 needs file_name and caption"),
+        ("captions.csv", b"file_name,caption\na.png,\n", "line 2 needs file_name and caption"),
+        ("captions.csv", b"file,text\na.png,x\n", "line 1 must name the columns file_name and cap"),
         ("captions.csv", b"file_name,caption\na.png,Stra\xdfe\n", "not UTF-8"),
         ("captions.csv", b"file_name,caption\n", "no captioned images"),
-        ("captions.jsonl", b'{"file_name": "a.png"}', "row 1 needs"),
+        ("captions.jsonl", b'\n{"file_name": "a.png"}', "line 2 needs"),
         ("captions.jsonl", b'{"file_name": "a.png", "caption": "x"}\n{oops', "line 2 is not json"),
-        ("captions.jsonl", b"[1]", "row 1 needs"),
+        ("captions.jsonl", b"[1]", "line 1 needs"),
+        ("captions.csv", b"file_name,caption\na.png," + b"x" * 140_000, "after line 1: not csv"),
+        ("captions.csv", b'file_name,caption\na.png,"x\ny"\nb.png\n', "line 4 needs"),
+        ("captions.txt", b"a.png\tx\n\nb.png y\n", "line 3 has no tab"),
+        ("captions.txt", b"a.png\t \n", "line 1 needs file_name and caption"),
         ("a.txt", b"\xff\xfe\xdf", "not UTF-8"),
-        ("notes.md", b"nothing", r"no captions\.csv, no captions\.jsonl and no \.txt"),
+        (
+            "notes.md",
+            b"nothing",
+            r"no captions\.csv, captions\.jsonl or captions\.txt and no \.txt",
+        ),
     ],
 )
 def test_folder_errors_are_one_line(folder: Path, name: str, content: bytes, message: str) -> None:
@@ -187,31 +272,3 @@ def test_mosaic_entries_and_images_belong_together() -> None:
     assert [number for number, _ in entry.captions] == [4, 5]
     assert source.image(2).size == (32, 32)
     assert source.fingerprint() != Mosaic(count=3, image_size=32, seed=1).fingerprint()
-
-
-def test_pictures_of_every_mode_are_upright_rgb(tmp_path: Path) -> None:
-    ramp = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17  # 0, 17, ... 255
-    grey = np.repeat(ramp[..., None], 3, axis=2)
-
-    def reread(image: Image.Image, name: str, **options: object) -> np.ndarray:
-        image.save(tmp_path / name, **options)
-        with Image.open(tmp_path / name) as file:
-            upright = upright_rgb(file)
-        assert upright.mode == "RGB"
-        return np.asarray(upright)
-
-    np.testing.assert_array_equal(reread(Image.fromarray(ramp), "grey.png"), grey)
-    wide = Image.fromarray(ramp.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(reread(wide, "wide.png"), grey)
-    np.testing.assert_array_equal(reread(wide, "wide.tif"), grey)
-    small = Image.fromarray(ramp.astype(np.int32))
-    np.testing.assert_array_equal(reread(small, "small.tif"), grey)
-    cmyk = Image.new("CMYK", (4, 4), (0, 0, 0, 0))
-    assert (reread(cmyk, "cmyk.jpg") > 250).all()
-    palette = Image.fromarray(ramp).convert("P")
-    np.testing.assert_array_equal(reread(palette, "palette.png"), grey)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise
-    np.testing.assert_array_equal(
-        reread(Image.fromarray(ramp), "turned.png", exif=exif), np.rot90(grey, -1)
-    )

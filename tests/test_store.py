@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from talk2dino.errors import StoreError
-from talk2dino.features import FeatureStore, store, write_store
+from talk2dino.features import FeatureStore, residency, shard_reader, store, write_store
+from talk2dino.features.finite import all_finite, nonfinite_rows
 from talk2dino.features.verify import verify_store
 
 Arrays = dict[str, np.ndarray]
@@ -185,7 +186,7 @@ def test_reads_in_another_process(folder: Path, method: str) -> None:
 
 
 def test_few_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(store, "_room_for", lambda shards: 1)
     opened = FeatureStore(folder)
     want = arrays()[0]["cls_token"].astype(np.float16)
     np.testing.assert_array_equal(opened.images["cls_token"][:], want)
@@ -234,7 +235,9 @@ def test_text_of_variable_length(folder: Path) -> None:
 def test_missing_filter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(folder / "train-00000.h5", "images", "cls_token", chunks=(1, 8), compression="gzip")
     monkeypatch.setattr("h5py.h5z.filter_avail", lambda code: False)
-    with pytest.raises(StoreError, match=r"train-00000\.h5: .*deflate; pip install hdf5plugin"):
+    with pytest.raises(
+        StoreError, match=r"00000\.h5: .*deflate; pip install 'talk2dino\[archive\]'"
+    ):
         FeatureStore(folder).images["cls_token"][0]
 
 
@@ -360,3 +363,47 @@ def test_no_manifest(tmp_path: Path) -> None:
         FeatureStore(tmp_path)
     with pytest.raises(StoreError, match="not a folder"):
         FeatureStore(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_finite_is_by_bit_pattern(dtype: str) -> None:
+    """Every pattern of the sign and exponent, against NumPy."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = bits.astype(np.uint32) << 16
+    values = bits.view(np.float16) if dtype == "float16" else wide.view(np.float32)
+    rows = values.reshape(256, 256)
+    np.testing.assert_array_equal(nonfinite_rows(rows), np.flatnonzero(~np.isfinite(rows).all(1)))
+    for row in rows:
+        assert all_finite(row) == np.isfinite(row).all()
+    assert all_finite(values[np.isfinite(values)])
+    assert all_finite(values[:0])
+
+
+def test_mapped_pages_are_given_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit all maps are released, and reading goes on."""
+    released: list[str] = []
+    release = shard_reader.ShardReader.release
+
+    def noted(reader: shard_reader.ShardReader) -> None:
+        released.append(reader.path.name)
+        release(reader)
+
+    monkeypatch.setattr(shard_reader.ShardReader, "release", noted)
+    monkeypatch.setattr(residency, "_CHECK_BYTES", 1)
+    monkeypatch.setattr(residency, "mapped_bytes", iter([0, *range(100, 200)]).__next__)
+    opened = FeatureStore(folder)
+    opened._residency.limit = 50
+    want = arrays()[0]["cls_token"].astype(np.float16)
+    for _ in range(2):
+        np.testing.assert_array_equal(opened.images["cls_token"][:], want)
+    assert sorted(set(released)) == [f"train-0000{k}.h5" for k in range(3)]
+
+
+def test_asking_the_system_to_read_ahead(folder: Path) -> None:
+    opened = FeatureStore(folder)
+    field = opened.images["disentangled_self_attn"]
+    for first, last in ((0, IMAGES), (3, 5), (10, 11), (4, 4)):
+        field.will_need(first, last)
+    np.testing.assert_array_equal(
+        field[:], arrays()[0]["disentangled_self_attn"].astype(np.float16)
+    )

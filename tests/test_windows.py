@@ -110,6 +110,12 @@ def test_short_side_sizes(golden: Golden, parity: ParityRecord) -> None:
         parity.check("working size", "mmcv.rescale_size", got, row[2:], 0)
 
 
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (12000, 9000)])
+def test_extreme_pictures_keep_at_least_a_pixel(size: tuple[int, int]) -> None:
+    height, width = short_side_size(*size)
+    assert 1 <= min(height, width) <= 448 and max(height, width) <= 2048
+
+
 @pytest.mark.parametrize("case", ["down", "up", "long", "same"])
 def test_resize_is_opencv_to_the_bit(case: str, golden: Golden, parity: ParityRecord) -> None:
     arrays = golden("pipeline_resize")

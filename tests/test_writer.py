@@ -273,3 +273,21 @@ def test_text_lengths_count_bytes() -> None:
         {"id": [0, 1], "file_name": ["", "ü" * 3]}, {}, "float16", "shard"
     )["images"]["file_name"]
     assert stored.dtype.itemsize == 6
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_created_file_appears_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Also where the file system has no hard links; there the last one wins."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "settings.json"
+    assert atomic.create_json(target, {"a": 1})
+    assert atomic.create_json(target, {"a": 2}) is not links
+    assert json.loads(target.read_text()) == {"a": 1 if links else 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]

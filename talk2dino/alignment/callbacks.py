@@ -1,17 +1,25 @@
-"""What training leaves in the run folder: weights without pickle, and the curves as a picture."""
+"""What training leaves in the run folder: weights without pickle, the figures, and the curves."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.trackers import markdown_table, show_picture, show_table
 from talk2dino.atomic import replacing, write_json
+
+TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
+FIGURES = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
+METRICS = [direction + name for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT) for name in FIGURES]
 
 
 class SaveProjection(L.Callback):
@@ -19,10 +27,11 @@ class SaveProjection(L.Callback):
 
     Args:
         folder: run folder.
+        best: keeps the best checkpoint; its weights are written instead of the last ones.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "projection.safetensors"
+    def __init__(self, folder: Path, best: ModelCheckpoint | None = None) -> None:
+        self.path, self.best = folder / "projection.safetensors", best
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -30,20 +39,33 @@ class SaveProjection(L.Callback):
         assert isinstance(module, AlignmentModule)
         description = module.description()
         del description["projection"]  # save_projection says it again
-        save_projection(module.projection, self.path, description)
+        projection = module.projection
+        if self.best is not None and self.best.best_model_path:
+            projection = read_checkpoint(Path(self.best.best_model_path)).projection
+        save_projection(projection, self.path, description)
 
 
 class LossCurve(L.Callback):
-    """Collects the logged figures; at the end writes `metrics.json` and `loss.png`.
+    """Collects the logged figures; at the end writes `metrics.json`, `retrieval.md`, `loss.png`.
+
+    `metrics.json`: `steps`, `seconds` of training, the last `train/loss`, `validation` with the
+    figures of every validation, and `result`, those of the weights in `projection.safetensors`.
+    What it collected is part of every checkpoint, so a resumed run's curves are whole.
 
     Args:
         folder: run folder.
+        best: keeps the best checkpoint, whose step `result` belongs to; None takes the last.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, best: ModelCheckpoint | None = None) -> None:
+        self.folder, self.best = folder, best
         self.train: list[tuple[int, Tensor]] = []
         self.validation: list[dict[str, float]] = []
+        self._before, self._started = 0.0, time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
@@ -57,19 +79,68 @@ class LossCurve(L.Callback):
         if figures and not trainer.sanity_checking:
             self.validation.append({"step": trainer.global_step, **figures})
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps `[N]` and losses `[N]` float32 so far, the validations, and the seconds."""
+        steps = torch.tensor([step for step, _ in self.train], dtype=torch.int64)
+        losses = [loss.float().cpu() for _, loss in self.train]
+        return {
+            "steps": steps,
+            "losses": torch.stack(losses) if losses else torch.empty(0),
+            "validation": self.validation,
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the figures of a checkpoint."""
+        pairs = zip(state_dict["steps"].tolist(), state_dict["losses"], strict=True)
+        self.train = list(pairs)
+        self.validation = list(state_dict["validation"])
+        self._before = float(state_dict["seconds"])
+
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write both files."""
+        """Write the files, and show them to the loggers."""
         if not self.train:
             return
         losses = [(step, float(loss)) for step, loss in self.train]
-        last = losses[-1][1]
-        write_json(
-            self.folder / "metrics.json",
-            {"steps": trainer.global_step, "train/loss": last, "validation": self.validation},
-        )
+        content = {
+            "steps": trainer.global_step,
+            "seconds": round(self._seconds(), 2),
+            "train/loss": losses[-1][1],
+            "result": self.result(),
+            "validation": self.validation,
+        }
+        write_json(self.folder / "metrics.json", content)
         with replacing(self.folder / "loss.png") as path:
             draw_curves(path, losses, self.validation)
+        show_picture(trainer, "curves", self.folder / "loss.png")
+        if self.validation:
+            columns, rows = retrieval_table(self.result())
+            with replacing(self.folder / "retrieval.md") as path:
+                path.write_text(markdown_table(columns, rows), encoding="utf-8")
+            show_table(trainer, "retrieval", columns, rows)
+
+    def result(self) -> dict[str, float]:
+        """The validation of the weights that are kept; empty without any."""
+        if not self.validation:
+            return {}
+        if self.best is None or self.best.monitor not in METRICS:
+            return self.validation[-1]
+        choose = max if self.best.mode == "max" else min
+        monitor = str(self.best.monitor)
+        return choose(self.validation, key=lambda row: row[monitor])  # the first, as Lightning
+
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+
+def retrieval_table(result: dict[str, float]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a validation: one row per direction."""
+    directions = {"text → image": TEXT_TO_IMAGE, "image → text": IMAGE_TO_TEXT}
+    rows = [
+        [name, *(result[key + figure] for figure in FIGURES)] for name, key in directions.items()
+    ]
+    return ["direction", *FIGURES], rows
 
 
 def draw_curves(

@@ -13,6 +13,7 @@ from torch import Tensor
 from talk2dino.alignment.inputs import projected_text, projected_visual
 from talk2dino.alignment.module import AlignmentModule, gather_rows
 from talk2dino.alignment.similarity import Similarity, head_choice
+from talk2dino.alignment.trackers import show_picture
 from talk2dino.atomic import replacing
 from talk2dino.errors import ConfigError
 
@@ -74,6 +75,7 @@ class RecordHeads(L.Callback):
         rows = gather_rows(torch.cat(self._rows)).cpu()  # ranks have equally many
         if trainer.is_global_zero:
             self._write(rows[rows[:, 0].argsort(stable=True)])
+            show_picture(trainer, "heads", self.folder / "heads.png")
 
     def _write(self, rows: Tensor) -> None:
         counts = torch.bincount(rows[:, 2], minlength=self._heads).tolist()

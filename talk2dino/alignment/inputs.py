@@ -82,9 +82,18 @@ def projected_text(
 def projected_visual(
     batch: Mapping[str, Any], projection: Projection, similarity: Similarity
 ) -> Tensor:
-    """Project what of a batch's images is compared: `[B, D]`, `[B, H, D]` or `[B, P, D]`."""
+    """Project what of a batch's images is compared: `[B, D]`, `[B, H, D]` or `[B, P, D]`.
+
+    An image that several captions of the batch share is pooled and projected once.
+    """
     if projection.pooled_fields and similarity.field == IMAGE:
         visual = projection.pool_visual(*(batch[name] for name in projection.pooled_fields))
     else:
         visual = visual_feature(batch, similarity.field)
-    return projection.project_visual(visual)
+    return per_caption(projection.project_visual(visual), batch)
+
+
+def per_caption(visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Features of a batch's images `[U, …]`, once for each of its captions, `[B, …]`."""
+    place = batch.get("image_place")
+    return visual if place is None or len(place) == len(visual) else visual[place]

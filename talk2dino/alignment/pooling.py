@@ -14,9 +14,13 @@ DENSE = ("patch_tokens", "self_attn_maps")
 
 
 def stored_fields(wanted: str, stored: Iterable[str]) -> tuple[str, ...]:
-    """Return the fields to read for `wanted`: itself, or the dense ones it can be pooled from."""
+    """Return the fields to read for `wanted`: itself, or the dense ones it can be pooled from.
+
+    A store with `patch_index` holds some patches only, and nothing is pooled from those.
+    """
     present = set(stored)
-    if wanted not in present and wanted in POOLED and present.issuperset(DENSE):
+    whole = present.issuperset(DENSE) and "patch_index" not in present
+    if wanted not in present and wanted in POOLED and whole:
         return DENSE
     return (wanted,)
 

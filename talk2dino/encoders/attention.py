@@ -20,9 +20,10 @@ from talk2dino.errors import EncoderError
 
 
 class LastAttention(TorchFunctionMode):
-    """While active, remembers query, key, scale and bias of one module's fused attention call.
+    """Remembers query, key, scale and bias of one module's fused attention call.
 
-    Calls outside `attention` are not kept, so nothing but the last block's tensors stays alive.
+    Active inside that module only: nothing but the last block's tensors stays alive, and no other
+    block pays for it or is kept from being compiled.
     """
 
     def __init__(self) -> None:
@@ -37,17 +38,23 @@ class LastAttention(TorchFunctionMode):
         begin = attention.register_forward_pre_hook(self._begin)
         end = attention.register_forward_hook(self._end)
         try:
-            with self:
-                yield self
+            yield self
         finally:
+            if self._inside:  # the module raised, and its closing hook did not run
+                self._leave()
             begin.remove()
             end.remove()
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.inputs, self._inside, self.calls = inputs[0], True, []
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._inside = False
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -57,7 +64,7 @@ class LastAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._inside and func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention:
             bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             self.calls.append((args[0], args[1], bias, kwargs.get("scale")))
         return func(*args, **kwargs)

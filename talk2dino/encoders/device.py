@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from talk2dino.encoders.ranks import process_rank
 from talk2dino.errors import ConfigError
 
 
 def choose_device(accelerator: str = "auto") -> torch.device:
     """Return the device for `auto`, `cpu`, `gpu` or `mps`.
 
-    Under torchrun each local rank takes its own GPU.
+    Under torchrun or srun each local rank takes its own GPU; more ranks than visible GPUs share
+    them (srun may show every task one GPU only).
 
     Raises:
         ConfigError: unknown name, or no such device here.
@@ -29,5 +29,5 @@ def choose_device(accelerator: str = "auto") -> torch.device:
     if not available[accelerator]:
         raise ConfigError(f"accelerator={accelerator}: there is none here; use accelerator=auto")
     if accelerator == "gpu":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", process_rank().local_rank % torch.cuda.device_count())
     return torch.device(accelerator)

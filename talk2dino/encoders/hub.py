@@ -70,3 +70,30 @@ def _reachable(seconds: float) -> bool:
     except Exception:  # requests and httpx, which take turns here, share no base class
         return False
     return True
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool, message: str) -> str:
+    """Upload a folder as one commit to a repository of the Hub, created when needed.
+
+    Needs a login: `huggingface-cli login`, or the environment variable HF_TOKEN.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the Hub refuses or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CheckpointError(
+            f"push_to_hub={repo_id}: the Hub did not take it ({reason}); log in with HF_TOKEN=…, "
+            "and check the name"
+        ) from error
+    return str(done.commit_url)

@@ -56,7 +56,7 @@ def templates(name: str) -> Sequence[Template]:
 
 
 def prompts(names: Sequence[str], template_set: str) -> list[list[str]]:
-    """Return, for every class name, its sentences: [N][T]."""
+    """Return, for every class name, its sentences: N lists of T."""
     patterns = templates(template_set)
     return [[template(name) for template in patterns] for name in names]
 

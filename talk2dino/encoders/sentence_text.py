@@ -81,7 +81,8 @@ class SentenceTransformerTextEncoder(nn.Module):
             convert_to_tensor=True,
             show_progress_bar=False,
         )
-        return embeddings.float().cpu()
+        # the library computes in inference mode, whose tensors ψ could not take outside of it
+        return embeddings.clone().float().cpu()
 
     @torch.no_grad()
     def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:

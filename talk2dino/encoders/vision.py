@@ -97,6 +97,15 @@ class TimmVisionEncoder(nn.Module):
         """Stay in evaluation mode: the encoder is frozen."""
         return super().train(False)
 
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` translate the blocks on first use; the state's names stay.
+
+        The last two stay as they are: their outputs and attention are read while they run. Every
+        other batch size is translated anew, which takes a while, so keep it.
+        """
+        for block in self.model.blocks[:-2]:
+            block.compile(dynamic=False)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> VisionFeatures:
         """Encode a batch.

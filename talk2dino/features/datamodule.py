@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.features.dataset import Batch, CaptionBatches
-from talk2dino.features.sampler import EpochBatchSampler, Mode
+from talk2dino.features.dataset import CaptionBatches
+from talk2dino.features.loader import StoreLoader
+from talk2dino.features.sampler import EpochBatchSampler, Mode, Shuffle
 from talk2dino.features.store import FeatureStore
 
 
@@ -33,7 +33,12 @@ class FeatureDataModule(L.LightningDataModule):
         val_fraction: share of the images of `store` held out when there is no `val_store`.
         batch_size: captions per rank and step.
         captions: `all` captions per epoch, or `one_per_image` drawn anew each epoch.
+        shuffle: `global`, a permutation of all captions, or `block` for slow disks.
+        block_rows: images of a block, with `shuffle="block"`.
+        mix_blocks: blocks among which captions are mixed, with `shuffle="block"`.
         num_workers: loader processes; 0 reads in the training process.
+        prefetch: batches read ahead of the training, by each worker or by a thread; 0 for none.
+        start_method: of the workers, `fork`, `spawn` or `forkserver`; None is Python's default.
         seed: of the shuffling.
 
     Raises:
@@ -52,14 +57,26 @@ class FeatureDataModule(L.LightningDataModule):
         val_fraction: float = 0.05,
         batch_size: int = 128,
         captions: Mode = "all",
+        shuffle: Shuffle = "global",
+        block_rows: int = 256,
+        mix_blocks: int = 16,
         num_workers: int = 0,
+        prefetch: int = 2,
         seed: int = 0,
+        start_method: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ConfigError(f"data.val_fraction={val_fraction}; use 0 ≤ value < 1")
         self.batch_size, self.captions = batch_size, captions
-        self.num_workers, self.seed = num_workers, seed
+        for key, count in (("num_workers", num_workers), ("prefetch", prefetch)):
+            if count < 0:
+                raise ConfigError(f"data.{key}={count} must be at least 0")
+        self.shuffle, self.block_rows, self.mix_blocks = shuffle, block_rows, mix_blocks
+        self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
+        self.start_method = start_method
+        self._train: StoreLoader | None = None
+        self._resume: dict[str, Any] = {}
         self.store = FeatureStore(store)
         held_out = FeatureStore(val_store) if val_store else self.store
         self.train_data = CaptionBatches(self.store, image_fields, caption_fields)
@@ -77,7 +94,7 @@ class FeatureDataModule(L.LightningDataModule):
             self.train_rows = np.flatnonzero(rows < first_held_out)
             self.val_rows = np.flatnonzero(rows >= first_held_out)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> StoreLoader:
         """Shuffled batches of this rank; Lightning sets the epoch of the sampler."""
         rank, world_size = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -86,46 +103,56 @@ class FeatureDataModule(L.LightningDataModule):
             self.train_data.image_row[self.train_rows],
             self.batch_size,
             mode=self.captions,
+            shuffle=self.shuffle,
             seed=self.seed,
             rank=rank,
             world_size=world_size,
+            block_rows=self.block_rows,
+            mix_blocks=self.mix_blocks,
         )
-        return self._loader(self.train_data, self.train_rows, sampler)
+        self._train = self._loader(self.train_data, self.train_rows, sampler)
+        if self._resume:
+            self._train.load_state_dict(self._resume)
+            self._resume = {}
+        return self._train
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in its epoch; part of every checkpoint.
+
+        Lightning restores a loader's own state only if nobody asked for the loader before it reads
+        the checkpoint's loops, and a schedule that wants to know the number of steps does.
+        """
+        return self._train.state_dict() if self._train else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next `train_dataloader` continue there; see `EpochBatchSampler`."""
+        self._resume = state_dict
+
+    def val_dataloader(self) -> StoreLoader | list[Any]:
         """All held-out captions in order, the same on every rank; empty without any."""
         if not len(self.val_rows):
             return []
         sampler = EpochBatchSampler(
             self.val_data.image_row[self.val_rows],
             self.batch_size,
-            shuffle=False,
+            shuffle="none",
             drop_last=False,
         )
         return self._loader(self.val_data, self.val_rows, sampler)
 
     def _loader(
         self, data: CaptionBatches, rows: NDArray[np.int64], sampler: EpochBatchSampler
-    ) -> DataLoader[Batch]:
-        return DataLoader(
-            _Rows(data, rows),
-            sampler=sampler,
-            batch_size=None,  # the sampler gives whole batches
+    ) -> StoreLoader:
+        return StoreLoader(
+            data,
+            rows,
+            sampler,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            prefetch=self.prefetch,
             pin_memory=self.trainer is not None
             and self.trainer.strategy.root_device.type == "cuda",
+            start_method=self.start_method,
         )
-
-
-class _Rows(Dataset[Batch]):
-    """Some of the captions of a store, counted from zero."""
-
-    def __init__(self, data: CaptionBatches, rows: NDArray[np.int64]) -> None:
-        self.data, self.rows = data, rows
-
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        return self.data[self.rows[positions]]
 
 
 def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:

@@ -22,8 +22,7 @@ Batch = dict[str, Tensor | list[str]]
 class CaptionBatches(Dataset[Batch]):
     """Batches of captions with their images' features, by caption rows.
 
-    Use with `DataLoader(dataset, sampler=EpochBatchSampler(...), batch_size=None)`: the sampler
-    gives all rows of a batch at once. Pickles into workers; shards open there.
+    `StoreLoader` iterates over them. Pickles into workers; shards open there.
 
     Args:
         store: the features.
@@ -37,7 +36,7 @@ class CaptionBatches(Dataset[Batch]):
         self, store: FeatureStore, image_fields: Sequence[str], caption_fields: Sequence[str]
     ) -> None:
         store.require(images=image_fields, captions=(*caption_fields, "id", "image_row"))
-        taken = {"caption_row", "caption_id", "image_id", "image_row"}
+        taken = {"caption_row", "caption_id", "image_id", "image_row", "image_place"}
         for name in (*image_fields, *caption_fields):
             if name in taken:
                 raise StoreError(f"field {name!r} is asked for twice or always given; leave it out")
@@ -70,8 +69,10 @@ class CaptionBatches(Dataset[Batch]):
         """The batch of caption `rows` [B], in that order.
 
         Returns `caption_row`, `caption_id`, `image_row`, `image_id` int64 [B], and every asked
-        field [B, ...] in its stored dtype; texts as a list. Raises StoreError if a row that is read
-        for the first time holds NaN or infinity.
+        caption field [B, ...] in its stored dtype; texts as a list. Image fields hold every image
+        of the batch once, [U, ...]: where U = B they stand in the captions' order, and otherwise
+        `image_place` int64 [B] tells which of them each caption belongs to (`inputs.per_caption`).
+        Raises StoreError if a row that is read for the first time holds NaN or infinity.
         """
         caption_row = np.asarray(rows, dtype=np.int64)  # [B]
         image_row = self.image_row[caption_row]
@@ -83,13 +84,22 @@ class CaptionBatches(Dataset[Batch]):
         }
         for name in self.caption_fields:
             batch[name] = _to_torch(self._read(self.store.captions, name, caption_row))
-        unique, place = np.unique(image_row, return_inverse=True)  # an image is read once
+        images, place = np.unique(image_row, return_inverse=True)  # [U], [B]
+        if len(images) == len(image_row):
+            images, place = image_row, np.arange(len(image_row))
+        batch["image_place"] = torch.from_numpy(place)
         for name in self.image_fields:
-            values = self._read(self.store.images, name, unique)
-            if not np.array_equal(unique, image_row):
-                values = values[place] if values.dtype == object else values.take(place, axis=0)
-            batch[name] = _to_torch(values)
+            batch[name] = _to_torch(self._read(self.store.images, name, images))
         return batch
+
+    def will_need(self, first: int, last: int) -> None:
+        """Have the system read images `first` … `last` - 1 ahead; returns at once."""
+        for name in self.image_fields:
+            self.store.images[name].will_need(first, last)
+
+    def forget_checks(self) -> None:
+        """Look for NaN and infinity again in every row that is read."""
+        self._sound.clear()
 
     def _read(self, table: Table, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of one field; features are checked when a process reads them for the first time."""

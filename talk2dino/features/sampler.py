@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,31 +12,41 @@ from torch.utils.data import Sampler
 from talk2dino.errors import ConfigError
 
 Mode = Literal["all", "one_per_image"]
-_MODES = ("all", "one_per_image")
+Shuffle = Literal["none", "global", "block"]
 
 
 class EpochBatchSampler(Sampler[NDArray[np.int64]]):
     """Batches of caption rows, one array [batch_size] int64 per step of this rank.
 
-    The epoch's order is one permutation of all rows, seeded by (seed, epoch). It is cut into global
-    batches of `batch_size * world_size` rows, and each rank takes its own slice of every global
-    batch: ranks are disjoint and equally long, and the global batches stay the same when the number
-    of ranks changes but `batch_size * world_size` does not. Within a batch rows ascend, since a
-    contrastive loss ignores their order and sorted rows read fastest.
+    The epoch's order is drawn anew from (seed, epoch), the same on every rank; ranks are disjoint
+    and equally long. Within a batch rows ascend, since a contrastive loss ignores their order and
+    sorted rows read fastest.
 
-    A partial global batch at the end is dropped with `drop_last`; otherwise it is dealt out equally
+    `shuffle="global"` is one permutation of all rows. It is cut into global batches of
+    `batch_size * world_size` rows, and each rank takes its own slice of every one: the global
+    batches stay the same when the number of ranks changes but `batch_size * world_size` does not. A
+    partial global batch at the end is dropped with `drop_last`; otherwise it is dealt out equally
     and the at most `world_size - 1` rows that are left over are dropped.
+
+    `shuffle="block"` is for disks that read neighbours faster. Captions lie in the order of their
+    images; `block_rows` images and all their captions are a block. Blocks are permuted and dealt to
+    the ranks, each of which reads its own part of the store only. A mixing buffer holds
+    `mix_blocks` blocks at a time; batches are drawn from it without order until it is empty.
+    `ahead` tells which images to read, in order, before it is filled again. What is left over at
+    the end is dropped as above.
 
     Args:
         image_row: image row of every caption, [captions] int64 (`store.captions["image_row"][:]`).
         batch_size: captions per rank and step.
         mode: `all` captions, or `one_per_image`: a random caption of each image, drawn anew every
-            epoch (always the first one without `shuffle`).
-        shuffle: permute; otherwise rows come in order, the same every epoch.
+            epoch (always the first one without a shuffle).
+        shuffle: `global`, `block`, or `none`: rows in order, the same every epoch.
         drop_last: leave out the last global batch if it is not full.
         seed: of the permutations.
         rank: of this process.
         world_size: number of processes.
+        block_rows: images per block.
+        mix_blocks: blocks in the mixing buffer.
 
     Raises ConfigError for values out of range and for a store smaller than one global batch.
     """
@@ -46,32 +56,45 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         image_row: NDArray[np.int64],
         batch_size: int,
         mode: Mode = "all",
-        shuffle: bool = True,
+        shuffle: Shuffle = "global",
         drop_last: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        block_rows: int = 256,
+        mix_blocks: int = 16,
     ) -> None:
-        if mode not in _MODES:
-            raise ConfigError(f"mode={mode!r} is unknown; use one of {_MODES}")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        for key, value, known in (("captions", mode, Mode), ("shuffle", shuffle, Shuffle)):
+            if value not in get_args(known):
+                raise ConfigError(
+                    f"data.{key}={value!r}: choose one of {', '.join(get_args(known))}"
+                )
+        for key, count in (
+            ("batch_size", batch_size),
+            ("block_rows", block_rows),
+            ("mix_blocks", mix_blocks),
+        ):
+            if count < 1:
+                raise ConfigError(f"data.{key}={count} must be at least 1")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} must lie in 0 ... world_size - 1 = {world_size - 1}")
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.mode, self.shuffle, self.drop_last, self.seed = mode, shuffle, drop_last, seed
+        self.block_rows, self.mix_blocks = block_rows, mix_blocks
         self.epoch = 0
-        self.position = 0  # batches of this epoch already handed out
-        self._resume_at = 0  # set by load_state_dict for one iteration
-        image_row = np.asarray(image_row, dtype=np.int64)
-        self._captions = len(image_row)
-        self._by_image, self._first, self._count = _group(image_row, mode)
-        self._rows = self._captions if mode == "all" else len(self._first)
+        self.start = 0  # batch at which the next iteration begins, and only that one
+        self._image_row = np.asarray(image_row, dtype=np.int64)
+        nothing = np.empty(0, dtype=np.int64)
+        self._by_image = self._first = self._count = nothing
+        if mode == "one_per_image" or shuffle == "block":  # a global permutation needs none of it
+            self._by_image, self._first, self._count = _group(self._image_row)
+        self._rows = len(self._image_row) if mode == "all" else len(self._first)
+        self._fills: dict[int, NDArray[np.int64]] = {}
         if not len(self):
             least = self.global_batch if drop_last else world_size
             raise ConfigError(
-                f"batch_size={batch_size} on {world_size} ranks needs {least} rows, the store has "
-                f"{self._rows} ({mode}); lower batch_size"
+                f"data.batch_size={batch_size} on {world_size} ranks needs {least} rows, the store "
+                f"has {self._rows} ({mode}); lower batch_size"
             )
 
     @property
@@ -80,34 +103,36 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Batches per epoch of every rank, whatever the position."""
+        """Batches per epoch of every rank, wherever an iteration begins."""
         full, rest = divmod(self._rows, self.global_batch)
         return full + (not self.drop_last and rest >= self.world_size)
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = self._order()
-        self.position, self._resume_at = self._resume_at, 0
-        while self.position < len(self):
-            start = self.position * self.global_batch
-            share = min(self.global_batch, len(order) - start) // self.world_size
-            start += self.rank * share
-            self.position += 1
-            yield np.sort(order[start : start + share])
+        start, self.start = self.start, 0
+        cut = self._cut_blocks(start) if self.shuffle == "block" else self._cut_globally()
+        return (batch for position, batch in enumerate(cut) if position >= start)
+
+    def ahead(self, position: int) -> NDArray[np.int64]:
+        """Images to read ahead before batch `position` of the running epoch, ascending; or none.
+
+        With `block`, before the first batch of every filling of the mixing buffer: the images of
+        the next one, and at the epoch's beginning those of the first one too.
+        """
+        rows = self._fills.get(position)
+        return np.unique(self._image_row[rows]) if rows is not None else np.empty(0, np.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation; another epoch than the present one begins at its first batch."""
         if epoch != self.epoch:
-            self.epoch, self.position, self._resume_at = epoch, 0, 0
+            self.epoch, self.start = epoch, 0
 
-    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+    def state_dict(self, consumed: int) -> dict[str, Any]:
         """Where the epoch stands, as plain values.
 
         Args:
-            consumed: batches the trainer has used. Loader workers fetch ahead, so with workers the
-                sampler's own count (the default) runs ahead of training.
+            consumed: batches of it that the trainer has used; what was read ahead does not count.
         """
-        position = self.position if consumed is None else consumed
-        return {"epoch": self.epoch, "position": position} | self._identity()
+        return {"epoch": self.epoch, "position": consumed} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; the next iteration starts at that batch.
@@ -120,38 +145,96 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
                     f"checkpoint was trained with {key}={state.get(key)!r}, now {key}={value!r}; "
                     "resume with the old value"
                 )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._resume_at = self.position
+        self.epoch, self.start = int(state["epoch"]), int(state["position"])
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides the global batches."""
-        return {
+        """All that decides the batches."""
+        plain: dict[str, Any] = {
             "global_batch": self.global_batch,
-            "captions": self._captions,
+            "captions": len(self._image_row),
             "mode": self.mode,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
             "seed": self.seed,
         }
+        if self.shuffle == "block":
+            plain |= {
+                "world_size": self.world_size,
+                "block_rows": self.block_rows,
+                "mix_blocks": self.mix_blocks,
+            }
+        return plain
 
-    def _order(self) -> NDArray[np.int64]:
-        """All rows of this epoch, the same on every rank."""
-        random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+    def _random(self) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+
+    def _chosen(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Caption rows of this epoch, in the order of their images."""
         if self.mode == "all":
-            return random.permutation(self._rows) if self.shuffle else np.arange(self._rows)
-        if not self.shuffle:
+            return self._by_image
+        if self.shuffle == "none":
             return self._by_image[self._first]
-        chosen = self._first + random.integers(0, self._count)
-        return random.permutation(self._by_image[chosen])
+        chosen: NDArray[np.int64] = self._by_image[self._first + random.integers(0, self._count)]
+        return chosen
+
+    def _cut_globally(self) -> Iterator[NDArray[np.int64]]:
+        """Each global batch's slice of this rank."""
+        random = self._random()
+        if self.mode == "all":
+            order = random.permutation(self._rows) if self.shuffle == "global" else None
+            order = np.arange(self._rows) if order is None else order
+        else:
+            order = self._chosen(random)
+            order = random.permutation(order) if self.shuffle == "global" else order
+        for position in range(len(self)):
+            start = position * self.global_batch
+            share = min(self.global_batch, len(order) - start) // self.world_size
+            start += self.rank * share
+            yield np.sort(order[start : start + share])
+
+    def _cut_blocks(self, begin: int) -> Iterator[NDArray[np.int64]]:
+        """Send this rank's blocks through the mixing buffer."""
+        random = self._random()
+        rows = self._chosen(random)
+        blocks = self._image_row[rows] // self.block_rows  # ascending
+        turn = random.permutation(blocks[-1] + 1)[blocks]
+        order = rows[np.argsort(turn, kind="stable")]  # block after block, captions by image
+        share = self._rows // self.world_size
+        if self.drop_last:
+            share -= share % self.batch_size
+        own = order[self.rank * share : (self.rank + 1) * share]
+        fills = self._buffer_fills(own)
+        random = np.random.Generator(np.random.PCG64([self.seed, self.epoch, self.rank]))
+        mixed = np.concatenate([random.permutation(fill) for fill in fills])
+        self._fills = self._announce(fills, begin)
+        for start in range(0, len(mixed), self.batch_size):
+            yield np.sort(mixed[start : start + self.batch_size])
+
+    def _buffer_fills(self, own: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut this rank's rows after every `mix_blocks` blocks."""
+        block = self._image_row[own] // self.block_rows
+        edges = np.flatnonzero(block[1:] != block[:-1]) + 1  # where a new block begins
+        return np.split(own, edges[self.mix_blocks - 1 :: self.mix_blocks])
+
+    def _announce(self, fills: list[NDArray[np.int64]], begin: int) -> dict[int, NDArray[np.int64]]:
+        """Batch before which each filling is to be read: when the one before it begins to be used.
+
+        The first two are announced at the beginning, as far as they still matter there.
+        """
+        edges = np.cumsum([0, *(len(fill) for fill in fills)]) // self.batch_size
+        due: dict[int, NDArray[np.int64]] = {}
+        for number, fill in enumerate(fills):
+            if edges[number + 1] < begin:
+                continue  # used up before
+            at = max(begin, int(edges[max(0, number - 1)]))
+            due[at] = np.concatenate([due[at], fill]) if at in due else fill
+        return due
 
 
 def _group(
-    image_row: NDArray[np.int64], mode: Mode
+    image_row: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Caption rows sorted by image; per captioned image, the first place in them and the count."""
-    if mode == "all":
-        nothing = np.empty(0, dtype=np.int64)
-        return nothing, nothing, nothing
     by_image = np.argsort(image_row, kind="stable")
     _, first, count = np.unique(image_row[by_image], return_index=True, return_counts=True)
     return by_image, first, count

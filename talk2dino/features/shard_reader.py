@@ -25,17 +25,32 @@ class Rows(Protocol):
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy `rows` (any order, repeats allowed) into `out`, [len(rows), ...]."""
 
+    def will_need(self, first: int, last: int) -> None:
+        """Ask the system to read rows `first` … `last` - 1 ahead; returns at once."""
+
 
 class MappedRows:
     """Rows of a contiguous dataset, straight from the page cache."""
 
-    def __init__(self, view: NDArray[Any]) -> None:
-        self.view = view
+    def __init__(
+        self, view: NDArray[Any], mapped: mmap.mmap | None = None, offset: int = 0
+    ) -> None:
+        self.view, self._map, self._offset = view, mapped, offset
         self.dtype = view.dtype
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """See `Rows`; `mode="clip"` lets NumPy write into `out` without a buffer in between."""
         np.take(self.view, rows, axis=0, out=out, mode="clip")
+
+    def will_need(self, first: int, last: int) -> None:
+        """See `Rows`."""
+        if self._map is None or first >= last or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        row_bytes = self.view.nbytes // len(self.view)
+        start = self._offset + first * row_bytes
+        page = start - start % mmap.PAGESIZE
+        length = self._offset + last * row_bytes - page
+        self._map.madvise(mmap.MADV_WILLNEED, page, length)
 
 
 class ChunkedRows:
@@ -60,6 +75,9 @@ class ChunkedRows:
                     f"{self.path}: {self.dataset.name} is damaged ({reason:.120}); extract again"
                 ) from None
         out[...] = found[inverse]
+
+    def will_need(self, first: int, last: int) -> None:
+        """See `Rows`; HDF5 reads chunks when it needs them."""
 
 
 class ShardReader:
@@ -94,6 +112,16 @@ class ShardReader:
         """Close the HDF5 handle, if one is still needed; maps go with their last array."""
         self._file.close()
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Size of the memory map."""
+        return len(self._map) if self._map is not None else 0
+
+    def release(self) -> None:
+        """Unmap the pages that were read; they stay in the page cache."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _open(self, table: str, name: str, field: FieldInfo, count: int) -> Rows:
         group = self._file.get(table)
         dataset = group.get(name) if isinstance(group, h5py.Group) else None
@@ -108,7 +136,7 @@ class ShardReader:
         if not dataset.size:
             return MappedRows(np.empty(dataset.shape, dataset.dtype))
         if (offset := _map_offset(dataset)) is not None:
-            return MappedRows(self._view(dataset, offset))
+            return MappedRows(self._view(dataset, offset), self._map, offset)
         _require_filters(dataset, self.path)
         return ChunkedRows(dataset, self.path)
 
@@ -157,5 +185,6 @@ def _require_filters(dataset: Any, path: Path) -> None:
         if not h5py.h5z.filter_avail(code):
             shown = label.decode(errors="replace") or code
             raise StoreError(
-                f"{path}: {dataset.name} is compressed with {shown}; pip install hdf5plugin"
+                f"{path}: {dataset.name} is compressed with {shown}; "
+                "pip install 'talk2dino[archive]'"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from talk2dino.errors import StoreError
 from talk2dino.features.finite import nonfinite_rows
+from talk2dino.features.guarded_file import GuardedFile
 from talk2dino.features.schema import (
     FEATURE_DTYPES,
     FIXED_DTYPES,
@@ -46,23 +47,35 @@ def describe(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FieldInfo]:
     }
 
 
-def write_hdf5(path: Path, tables: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+def write_hdf5(
+    path: Path,
+    tables: Mapping[str, Mapping[str, Any]],
+    layout: Callable[[Any], dict[str, Any]] | None = None,
+) -> None:
     """Write tables as groups of contiguous datasets; the same arrays give the same bytes.
 
+    An array may be a dataset of another file, which is then in memory while it is written. `layout`
+    gives the options of an array's dataset, for archives that are chunked and compressed.
+
     The oldest file layout and no time stamps keep the bytes independent of clock and machine.
+    Raises the operating system's OSError for a full disk and the like.
     """
-    with h5py.File(
-        path,
-        "w",
-        libver=("earliest", "v110"),
-        locking="best-effort",  # network file systems without locks can hold a store
-        alignment_threshold=_PAGE,
-        alignment_interval=_PAGE,
-    ) as file:
-        for table, arrays in sorted(tables.items()):
-            group = file.create_group(table)
-            for name, array in sorted(arrays.items()):
-                group.create_dataset(name, data=array, track_times=False)
+    with path.open("w+b", buffering=0) as raw:
+        guarded = GuardedFile(raw)
+        with h5py.File(
+            guarded,
+            "w",
+            libver=("earliest", "v110"),
+            alignment_threshold=_PAGE,
+            alignment_interval=_PAGE,
+        ) as file:
+            for table, arrays in sorted(tables.items()):
+                group = file.create_group(table)
+                for name, array in sorted(arrays.items()):
+                    options = layout(array) if layout is not None else {}
+                    group.create_dataset(name, data=array[...], track_times=False, **options)
+                    guarded.check()
+        guarded.check()
 
 
 def check_lengths(table: str, arrays: Mapping[str, NDArray[Any]], file: str = "") -> None:

@@ -7,9 +7,10 @@ when first needed, separately in every process, so a store pickles into DataLoad
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talk2dino.errors import StoreError
+from talk2dino.features.field import Field
+from talk2dino.features.residency import Residency
 from talk2dino.features.schema import EncoderInfo, FieldInfo, Manifest, VisionInfo
 from talk2dino.features.shard_reader import ShardReader, size_problem
 from talk2dino.features.verify import verify_store
 
-# Each open shard holds a file descriptor; 1024 per process is a common limit.
+# Each open shard holds a file descriptor; 1024 per process is a common limit, which `_room_for`
+# raises as far as it may.
 MAX_OPEN_SHARDS = 512
-
-Index = int | np.integer[Any] | slice | list[int] | NDArray[Any]
+_OTHER_FILES = 512
 
 
 class FeatureStore:
@@ -47,14 +50,26 @@ class FeatureStore:
         for shard in self.manifest.shards:
             if problem := size_problem(self.path, shard):
                 raise StoreError(f"{self.path / shard.file}: {problem}; extract again")
+        self._arrange()
+
+    def _arrange(self) -> None:
         shards = self.manifest.shards
         image_starts = _starts([shard.images for shard in shards])
         caption_starts = _starts([shard.captions for shard in shards])
         fields = self.manifest.fields
         self.images = Table(self, "images", fields["images"], image_starts, image_starts)
         self.captions = Table(self, "captions", fields["captions"], caption_starts, image_starts)
+        self._limit = _room_for(len(shards))
+        self._start()
+
+    def _start(self) -> None:
+        """Begin without open shards, as in every new process: HDF5 handles are not shared."""
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.RLock()  # a loader may read ahead in a thread
+        self._residency = Residency()
         self._pid = os.getpid()
+        for table in (self.images, self.captions):
+            table.forget()
 
     @property
     def vision(self) -> VisionInfo | None:
@@ -77,27 +92,49 @@ class FeatureStore:
         return verify_store(self.path, progress)
 
     def shard(self, index: int) -> ShardReader:
-        """The open shard `index` of this process; the least recently used one makes room."""
-        if self._pid != os.getpid():  # after a fork: HDF5 handles must not be shared
-            self._open, self._pid = OrderedDict(), os.getpid()
+        """The open shard `index` of this process, inside `reading`; the oldest makes room."""
         reader = self._open.get(index)
         if reader is None:
             manifest = self.manifest
             reader = ShardReader(self.path, manifest.shards[index], manifest.fields)
             self._open[index] = reader
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        elif len(self.manifest.shards) > MAX_OPEN_SHARDS:
-            self._open.move_to_end(index)
+            self._tell(index, reader)
+            if len(self._open) > self._limit:
+                oldest, closed = self._open.popitem(last=False)
+                self._tell(oldest, None)
+                closed.close()
         return reader
+
+    def reading(self) -> threading.RLock:
+        """Lock under which no open shard is closed; `with store.reading(): …`."""
+        if self._pid != os.getpid():
+            self._start()
+        return self._lock
+
+    def touched(self, rows: int, row_bytes: int) -> None:
+        """Count a read, inside `reading`; gives mapped pages back when they are many."""
+        self._residency.touched(rows, row_bytes, self._open.values())
 
     def close(self) -> None:
         """Close all shards; they open again when needed."""
-        while self._open:
-            self._open.popitem()[1].close()
+        with self._lock:
+            while self._open:
+                index, reader = self._open.popitem()
+                self._tell(index, None)
+                reader.close()
+
+    def _tell(self, shard: int, reader: ShardReader | None) -> None:
+        """Tell every field where the rows of a shard lie, or that it was closed."""
+        for table in (self.images, self.captions):
+            for name in table.fields:
+                table[name].mapped(shard, reader.rows[table.name, name] if reader else None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return {key: self.__dict__[key] for key in ("path", "manifest")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._arrange()
 
     def __repr__(self) -> str:
         rows = f"images={len(self.images)}, captions={len(self.captions)}"
@@ -119,9 +156,20 @@ class Table:
         self._store = store
         self._rows = int(starts[-1])
         self._fields = {
-            key: Field(store, name, key, info, starts, image_starts if key == "image_row" else None)
+            key: Field(
+                (name, key),
+                info,
+                starts,
+                image_starts if key == "image_row" else None,
+                store,
+            )
             for key, info in infos.items()
         }
+
+    def forget(self) -> None:
+        """Forget where rows lie: no shard is open."""
+        for field in self._fields.values():
+            field.forget()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -143,86 +191,23 @@ class Table:
         return self._fields[name]
 
 
-class Field:
-    """One field over all shards; index it with rows to get a NumPy array."""
-
-    def __init__(
-        self,
-        store: FeatureStore,
-        table: str,
-        name: str,
-        info: FieldInfo,
-        starts: NDArray[np.int64],
-        added: NDArray[np.int64] | None,
-    ) -> None:
-        self._store, self._key = store, (table, name)
-        self._starts = starts  # [S + 1], first global row of each shard, then the total
-        self._added = added  # [S + 1], what a shard's values lack to be global, or None
-        self.shape = (int(starts[-1]), *info.shape)
-        self.dtype = np.dtype(object if info.dtype == "str" else info.dtype)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Index) -> Any:
-        """Rows by number; a slice or an array of rows in any order, repeats allowed.
-
-        Returns `[len(rows), *shape[1:]]` (an int gives one row without the first axis); text comes
-        as `str`. Raises IndexError outside the field.
-        """
-        if isinstance(index, (int, np.integer)):
-            return self[np.array([index])][0]
-        if isinstance(index, slice):
-            rows = np.arange(*index.indices(len(self)))
-        else:
-            rows = self._checked(np.asarray(index))
-        return self._gather(rows)
-
-    def _checked(self, rows: NDArray[Any]) -> NDArray[np.int64]:
-        if not rows.size:
-            return np.empty(0, dtype=np.int64)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise IndexError(f"rows must be a 1-D integer array, got {rows.dtype} {rows.shape}")
-        low, high = int(rows.min()), int(rows.max())
-        if low < -len(self) or high >= len(self):
-            wrong = low if low < -len(self) else high
-            raise IndexError(f"row {wrong} is outside {'/'.join(self._key)} of {len(self)} rows")
-        rows = rows.astype(np.int64, copy=False)
-        return rows if low >= 0 else np.where(rows < 0, rows + len(self), rows)
-
-    def _gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Read each shard's rows in one call, ascending: sorted rows go straight into place."""
-        order = None
-        if len(rows) > 1 and (rows[1:] < rows[:-1]).any():
-            order = np.argsort(rows, kind="stable")
-            rows = rows[order]
-        # A shard without rows shares its start with the next one; "right" passes over it.
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        local = rows - self._starts[shards]
-        edges = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)]
-        out = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        for a, b in pairwise(edges):
-            if a == b:
-                continue  # no rows at all
-            source = self._store.shard(int(shards[a])).rows[self._key]
-            if order is None and self.dtype != object:
-                source.read(local[a:b], out[a:b])
-            else:
-                part = np.empty((b - a, *out.shape[1:]), dtype=source.dtype)
-                source.read(local[a:b], part)
-                out[slice(a, b) if order is None else order[a:b]] = (
-                    _decoded(part) if self.dtype == object else part
-                )
-        if self._added is not None:
-            out += self._added[shards if order is None else shards[np.argsort(order)]]
-        return out
-
-
 def _starts(counts: list[int]) -> NDArray[np.int64]:
     """First row of each shard, then the total, [S + 1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _decoded(array: NDArray[Any]) -> list[str]:
-    """UTF-8 bytes, of fixed or variable length, as str."""
-    return [value.decode("utf-8", errors="replace") for value in array.tolist()]
+def _room_for(shards: int) -> int:
+    """How many shards may be open at once, after asking the system for one file each."""
+    if shards <= MAX_OPEN_SHARDS:
+        return MAX_OPEN_SHARDS
+    with suppress(ImportError, OSError, ValueError):  # absent on Windows; the system may refuse
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = shards + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        return max(MAX_OPEN_SHARDS, min(shards, soft - _OTHER_FILES))
+    return MAX_OPEN_SHARDS

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from talk2dino.atomic import file_digest, replacing, temporary_name, write_json
+from talk2dino.atomic import create_json, file_digest, replacing, temporary_name, write_json
 from talk2dino.errors import StoreError
 from talk2dino.features.schema import (
     MANIFEST,
@@ -61,10 +61,12 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "settings.json"
+    # Looked at first: another rank writes its settings before its first shard.
+    used = any(folder.glob("*.h5")) or (folder / MANIFEST).exists()
     if not file.exists():
-        if any(folder.glob("*.h5")) or (folder / MANIFEST).exists():
+        if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
-        write_json(file, dict(settings), shared=True)
+        create_json(file, dict(settings))  # of ranks that start together, the first one decides
     _refuse_other_settings(folder, read_json(file, "delete the folder"), dict(settings))
     return {k: record.shard for k, record in finished_shards(folder, split).items()}
 
@@ -73,11 +75,22 @@ def finished_shards(folder: Path, split: str) -> dict[int, ShardRecord]:
     """Shards that have both a record and a file of the recorded size, by number."""
     found: dict[int, ShardRecord] = {}
     for file in sorted((folder / PARTS).glob(f"{split}-*.json")):
-        record = ShardRecord.read(file)
-        shard = folder / record.shard.file
-        if shard.is_file() and shard.stat().st_size == record.shard.bytes:
+        if (record := _record_of_whole_shard(folder, file)) is not None:
             found[int(file.stem.removeprefix(f"{split}-"))] = record
     return found
+
+
+def is_finished(folder: Path, split: str, index: int) -> bool:
+    """Whether shard `index` is among `finished_shards`."""
+    file = (folder / PARTS / shard_name(split, index)).with_suffix(".json")
+    return file.exists() and _record_of_whole_shard(folder, file) is not None
+
+
+def _record_of_whole_shard(folder: Path, file: Path) -> ShardRecord | None:
+    record = ShardRecord.read(file)
+    shard = folder / record.shard.file
+    whole = shard.is_file() and shard.stat().st_size == record.shard.bytes
+    return record if whole else None
 
 
 def write_shard(

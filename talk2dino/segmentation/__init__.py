@@ -1,8 +1,9 @@
 """From features and class embeddings to label maps."""
 
 from talk2dino.segmentation.background import clean_background
+from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmentation, Segmenter
 from talk2dino.segmentation.windows import sliding_windows
 
-__all__ = ["PAMR", "Segmentation", "Segmenter", "clean_background", "sliding_windows"]
+__all__ = ["KNN", "PAMR", "Segmentation", "Segmenter", "clean_background", "sliding_windows"]

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
-
-from talk2dino.errors import DataError
 
 
 def mean_iou_metric(
@@ -23,7 +20,7 @@ def mean_iou_metric(
     """The metric of every benchmark; its `confmat` `[K, K]` (target, prediction) adds over ranks.
 
     Arguments are not validated by torchmetrics (it costs six times the counting); pass targets
-    through `prepare_target`, since a value outside `0..K-1` would be counted in a wrong cell.
+    through `labels.LabelValues`, since a value outside `0..K-1` would be counted in a wrong cell.
 
     Args:
         num_classes: K, with the background if it is a class.
@@ -33,46 +30,6 @@ def mean_iou_metric(
     return MulticlassJaccardIndex(
         num_classes, average=average, ignore_index=ignore_index, validate_args=False
     )
-
-
-def prepare_target(
-    target: Tensor,
-    num_classes: int,
-    ignore_index: int = 255,
-    reduce_zero_label: bool = False,
-    name: str = "label map",
-) -> Tensor:
-    """Bring a label map as read from disk to `0..K-1` and `ignore_index`.
-
-    mmsegmentation silently lets other values add to the union of what was predicted there; here
-    they are refused, for they mean a wrong class list or an unconverted file.
-
-    Args:
-        target: `[..., H, W]` of any integer type; not written to.
-        num_classes: K.
-        ignore_index: value of pixels that do not count.
-        reduce_zero_label: 0 becomes ignored and the others move down by one (ADE20K,
-            Pascal Context 59, VOC 20).
-        name: file, for the message.
-
-    Returns:
-        `[..., H, W]` int64.
-
-    Raises:
-        DataError: a value is neither a class nor ignored.
-    """
-    result = target.long()
-    if reduce_zero_label:
-        ignored = (result == 0) | (result == ignore_index)
-        result = torch.where(ignored, ignore_index, result - 1)
-    foreign = (result != ignore_index) & ((result < 0) | (result >= num_classes))
-    if foreign.any():
-        values = torch.unique(target[foreign]).tolist()
-        raise DataError(
-            f"{name}: holds {values[:5]}, outside the {num_classes} classes and the ignored "
-            f"value {ignore_index}: check benchmark.classes, or convert the label maps"
-        )
-    return result
 
 
 def per_class_iou(confusion: Tensor) -> list[float | None]:

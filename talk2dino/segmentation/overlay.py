@@ -17,6 +17,7 @@ Colour = tuple[int, int, int]
 IGNORED = 255
 BACKGROUND = "background"  # this class keeps the picture as it is, unless a palette colours it
 FIRST = (230, 70, 60)
+HEAT = ((20, 20, 70), (110, 30, 120), (210, 60, 80), (250, 150, 50), (252, 245, 150))
 PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
 
 
@@ -99,12 +100,11 @@ def overlay(
     shown = [int(k) for k in np.unique(index) if k != IGNORED]
     if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
         raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
-    colours = np.array(_colours(palette, len(classes)))
+    colours = np.array(class_colours(classes, palette))
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     plain = index == IGNORED
     if palette is None and BACKGROUND in classes:
         plain |= index == list(classes).index(BACKGROUND)
-        colours[list(classes).index(BACKGROUND)] = SWATCH
     tint = colours[np.where(plain, 0, index)]
     mixed = np.where(plain[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
     edge = (_outline(index, max(1, min(index.shape) // 400)) & (alpha > 0))[..., None]
@@ -116,6 +116,43 @@ def overlay(
     shares.sort(key=lambda pair: -pair[1])
     entries = [(classes[k], share, tuple(colours[k].tolist())) for k, share in shares]
     return _add_legend(picture, entries)
+
+
+def heat_overlay(
+    image: Image.Image, scores: Tensor, low: float, high: float, alpha: float = 0.6
+) -> Image.Image:
+    """Lay one map over a picture in greys: dark blue at `low` over red to yellow at `high`.
+
+    Lightness rises along the scale, so that the map reads without its colours, too.
+
+    Args:
+        image: the picture, any mode.
+        scores: `[H, W]`; beyond the limits they count as the limit.
+        low: score of the dark end.
+        high: score of the bright end; equal limits make one colour.
+        alpha: opacity of the map, 0..1.
+
+    Raises:
+        DataError: sizes differ.
+    """
+    values = scores.float().cpu().numpy()
+    if values.shape != (image.height, image.width):
+        raise DataError(
+            f"scores {values.shape} do not fit the image of {image.height}x{image.width} pixels"
+        )
+    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(place, stops, channel) for channel in zip(*HEAT, strict=True)], 2)
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray(((1 - alpha) * grey + alpha * colours).round().astype(np.uint8))
+
+
+def class_colours(classes: Sequence[str], palette: Sequence[Colour] | None = None) -> list[Colour]:
+    """The colour of every class in an overlay's legend; without a palette, background is grey."""
+    colours = list(_colours(palette, len(classes)))[: len(classes)]
+    if palette is None and BACKGROUND in classes:
+        colours[list(classes).index(BACKGROUND)] = SWATCH
+    return colours
 
 
 def _colours(palette: Sequence[Colour] | None, count: int) -> Sequence[Colour]:

@@ -4,22 +4,28 @@ Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2
 refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbours at each
 dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
 row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
-iteration: it is built once, and the classes never enter it.
+iteration: it is built once, and the classes never enter it. The product is a bag of weighted rows
+per pixel, a few classes at a time: those of one pixel lie together, and the rows within reach of
+the largest dilation stay in a core's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 
-STRIP = 16384  # pixels whose neighbours are held at once: 10 MB with the usual dilations
+STRIP = 4096  # pixels whose neighbours are held at once: 2.5 MB with the usual dilations
+CLASSES = 40  # refined together; more overflow the cache, fewer repeat the work per neighbour
+LANES = 8  # classes are filled up to a multiple, so that rows start where vectors do
 
 
 class PAMR(nn.Module):
@@ -66,28 +72,49 @@ class PAMR(nn.Module):
                 f"PAMR: image {tuple(image.shape)} and mask {tuple(mask.shape)}: "
                 "give [B, 3, H, W] and [B, C, h, w] with the same B"
             )
-        height, width = image.shape[-2:]
-        mask = F.interpolate(
-            mask.float(), size=(height, width), mode="bilinear", align_corners=True
-        )
-        if self.num_iter == 0:
-            return mask
-        index = neighbours(height, width, self.dilations, image.device)  # [HW, N]
-        refined = [
-            _diffuse(one, index, affinity(picture, self.dilations), self.num_iter)
-            for picture, one in zip(image.float(), mask, strict=True)
-        ]
-        return torch.stack(refined)
+        return torch.stack(list(self.each(image, mask)))
+
+    @torch.no_grad()
+    def each(self, images: Iterable[Tensor], masks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Refine one after the other, so that only one result is held: see `forward`.
+
+        Args:
+            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbour index.
+            masks: `[C, h, w]` each.
+
+        Yields:
+            `[C, H, W]` float32.
+        """
+        index = torch.empty(0)
+        size: tuple[int, ...] = ()
+        for image, mask in zip(images, masks, strict=True):
+            if self.num_iter == 0:
+                yield upsample(mask.float()[None], image.shape[-2], image.shape[-1])[0]
+                continue
+            if size != image.shape[-2:]:
+                size = image.shape[-2:]
+                index = neighbours(size[0], size[1], self.dilations, image.device)  # [HW, N]
+            yield self._refine(image.float(), mask.float(), index)
+
+    def _refine(self, image: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+        """`[3, H, W]`, `[C, h, w]` to `[C, H, W]`."""
+        classes, (height, width) = len(mask), image.shape[-2:]
+        weights = affinity(image, self.dilations)
+        result = mask.new_empty(classes, height, width)
+        parts = -(-classes // CLASSES)
+        for start, stop in pairwise(classes * part // parts for part in range(parts + 1)):
+            values = _class_last(mask[start:stop], height, width)
+            for _ in range(self.num_iter):
+                values = F.embedding_bag(index, values, per_sample_weights=weights, mode="sum")
+            result[start:stop] = values[:, : stop - start].t().view(-1, height, width)
+        return result
 
 
-def _diffuse(mask: Tensor, index: Tensor, weights: Tensor, num_iter: int) -> Tensor:
-    """`num_iter` weighted means over the neighbours: `[C, H, W]` to `[C, H, W]`."""
-    values = mask.flatten(1).t().contiguous()  # [HW, C]: a neighbour's classes lie together
-    for _ in range(num_iter):
-        # A bag of N weighted rows per pixel is one row of the sparse product, without a copy
-        # of the N neighbours, and without the index arrays of a CSR matrix.
-        values = F.embedding_bag(index, values, per_sample_weights=weights, mode="sum")
-    return values.t().reshape(mask.shape)
+def _class_last(mask: Tensor, height: int, width: int) -> Tensor:
+    """Enlarge `[C, h, w]` to `[height * width, C]`, filled up with zeros to whole vectors."""
+    filled = F.pad(mask, (0, 0, 0, 0, 0, -len(mask) % LANES))[None]
+    large = upsample(filled.contiguous(memory_format=torch.channels_last), height, width)
+    return large.permute(0, 2, 3, 1).reshape(height * width, -1)
 
 
 def neighbours(

@@ -13,14 +13,15 @@ from torch import Tensor
 from talk2dino.atomic import replacing
 from talk2dino.segmentation.benchmarks import Sample
 from talk2dino.segmentation.overlay import overlay
+from talk2dino.segmentation.summary import published
 
 
-def table(columns: Mapping[str, Mapping[str, Any]], reference: Mapping[str, float]) -> Table:
+def table(columns: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) -> Table:
     """A table of per-class IoU and mIoU, a column per result.
 
     Args:
         columns: results (see `SegmentationModule`) by heading.
-        reference: published mIoU by name; printed below one's own.
+        reference: published mIoU, see `published`; printed below one's own.
     """
     first = next(iter(columns.values()))
     out = Table(title=f"{first['benchmark']}: IoU in percent, {first['images']} images")
@@ -32,8 +33,9 @@ def table(columns: Mapping[str, Mapping[str, Any]], reference: Mapping[str, floa
     out.add_section()
     for key, label in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
         out.add_row(label, *(_percent(result[key]) for result in columns.values()), style="bold")
-    for name, value in reference.items():
-        out.add_row(f"published: {name}", *[""] * (len(columns) - 1), f"{value:.1f}", style="dim")
+    for name, pamr, value in published(reference):
+        label = f"published: {name}" + {True: ", PAMR", False: "", None: ""}[pamr]
+        out.add_row(label, *[""] * (len(columns) - 1), f"{value:.1f}", style="dim")
     return out
 
 
@@ -45,7 +47,7 @@ def panel(sample: Sample, labels: Tensor, names: Sequence[str], ignore_index: in
     """The image, the truth and the prediction side by side."""
     picture = Image.fromarray(sample.image.cpu().permute(1, 2, 0).contiguous().numpy())
     truth = sample.target.masked_fill(sample.target == ignore_index, 255)
-    parts = [picture, overlay(picture, truth, names), overlay(picture, labels, names)]
+    parts = [picture, *(overlay(picture, m, names) for m in (truth, labels))]
     gap = 8
     width = sum(part.width for part in parts) + gap * (len(parts) - 1)
     sheet = Image.new("RGB", (width, max(part.height for part in parts)), "white")

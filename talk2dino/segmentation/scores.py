@@ -8,6 +8,8 @@ from torch import Tensor
 
 from talk2dino.errors import DataError
 
+MAPS = 1 << 25  # scores at the size of the picture held at once: 134 MB
+
 
 def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
     """Sigmoid of the cosine between every patch and every class.
@@ -102,7 +104,7 @@ def label_map(
     Returns:
         `[height, width]` int64.
     """
-    chunk = 16  # classes; 16 maps of 12 megapixels are 0.8 GB
+    chunk = max(1, min(16, MAPS // (height * width)))
     best = scores.new_full((height, width), -torch.inf)
     labels = torch.zeros(height, width, dtype=torch.int64, device=scores.device)
     offset = 0
@@ -113,5 +115,5 @@ def label_map(
         values, index = resize_scores(scores[start : start + chunk], height, width).max(0)
         better = values > best
         best = torch.where(better, values, best)
-        labels = torch.where(better, index + (start + offset), labels)
+        labels.copy_(torch.where(better, index.add_(start + offset), labels))
     return labels

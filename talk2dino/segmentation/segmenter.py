@@ -1,13 +1,16 @@
 """A vision encoder and a text matrix make a segmenter: image in, label map out.
 
 Two steps that can be run apart: `encode` needs the encoder and does not know the classes,
-`score` and `decide` need neither the encoder nor the picture's file. Whoever tries several class
-lists, thresholds or refinements on an image encodes it once.
+`label`, or `score` and `decide`, need neither the encoder nor the picture's file. Whoever tries
+several class lists, thresholds or refinements on an image encodes it once. No call writes to the
+segmenter, so threads may share one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.background import clean_background
+from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
@@ -24,6 +28,7 @@ from talk2dino.segmentation.scores import (
     upsample,
     with_background,
 )
+from talk2dino.segmentation.separable import SeparableScores
 from talk2dino.segmentation.windows import (
     Window,
     resize_image,
@@ -82,8 +87,9 @@ class Segmenter(nn.Module):
     """Sliding-window open-vocabulary segmentation (Talk2DINO, inference).
 
     Per window: sigmoid of the cosine between patch tokens and class embeddings → background
-    cleaning → bilinear to the window → PAMR; windows are averaged, resized to the picture, and
-    the best class wins. Text embeddings come with every call and are taken as given (unit rows).
+    cleaning [→ kNN] → bilinear to the window [→ PAMR]; windows are averaged, resized to the
+    picture, and the best class wins. Text embeddings come with every call and are taken as given
+    (unit rows).
 
     Args:
         vision: `vision(images [B, 3, h, w] float 0..1 RGB)` returns an object with
@@ -105,6 +111,10 @@ class Segmenter(nn.Module):
             Scores and background cleaning both compare with the text, so both see the projected
             tokens; heads are then pooled after the projection. The attention maps are the
             encoder's. `None` leaves the tokens as they are.
+        knn: refinement of token scores between patches that look alike, or `None`; it looks at
+            the encoder's own tokens.
+        pamr_whole_image: apply PAMR once to the average of the windows instead of to every
+            window. Not what the original does; overlapping windows cost two to four times less.
 
     Raises:
         ConfigError: `input_size` is no multiple of the encoder's patch size, or the window
@@ -126,6 +136,8 @@ class Segmenter(nn.Module):
         window_batch_size: int = 8,
         antialias: bool = True,
         project_patches: nn.Module | None = None,
+        knn: KNN | None = None,
+        pamr_whole_image: bool = False,
     ) -> None:
         super().__init__()
         patch_size = getattr(vision, "patch_size", 1)
@@ -148,6 +160,8 @@ class Segmenter(nn.Module):
         self.window_batch_size = window_batch_size
         self.antialias = antialias
         self.project_patches = project_patches
+        self.knn = knn
+        self.pamr_whole_image = pamr_whole_image
 
     @torch.no_grad()
     def forward(
@@ -171,13 +185,50 @@ class Segmenter(nn.Module):
             DataError: the picture is not `[3, H, W]` uint8, or the text has another width.
         """
         encoded = self.encode(image)
-        return self.decide(
-            self.score(encoded, text, row_classes), size or encoded.size, return_scores
-        )
+        if not return_scores:
+            return Segmentation(self.label(encoded, text, size, row_classes))
+        return self.decide(self.score(encoded, text, row_classes), size or encoded.size, True)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> EncodedImage:
         """Resize, cut into windows and encode them: `[3, H, W]` uint8 RGB."""
+        return self.encode_batch([image])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, images: Sequence[Tensor]) -> list[EncodedImage]:
+        """Encode several pictures; windows of different pictures share an encoder batch.
+
+        Every batch but the last holds `window_batch_size` windows, whatever the pictures' sizes.
+
+        Args:
+            images: `[3, H, W]` uint8 RGB each, sizes may differ, one device.
+
+        Returns:
+            One per picture, in order.
+
+        Raises:
+            DataError: a picture is not `[3, H, W]` uint8.
+        """
+        cut = [self._cut(image) for image in images]
+        if not cut:
+            return []
+        views = (window.crop(working) for working, windows in cut for window in windows)
+        every = self._encode_views(views)
+        counts = [len(windows) for _, windows in cut]
+        tokens = torch.split(every.patch_tokens, counts)
+        maps = torch.split(every.self_attn_maps, counts)
+        return [
+            EncodedImage(
+                working,
+                windows,
+                WindowFeatures(tokens[i], maps[i], every.grid),
+                (images[i].shape[-2], images[i].shape[-1]),
+            )
+            for i, (working, windows) in enumerate(cut)
+        ]
+
+    def _cut(self, image: Tensor) -> tuple[Tensor, list[Window]]:
+        """The picture at working size and its windows."""
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise DataError(
                 f"image {tuple(image.shape)} {image.dtype}: give [3, H, W] uint8 RGB pixels"
@@ -185,9 +236,7 @@ class Segmenter(nn.Module):
         rows, columns = image.shape[-2:]
         height, width = short_side_size(rows, columns, self.short_side, self.long_side)
         working = resize_image(image, height, width)
-        windows = sliding_windows(height, width, self.window, self.stride)
-        batch = torch.stack([window.crop(working) for window in windows])
-        return EncodedImage(working, windows, self.encode_windows(batch), (rows, columns))
+        return working, sliding_windows(height, width, self.window, self.stride)
 
     @torch.no_grad()
     def encode_windows(self, windows: Tensor) -> WindowFeatures:
@@ -196,18 +245,26 @@ class Segmenter(nn.Module):
         The aspect ratio is not kept: every window becomes an `input_size` square, as in the
         original.
         """
-        parts = []
-        for batch in torch.split(windows, self.window_batch_size):
-            pixels = batch.float()
-            if pixels.shape[-2:] != (self.input_size, self.input_size):
-                size = (self.input_size, self.input_size)
-                pixels = F.interpolate(pixels, size, mode="bilinear", antialias=self.antialias)
-            parts.append(self.vision(pixels / 255))
+        return self._encode_views(windows)
+
+    def _encode_views(self, views: Iterable[Tensor]) -> WindowFeatures:
+        """Encode `[3, h, w]` windows of any sizes in full batches."""
+        remaining, parts = iter(views), []
+        while batch := [self._square(view) for view in islice(remaining, self.window_batch_size)]:
+            parts.append(self.vision(torch.stack(batch)))
         return WindowFeatures(
             torch.cat([part.patch_tokens for part in parts]).float(),
             torch.cat([part.self_attn_maps for part in parts]).float(),
             parts[0].grid,
         )
+
+    def _square(self, view: Tensor) -> Tensor:
+        """What the encoder sees of a window: `[3, input_size, input_size]` float 0..1."""
+        size = (self.input_size, self.input_size)
+        pixels = view.float()
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=self.antialias)[0]
+        return pixels / 255
 
     @torch.no_grad()
     def window_scores(
@@ -224,23 +281,26 @@ class Segmenter(nn.Module):
             `[B, K, h, w]` float32.
         """
         tokens = self._token_scores(self.encode_windows(windows), text, row_classes)
-        return self._refine(windows, tokens)
+        if self.pamr is not None:
+            return torch.stack(list(self.pamr.each(windows, tokens)))
+        return upsample(tokens, windows.shape[-2], windows.shape[-1])
 
     def _token_scores(
         self, features: WindowFeatures, text: Tensor, row_classes: Tensor | None
     ) -> Tensor:
         """`[B, K, rows, columns]`; synonyms compete after cleaning, each as its own class."""
         tokens, maps = features.patch_tokens, features.self_attn_maps
-        if self.project_patches is not None:
-            tokens = self.project_patches(tokens)
-        scores = class_scores(tokens, text, features.grid)
-        if self.background_cleaning:
-            scores = clean_background(scores, tokens, maps, text, self.lambda_bg)
-        return scores if row_classes is None else merge_synonyms(scores, row_classes)
-
-    def _refine(self, windows: Tensor, token_scores: Tensor) -> Tensor:
-        scores = upsample(token_scores, windows.shape[-2], windows.shape[-1])
-        return scores if self.pamr is None else self.pamr(windows, scores)
+        with _full_precision(tokens):
+            if self.project_patches is not None:
+                tokens = self.project_patches(tokens)
+            scores = class_scores(tokens, text, features.grid)
+            if self.background_cleaning:
+                scores = clean_background(scores, tokens, maps, text, self.lambda_bg)
+            if row_classes is not None:
+                scores = merge_synonyms(scores, row_classes)
+            if self.knn is not None:
+                scores = self.knn(features.patch_tokens, scores)
+            return scores
 
     @torch.no_grad()
     def score(
@@ -248,11 +308,42 @@ class Segmenter(nn.Module):
     ) -> Tensor:
         """Average the refined windows: `[K, h, w]` float32 at working size."""
         tokens = self._token_scores(encoded.features, text, row_classes)
-        scores = (  # one window at full resolution at a time
-            self._refine(window.crop(encoded.image)[None], one[None])[0]
-            for window, one in zip(encoded.windows, tokens, strict=True)
-        )
-        return stitch(scores, encoded.windows, *encoded.image.shape[-2:])
+        size = (encoded.image.shape[-2], encoded.image.shape[-1])
+        if self.pamr is not None and not self.pamr_whole_image:
+            crops = (window.crop(encoded.image) for window in encoded.windows)
+            return stitch(self.pamr.each(crops, tokens), encoded.windows, *size)
+        with _full_precision(tokens):
+            scores = SeparableScores(tokens, encoded.windows, size, size).full()
+        if self.pamr is None:
+            return scores
+        return next(self.pamr.each([encoded.image], [scores]))
+
+    @torch.no_grad()
+    def label(
+        self,
+        encoded: EncodedImage,
+        text: Tensor,
+        size: tuple[int, int] | None = None,
+        row_classes: Tensor | None = None,
+    ) -> Tensor:
+        """The shortest way to labels: those of `decide(score(...), size)`, `[H, W]` int64.
+
+        Without PAMR no score is ever held at the size of the picture for more than a few classes.
+
+        Args:
+            encoded: from `encode` or `encode_batch`.
+            text: `[K, D]` class embeddings of unit length.
+            size: rows and columns of the result; the picture's own by default.
+            row_classes: `[K]` int64 class of every text row, if classes have synonyms.
+        """
+        size = size or encoded.size
+        if self.pamr is not None:
+            return self.decide(self.score(encoded, text, row_classes), size).labels
+        tokens = self._token_scores(encoded.features, text, row_classes)
+        working = (encoded.image.shape[-2], encoded.image.shape[-1])
+        with _full_precision(tokens):
+            scores = SeparableScores(tokens, encoded.windows, working, size)
+            return scores.labels(self.background_threshold)
 
     @torch.no_grad()
     def decide(
@@ -264,3 +355,8 @@ class Segmenter(nn.Module):
             return Segmentation(label_map(scores, *size, threshold))
         full = with_background(resize_scores(scores, *size), threshold)
         return Segmentation(full.argmax(0), full)
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Scores are decided in float32 whatever precision surrounds the encoder."""
+    return torch.autocast(like.device.type, enabled=False)

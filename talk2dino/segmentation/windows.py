@@ -120,10 +120,10 @@ def slide(
 def short_side_size(height: int, width: int, short: int = 448, long: int = 2048) -> tuple[int, int]:
     """The size `(h, w)` with short side `short`, unless the long side would exceed `long`.
 
-    Proportions are kept; halves round up (mmcv `rescale_size`).
+    Proportions are kept; halves round up (mmcv `rescale_size`), and at least one pixel is left.
     """
     scale = min(long / max(height, width), short / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,46 @@
+"""`python -m talk2dino.app`: a web page to drop pictures on."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from omegaconf import DictConfig
+
+from talk2dino import cli
+from talk2dino.encoders.device import choose_device
+from talk2dino.errors import ConfigError
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.segment import HOW
+
+
+def require(config: DictConfig) -> None:
+    """Say what is missing before anything is loaded.
+
+    Raises:
+        ConfigError: no checkpoint, or Gradio is not installed.
+    """
+    if config.checkpoint is None:
+        raise ConfigError(f"checkpoint=… not given; {HOW}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("the web page needs Gradio: pip install 'talk2dino[app]'")
+
+
+def app(config: DictConfig) -> None:
+    """Load the model and serve the page."""
+    from talk2dino.web.page import Page, serve
+
+    model = Talk2DINO.from_pretrained(
+        config.checkpoint,
+        device=choose_device(config.accelerator),
+        vision=cli.build(config.vision) if config.vision else None,
+        text=cli.build(config.text) if config.text else None,
+    )
+    words = ", ".join(config.classes)
+    page = Page(model, str(config.checkpoint), words, config.short_side).build()
+    address = serve(page, config.host, config.port, config.max_upload_mb, config.browser)
+    print(f"{address}  (Ctrl+C ends it)", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    cli.run("app", app, require)

@@ -1,0 +1,1 @@
+"""The tasks of `python -m talk2dino.convert`, one module each, of plain parameters."""

@@ -1,0 +1,90 @@
+"""`python -m talk2dino.export`: a checkpoint and class names into ONNX files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from talk2dino import cli
+from talk2dino.errors import ConfigError
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.segment import HOW, class_words
+from talk2dino.segmentation.onnx_export import (
+    ExportedFile,
+    export_dense,
+    export_projection,
+    require_packages,
+    sorted_rows,
+)
+
+
+def require(config: DictConfig) -> None:
+    """Say what is missing, before anything is loaded.
+
+    Raises:
+        ConfigError: no checkpoint, or no classes for a single dense file.
+        EncoderError: packages of the extra `export` are absent.
+    """
+    if config.checkpoint is None:
+        raise ConfigError(f"checkpoint=… not given; {HOW}")
+    if Path(config.output).suffix == ".onnx" and config.classes is None:
+        raise ConfigError(
+            f"output={config.output}: a single file is the dense path, which needs "
+            "classes='[cat,sofa]'; for the projection alone name a folder"
+        )
+    require_packages()
+
+
+def export(config: DictConfig) -> None:
+    """Write `projection.onnx`, and `segmenter.onnx` if classes are given, and compare them."""
+    output = Path(config.output).expanduser()
+    single = output.suffix == ".onnx"
+    words = class_words(config.classes) if config.classes is not None else {}
+    cli.require_output_folder(output.parent if single else output, "output")
+    model = Talk2DINO.from_pretrained(
+        config.checkpoint,
+        device="cpu",
+        vision=cli.build(config.vision) if config.vision else None,
+        text=cli.build(config.text) if config.text else None,
+    )
+    facts = _facts(model)
+    if not single:
+        path = output / "projection.onnx"
+        _say(export_projection(path, model.projection, facts, config.tolerance))
+    if words:
+        vocabulary = model.open_vocabulary(words, templates=config.templates)
+        rows, row_classes = sorted_rows(vocabulary.rows, vocabulary.words.row_classes)
+        done = export_dense(
+            output if single else output / "segmenter.onnx",
+            model.vision,
+            model.projection,
+            rows,
+            row_classes,
+            {**facts, "class_names": list(words)},
+            size=config.image_size,
+            full_size=config.upsample,
+            tolerance=config.tolerance,
+        )
+        _say(done)
+
+
+def _facts(model: Talk2DINO) -> dict[str, Any]:
+    """What a file says of the model it came from."""
+    text = model.text.describe()
+    return {
+        "vision": model.vision.name,
+        "text": str(text["name"]),
+        "templates": model.text.templates,
+        "checkpoint": model.source.name if model.source else "",
+    }
+
+
+def _say(done: ExportedFile) -> None:
+    size = done.path.stat().st_size / 1e6
+    print(f"{done.path}: {size:.1f} MB, deviates from PyTorch by {done.deviation:.1e} at most")
+
+
+if __name__ == "__main__":
+    cli.run("export", export, require)

@@ -1,0 +1,132 @@
+"""What extraction keeps of an image: dense tokens, all or some of them, and pooled vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk2dino.encoders.attention import pool_attention
+from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
+from talk2dino.errors import ConfigError
+from talk2dino.features.patch_subset import patch_subset
+
+EXTRACTED = (
+    "patch_tokens",
+    "self_attn_maps",
+    "cls_token",
+    "avg_self_attn_out",
+    "disentangled_self_attn",
+)
+IMAGE_CHOICES = (*EXTRACTED, "second_last_out")
+_PER_PATCH = ("patch_tokens", "self_attn_maps")
+
+
+def check_image_fields(names: Sequence[str], patches_per_image: int | None) -> None:
+    """Refuse unknown fields, and a subset of patches where no field has patches.
+
+    Raises:
+        ConfigError: names the key and what to choose.
+    """
+    if not names:
+        raise ConfigError("features.image_fields is empty; give at least avg_self_attn_out")
+    for name in names:
+        if name not in IMAGE_CHOICES:
+            raise ConfigError(
+                f"features.image_fields: {name!r} is unknown; choose of {', '.join(IMAGE_CHOICES)}"
+            )
+    if patches_per_image is None:
+        return
+    if patches_per_image < 1:
+        raise ConfigError(
+            f"features.patches_per_image={patches_per_image}; use 1 or more, or null for all"
+        )
+    if not set(names) & set(_PER_PATCH):
+        raise ConfigError(
+            f"features.patches_per_image={patches_per_image} has no effect without patch_tokens or "
+            "self_attn_maps in features.image_fields; use null or features=dense"
+        )
+
+
+def stored_patches(vision: TimmVisionEncoder, patches_per_image: int | None) -> int:
+    """Patches kept of an image; ConfigError if the encoder makes fewer than were asked for."""
+    patches = int((vision.image_size // vision.patch_size) ** 2)
+    if patches_per_image is None:
+        return patches
+    if patches_per_image > patches:
+        raise ConfigError(
+            f"features.patches_per_image={patches_per_image}: vision.image_size="
+            f"{vision.image_size} gives {patches} patches; use at most that, or null"
+        )
+    return patches_per_image
+
+
+def image_bytes(
+    vision: TimmVisionEncoder, names: Sequence[str], dtype: str, patches_per_image: int | None
+) -> int:
+    """Bytes of the named fields of one image, stored in `dtype`."""
+    width, heads = vision.embed_dim, vision.num_heads
+    patches = stored_patches(vision, patches_per_image)
+    values = {
+        "patch_tokens": patches * width,
+        "self_attn_maps": heads * patches,
+        "cls_token": width,
+        "avg_self_attn_out": width,
+        "disentangled_self_attn": heads * width,
+        "second_last_out": width,
+    }
+    index = 0 if patches_per_image is None else patches * np.dtype(np.int64).itemsize
+    return np.dtype(dtype).itemsize * sum(values[name] for name in names) + index
+
+
+def select_fields(
+    features: VisionFeatures,
+    names: Sequence[str],
+    image_ids: Sequence[int] = (),
+    patches_per_image: int | None = None,
+) -> dict[str, Tensor]:
+    """Return the named fields of a batch, each [B, ...], and `patch_index` with a subset.
+
+    Pooled fields are computed in float32 from all patches, whatever subset is kept.
+    """
+    kept = features
+    extra: dict[str, Tensor] = {}
+    if patches_per_image is not None:
+        patches = features.patch_tokens.shape[1]
+        index = torch.from_numpy(patch_subset(image_ids, patches, patches_per_image))
+        extra = {"patch_index": index}
+        kept = _at(features, index.to(features.patch_tokens.device))
+    make: dict[str, Callable[[], Tensor]] = {
+        "patch_tokens": lambda: kept.patch_tokens,
+        "self_attn_maps": lambda: kept.self_attn_maps,
+        "cls_token": lambda: features.cls_token,
+        "avg_self_attn_out": lambda: pool_attention(
+            features.patch_tokens, features.self_attn_maps, head_average=True
+        ),
+        "disentangled_self_attn": lambda: pool_attention(
+            features.patch_tokens, features.self_attn_maps
+        ),
+        "second_last_out": lambda: _second_last(features),
+    }
+    return {name: make[name]() for name in names} | extra
+
+
+def _at(features: VisionFeatures, index: Tensor) -> VisionFeatures:
+    """Tokens [B, P', D] and maps [B, H, P'] of the patches `index` [B, P']."""
+    tokens, maps = features.patch_tokens, features.self_attn_maps
+    return VisionFeatures(
+        tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2])),
+        maps.gather(2, index[:, None].expand(-1, maps.shape[1], -1)),
+        features.cls_token,
+        features.grid,
+    )
+
+
+def _second_last(features: VisionFeatures) -> Tensor:
+    if features.second_last_out is None:
+        raise ConfigError(
+            "features.image_fields: this vision encoder does not show second_last_out; leave it out"
+        )
+    return features.second_last_out

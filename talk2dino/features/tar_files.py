@@ -1,0 +1,163 @@
+"""Plain tar files by offset: their list, their members, and reads from any process."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from talk2dino.errors import DataError
+
+_BLOCK = 512
+_MAX_OPEN = 32
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a tar: its name and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def expand_tars(tars: str | Sequence[str], key: str) -> list[Path]:
+    """All tars that a brace range, a glob, a folder, a file or a list of those names, in order.
+
+    Args:
+        tars: `cc3m/{00000..00331}.tar`, `cc3m/*.tar`, `cc3m`, `cc3m/00000.tar`, or several.
+        key: the config key, for messages.
+
+    Raises:
+        DataError: nothing there, a missing file, or one that is named twice.
+    """
+    found: list[Path] = []
+    for item in [tars] if isinstance(tars, str) else tars:
+        for name in _without_braces(str(item)):
+            found += _existing(Path(name).expanduser(), key)
+    if not found:
+        raise DataError(f"{key}={tars}: names no tar")
+    seen: set[Path] = set()
+    for path in found:
+        if path in seen:
+            raise DataError(f"{key}: {path} is named twice; name every tar once")
+        seen.add(path)
+    return found
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """The regular files of a plain tar, in order, the last one included.
+
+    Raises:
+        DataError: compressed, no tar at all, or cut off.
+    """
+    size, end = path.stat().st_size, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            listing: Any = tar
+            while (info := tar.next()) is not None:
+                listing.members.clear()  # tarfile would keep them all
+                end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
+                if info.offset_data + info.size > size:
+                    break
+                if info.isreg():
+                    yield Member(info.name, info.offset_data, info.size)
+    except tarfile.ReadError as error:
+        if not end:
+            raise DataError(f"{path}: no plain tar ({error}); unpack a compressed one") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    _check_end(path, end, size)
+
+
+def _check_end(path: Path, end: int, size: int) -> None:
+    """Behind the last member come zeros or nothing; tarfile itself stops silently at rubbish."""
+    with path.open("rb") as file:
+        file.seek(min(end, size))
+        rubbish = file.read(_BLOCK).strip(b"\0")
+    if end - size >= _BLOCK or (end > size and size % _BLOCK) or rubbish:
+        raise DataError(
+            f"{path}: is cut off or damaged at byte {min(end, size)} of {size}; copy or download "
+            "it again"
+        )
+
+
+class TarReader:
+    """Reads members at their offsets; files open when first needed, separately in every process.
+
+    Args:
+        paths: the tars; `read` names them by position.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()  # position -> file descriptor
+        self._pid = os.getpid()
+
+    def read(self, position: int, offset: int, size: int) -> bytes:
+        """Return `size` bytes of tar `position` from `offset`; OSError if they are not there."""
+        data = os.pread(self._descriptor(position), size, offset)
+        if len(data) < size:
+            raise OSError(f"{self.paths[position]}: ends before byte {offset + size}")
+        return data
+
+    def close(self) -> None:
+        """Close all files; they open again when needed."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, position: int) -> int:
+        if self._pid != os.getpid():  # the parent's descriptors are the parent's to close
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if position not in self._open:
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[position] = os.open(self.paths[position], os.O_RDONLY)
+        return self._open[position]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            self.close()
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
+    """`a{1..3}{x,y}` as `a1x`, `a1y`, `a2x`, …; zeros before the first number set the width."""
+    found = _BRACES.search(pattern)
+    if found is None:
+        yield pattern
+        return
+    numbers = _RANGE.fullmatch(found.group(1))
+    if numbers:
+        first, last = numbers.groups()
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        choices = found.group(1).split(",")
+    for choice in choices:
+        yield from _without_braces(pattern[: found.start()] + choice + pattern[found.end() :])
+
+
+def _existing(path: Path, key: str) -> list[Path]:
+    if path.is_dir():
+        found = sorted(path.glob("*.tar"))
+        if not found:
+            raise DataError(f"{key}={path}: no .tar in this folder")
+        return found
+    if path.is_file():
+        return [path]
+    if not any(mark in str(path) for mark in "*?["):
+        raise DataError(f"{key}: {path}: no such file")
+    parent = Path(path.anchor)
+    found = sorted(p for p in parent.glob(str(path.relative_to(path.anchor))) if p.is_file())
+    if not found:
+        raise DataError(f"{key}={path}: no file matches")
+    return found

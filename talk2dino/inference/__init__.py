@@ -1,0 +1,1 @@
+"""The whole model as one Python object: pictures and words in, label maps out."""

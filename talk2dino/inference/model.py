@@ -1,0 +1,374 @@
+"""`Talk2DINO`: the whole model as one Python object."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from threading import RLock
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
+from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.projection_base import visual_side
+from talk2dino.alignment.texts import embed_texts
+from talk2dino.encoders.build import build_text, build_vision
+from talk2dino.encoders.device import choose_device
+from talk2dino.encoders.hub import WEIGHTS, resolve_checkpoint, upload_folder
+from talk2dino.encoders.precision import PRECISIONS, autocast
+from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.features.image_batches import crop_square
+from talk2dino.inference.inputs import ImageLike, as_list, to_picture, to_pixels
+from talk2dino.inference.model_card import write_card
+from talk2dino.inference.segmented import SegmentedImage, background_threshold
+from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
+from talk2dino.inference.words import Classes, Sentences, TextCache, read_words
+from talk2dino.segmentation.classes import BACKGROUND, embed_prompts
+from talk2dino.segmentation.pamr import PAMR
+from talk2dino.segmentation.segmenter import Segmenter
+
+DTYPES = {dtype or torch.float32: name for name, dtype in PRECISIONS.items()}
+
+
+class Talk2DINO(nn.Module):
+    """A vision encoder, a text encoder, and the projection that connects them.
+
+    Methods may be called from several threads: the encoders take turns, the rest shares nothing.
+
+    Args:
+        vision: frozen vision encoder.
+        text: frozen text encoder.
+        projection: trained on features of these two.
+        dtype: arithmetic of the vision encoder, by autocast: float32, bfloat16 or float16. Text
+            is encoded once per class, so it stays float32, as do projection and scores.
+
+    Raises:
+        CheckpointError: the projection's widths are not those of the encoders.
+        ConfigError: another dtype.
+    """
+
+    def __init__(
+        self,
+        vision: TimmVisionEncoder,
+        text: TextEncoder,
+        projection: Projection,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        for key, width, encoder, wanted in (
+            ("vision", vision.embed_dim, vision, projection.vision_dim),
+            ("text", text.embed_dim, text, projection.text_dim),
+        ):
+            if width != wanted:
+                raise CheckpointError(
+                    f"the checkpoint was trained for a {key} encoder of width {wanted}, but "
+                    f"{getattr(encoder, 'name', key)} has {width}; choose its encoder with {key}=…"
+                )
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
+        self.vision, self.text, self.projection = vision, text, projection.eval()
+        self.dtype = dtype
+        self.source: Path | None = None  # the file that from_pretrained read
+        self._cache = TextCache()
+        self._turn = RLock()  # hooks that read the attention belong to one forward pass at a time
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        location: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        vision: TimmVisionEncoder | None = None,
+        text: TextEncoder | None = None,
+    ) -> Talk2DINO:
+        """Load from a folder, a checkpoint file of any format, or a Hub id.
+
+        Only tensors and plain values are read; no code of a file or of the Hub is run.
+
+        Args:
+            location: a run folder or one of `save_pretrained`, a `.safetensors`, `.ckpt` or
+                original `.pth` file, or a Hub id like `org/name`.
+            device: where to run; None takes the best there is.
+            dtype: see the class.
+            vision: needed for an original `.pth`, which does not name its encoders.
+            text: likewise.
+
+        Raises:
+            CheckpointError: nothing there, unreadable, or without encoders.
+            ConfigError: a device that is not here.
+        """
+        path = resolve_checkpoint(location)
+        checkpoint = read_checkpoint(path)
+        if vision is None:
+            vision = build_vision(_required(checkpoint.vision, "vision", path))
+        if text is None:
+            text = build_text(_required(checkpoint.text, "text", path))
+        model = cls(vision, text, checkpoint.projection, dtype)
+        model.source = path
+        try:
+            return model.to(choose_device() if device is None else torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device={device!r}: not usable here ({reason})") from error
+
+    def save_pretrained(
+        self, folder: str | Path, results: Sequence[str | Path | Mapping[str, Any]] = ()
+    ) -> Path:
+        """Write `projection.safetensors`, `config.json` and the model card `README.md`.
+
+        The weights file alone is enough to load the model: it names the encoders, which are not
+        written. `config.json` says the same for people and for the Hub's counts.
+
+        Args:
+            folder: created when needed.
+            results: measured numbers for the card: `results.json` files of evaluations, or their
+                content; besides those that lie beside the checkpoint.
+
+        Returns:
+            The weights file.
+
+        Raises:
+            DataError: a results file that is none.
+        """
+        path = Path(folder) / WEIGHTS
+        specs = {"vision": self.vision.spec, "text": self.text.describe()["spec"]}
+        save_projection(self.projection, path, specs)
+        write_card(path.parent, self.projection, specs, self.source, results)
+        return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = False,
+        results: Sequence[str | Path | Mapping[str, Any]] = (),
+        message: str = "Upload a Talk2DINO projection",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub, which needs a login.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: the Hub refuses or does not answer.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, results)
+            return upload_folder(Path(folder), repo_id, private, message)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.projection.parameters()).device
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """ψ of texts, `[N, D]` float32, not normalised; a single text is a list of one."""
+        texts = [texts] if isinstance(texts, str) else texts
+        with self._turn:
+            embeddings = embed_texts(texts, self.text, self.projection)
+        return self.projection.project_embedding(embeddings)
+
+    @torch.no_grad()
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Patch tokens of one picture or several: `[B, P, D]` float32.
+
+        Each picture is resized and centre-cropped to the encoder's `image_size`, as in extraction.
+        A projection with an image side is applied, so that the tokens compare with `encode_text`.
+
+        Raises:
+            DataError: not a picture, or an empty list.
+        """
+        batch: Sequence[Any] = as_list(images) or [images]
+        size = self.vision.image_size
+        pixels = torch.stack([crop_square(to_picture(to_pixels(i)), size) for i in batch])
+        with self._turn, self._precision():
+            tokens: Tensor = self.vision(pixels.to(self.device).float() / 255).patch_tokens
+        return self.projection.project_visual(tokens.float())
+
+    @overload
+    def encode(  # type: ignore[overload-overlap]  # a str is a sequence, too
+        self, images: ImageLike, short_side: int | None = None
+    ) -> EncodedPicture: ...
+    @overload
+    def encode(
+        self, images: Sequence[ImageLike], short_side: int | None = None
+    ) -> list[EncodedPicture]: ...
+    def encode(
+        self, images: ImageLike | Sequence[ImageLike], short_side: int | None = None
+    ) -> EncodedPicture | list[EncodedPicture]:
+        """Run the vision encoder only; the result goes into `segment` as often as one likes.
+
+        Other classes, thresholds and refinements then need no encoder.
+
+        Args:
+            images: one picture, or several of any sizes, whose windows share batches.
+            short_side: see `segment`.
+
+        Raises:
+            DataError: not a picture.
+        """
+        segmenter = self.segmenter(None, False, short_side)
+        several = as_list(images)
+        found = self._encode(segmenter, [images] if several is None else several)  # type: ignore[list-item]
+        return found[0] if several is None else found
+
+    @overload
+    def segment(  # type: ignore[overload-overlap]  # a str is a sequence, too
+        self,
+        image: ImageLike | EncodedPicture,
+        classes: Classes,
+        background: bool | float | None = False,
+        pamr: bool = False,
+        short_side: int | None = None,
+        templates: str | Sequence[str] | None = None,
+        *,
+        negatives: Sequence[str] = (),
+        prompts: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> SegmentedImage: ...
+    @overload
+    def segment(
+        self,
+        image: Sequence[ImageLike] | Sequence[EncodedPicture],
+        classes: Classes,
+        background: bool | float | None = False,
+        pamr: bool = False,
+        short_side: int | None = None,
+        templates: str | Sequence[str] | None = None,
+        *,
+        negatives: Sequence[str] = (),
+        prompts: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> list[SegmentedImage]: ...
+    def segment(
+        self,
+        image: ImageLike | EncodedPicture | Sequence[ImageLike] | Sequence[EncodedPicture],
+        classes: Classes,
+        background: bool | float | None = False,
+        pamr: bool = False,
+        short_side: int | None = None,
+        templates: str | Sequence[str] | None = None,
+        *,
+        negatives: Sequence[str] = (),
+        prompts: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> SegmentedImage | list[SegmentedImage]:
+        """Segment a picture, or each of several, into named classes.
+
+        Args:
+            image: PIL image, path, bytes of a file, tensor `[3, H, W]` or array `[H, W, 3]` (uint8,
+                or float in 0..1), an encoded picture, or a list of these.
+            classes: names; a list inside the list is a name and its synonyms; or a mapping of a
+                name to the words that stand for it. The best word counts.
+            background: True, or a threshold of the score, adds a background class in front and
+                cleans the scores by the attention maps; True is 0.55.
+            pamr: refine the edges.
+            short_side: working size in pixels, rounded to whole patches; None takes 448.
+            templates: a set of `encoders.prompts`, or sentences with `{}` for the name; None takes
+                the set that suits the text encoder.
+            negatives: words that are looked for and count as background where they win.
+            prompts: by class name, whole sentences that replace its templates and synonyms.
+
+        Raises:
+            ConfigError: no class, or an argument out of its range.
+            DataError: not a picture.
+        """
+        vocabulary = self.open_vocabulary(
+            classes, background, pamr, short_side, templates, negatives=negatives, prompts=prompts
+        )
+        return vocabulary(image)
+
+    def open_vocabulary(
+        self,
+        classes: Classes,
+        background: bool | float | None = False,
+        pamr: bool = False,
+        short_side: int | None = None,
+        templates: str | Sequence[str] | None = None,
+        *,
+        negatives: Sequence[str] = (),
+        prompts: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> OpenVocabulary:
+        """Settle the classes once, then call the result on the frames of a video or a folder.
+
+        Arguments and errors as `segment`, which does the same for a single call.
+        """
+        threshold = background_threshold(background)
+        words = read_words(classes, negatives, prompts, templates or self.text.templates)
+        if BACKGROUND in words.names and (threshold is not None or negatives):
+            raise ConfigError(
+                f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+            )
+        segmenter = self.segmenter(threshold, pamr, short_side)
+        return OpenVocabulary(
+            words, self._embed(words.rows), threshold, segmenter, partial(self._encode, segmenter)
+        )
+
+    def segmenter(
+        self, threshold: float | None, pamr: bool, short_side: int | None = None
+    ) -> Segmenter:
+        """The sliding-window segmenter for whole pictures, windows of 448 pixels and alike.
+
+        Raises:
+            ConfigError: `short_side` is not positive.
+        """
+        if short_side is not None and short_side < 1:
+            raise ConfigError(f"short_side={short_side}: give pixels, for instance 448")
+        patch = self.vision.patch_size
+        side = max(patch, round((short_side or 448) / patch) * patch)
+        return Segmenter(
+            self.vision,
+            window=side,
+            stride=max(1, side // 2),
+            short_side=side,
+            input_size=side,
+            background_cleaning=threshold is not None,
+            background_threshold=threshold,
+            pamr=PAMR() if pamr else None,
+            project_patches=visual_side(self.projection),
+        )
+
+    def _encode(self, segmenter: Segmenter, images: Sequence[ImageLike]) -> list[EncodedPicture]:
+        pixels = [to_pixels(image) for image in images]
+        with self._turn, self._precision():
+            windows = segmenter.encode_batch([one.to(self.device) for one in pixels])
+        return [EncodedPicture(*pair) for pair in zip(pixels, windows, strict=True)]
+
+    def _embed(self, rows: Sequence[Sentences]) -> Tensor:
+        """`[N, D]` unit rows; those of earlier calls are not computed again."""
+
+        def compute(new: Sequence[Sentences]) -> Tensor:
+            with self._turn:
+                return embed_prompts(new, self.text, self.projection)
+
+        return self._cache.get(rows, _state(self.projection), compute)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return autocast(DTYPES[self.dtype], self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a lock cannot travel."""
+        return {key: value for key, value in self.__dict__.items() if key != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._turn = RLock()
+
+
+def _state(projection: Projection) -> tuple[object, ...]:
+    """Changes when the projection moves to another device or its weights are written to."""
+    parameters = list(projection.parameters())
+    versions = (0 if p.is_inference() else p._version for p in parameters)
+    return (parameters[0].device, *versions)
+
+
+def _required(spec: dict[str, Any] | None, kind: str, path: Path) -> dict[str, Any]:
+    if spec is None:
+        raise CheckpointError(
+            f"checkpoint={path}: does not name its {kind} encoder; say it with {kind}=…"
+        )
+    return spec

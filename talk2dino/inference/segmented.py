@@ -1,0 +1,206 @@
+"""`SegmentedImage`: the result for one picture, as arrays, pictures and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from talk2dino.errors import ConfigError
+from talk2dino.inference.inputs import to_picture
+from talk2dino.segmentation.classes import BACKGROUND
+from talk2dino.segmentation.overlay import Colour, heat_overlay, overlay, save_label_map
+from talk2dino.segmentation.scores import label_map, resize_scores
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedImage:
+    """A segmented picture.
+
+    Attributes:
+        labels: `[H, W]` int64, index into `classes`.
+        classes: names; the first is "background" if there is a background.
+        image: `[3, H, W]` uint8, the picture.
+        class_scores: `[K, h, w]` float32 at working size, without the background; scores are
+            enlarged from it when asked for, since a large picture holds K times its pixels.
+        negative_scores: `[1, h, w]`, the best of the negatives, or None without negatives.
+        threshold: score of the background, or None.
+    """
+
+    labels: Tensor = field(repr=False)
+    classes: list[str]
+    image: Tensor = field(repr=False)
+    class_scores: Tensor = field(repr=False)
+    negative_scores: Tensor | None = field(default=None, repr=False)
+    threshold: float | None = None
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """`[N, H, W]` float32, a map per entry of `classes`; computed on first use.
+
+        That of the background is the threshold, or the best negative where that is higher.
+        """
+        size = self.image.shape[-2:]
+        full = resize_scores(self.class_scores, *size)
+        if self.classes[0] != BACKGROUND:
+            return full
+        floor = float("-inf") if self.threshold is None else self.threshold
+        back = full.new_full((1, *size), floor)
+        if self.negative_scores is not None:
+            back = torch.maximum(back, resize_scores(self.negative_scores, *size))
+        return torch.cat([back, full])
+
+    @property
+    def names(self) -> list[str]:
+        """The classes that were asked for, without the background."""
+        return self.classes[self.classes[0] == BACKGROUND :]
+
+    def with_threshold(self, threshold: float | None) -> SegmentedImage:
+        """The same scores with another background threshold, None for none; takes milliseconds.
+
+        Cleaning by attention stays as it was when the picture was segmented.
+        """
+        return decide(
+            self.image, self.names, self.class_scores, self.negative_scores, _checked(threshold)
+        )
+
+    def overlay(
+        self,
+        alpha: float = 0.55,
+        legend: bool = True,
+        palette: Sequence[Colour] | None = None,
+        hide: Sequence[str] = (),
+    ) -> Image.Image:
+        """The picture with the classes in colour and a legend.
+
+        Args:
+            alpha: opacity of the colours, 0..1.
+            legend: add the strip with names and shares.
+            palette: one RGB triple 0..255 per entry of `classes`.
+            hide: names of classes to leave uncoloured; the others keep their colours.
+
+        Raises:
+            ConfigError: `hide` names no class of this picture.
+        """
+        labels = self.labels
+        for name in hide:
+            labels = labels.masked_fill(self.labels == self.index(name), 255)
+        return overlay(to_picture(self.image), labels, self.classes, palette, alpha, legend)
+
+    def heatmap(
+        self, name: str, alpha: float = 0.6, limits: tuple[float, float] | None = None
+    ) -> Image.Image:
+        """The picture under the scores of one class, dark blue (low) to yellow (high).
+
+        Args:
+            name: one of `classes`.
+            alpha: opacity of the colours, 0..1.
+            limits: scores of the two ends; None takes the lowest and highest of all classes here,
+                so that maps of one picture compare.
+
+        Raises:
+            ConfigError: no such class, or the background, which has no map of its own.
+        """
+        index = self.index(name) - (self.classes[0] == BACKGROUND)
+        if index < 0:
+            raise ConfigError(f"heatmap={name!r}: the background has no map; name a class")
+        low, high = limits or tuple(float(x) for x in self.class_scores.aminmax())
+        one = resize_scores(self.class_scores[index : index + 1], *self.image.shape[-2:])[0]
+        return heat_overlay(to_picture(self.image), one, low, high, alpha)
+
+    def areas(self) -> dict[str, float]:
+        """Share of the picture that each class holds, 0..1, in the order of `classes`."""
+        counts = self.labels.flatten().bincount(minlength=len(self.classes)).double()
+        return dict(zip(self.classes, (counts / self.labels.numel()).tolist(), strict=True))
+
+    def scores_at(self, row: int, column: int) -> dict[str, float]:
+        """Score of every class at one pixel.
+
+        Raises:
+            ConfigError: outside the picture.
+        """
+        height, width = self.labels.shape
+        if not (0 <= row < height and 0 <= column < width):
+            raise ConfigError(f"pixel ({row}, {column}): the picture has {height}x{width} pixels")
+        return dict(zip(self.classes, self.scores[:, row, column].tolist(), strict=True))
+
+    def save_labels(self, path: str | Path) -> None:
+        """Write the labels as an indexed PNG whose pixel values are the indices of `classes`."""
+        save_label_map(self.labels, path)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        buffer = BytesIO()
+        self.overlay().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def index(self, name: str) -> int:
+        """Index of a class name.
+
+        Raises:
+            ConfigError: no such class.
+        """
+        if name not in self.classes:
+            raise ConfigError(f"class {name!r}: not segmented here; there are {self.classes}")
+        return self.classes.index(name)
+
+
+def decide(
+    image: Tensor,
+    names: Sequence[str],
+    class_scores: Tensor,
+    negative_scores: Tensor | None,
+    threshold: float | None,
+) -> SegmentedImage:
+    """Labels from scores: the best wins; where that is a negative or the threshold, background.
+
+    Args:
+        image: `[3, H, W]` uint8, the picture.
+        names: of the K classes.
+        class_scores: `[K, h, w]`.
+        negative_scores: `[1, h, w]`, or None.
+        threshold: score of the background, or None.
+    """
+    back = threshold is not None or negative_scores is not None
+    stacked = (
+        class_scores if negative_scores is None else torch.cat([negative_scores, class_scores])
+    )
+    height, width = image.shape[-2:]
+    labels = label_map(stacked, height, width, threshold).cpu()
+    if threshold is not None and negative_scores is not None:  # 0 and 1 are both background
+        labels = (labels - 1).clamp_min_(0)
+    return SegmentedImage(
+        labels,
+        [BACKGROUND, *names] if back else list(names),
+        image,
+        class_scores.cpu(),
+        None if negative_scores is None else negative_scores.cpu(),
+        threshold,
+    )
+
+
+def _checked(threshold: float | None) -> float | None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"background={threshold}: scores lie within 0..1; try 0.55")
+    return threshold
+
+
+def background_threshold(background: bool | float | None, default: float = 0.55) -> float | None:
+    """The threshold that an argument `background` stands for.
+
+    Args:
+        background: None or False for none, True for `default`, or the threshold itself.
+        default: 0.55, the original's for ViT-B (evaluation configs).
+
+    Raises:
+        ConfigError: outside 0..1, where every score lies.
+    """
+    if background is None or background is False:
+        return None
+    return default if background is True else _checked(float(background))

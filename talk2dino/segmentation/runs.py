@@ -1,0 +1,167 @@
+"""Reading what evaluations left in their run folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from talk2dino.errors import DataError
+
+RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
+# the axes of the table, and what does not change a figure
+_NOT_SETTINGS = {
+    "benchmark",
+    "checkpoint",
+    "pamr",
+    "compare_untrained",
+    "pictures",
+    "label_maps",
+    "examples",
+    "resume",
+    "num_workers",
+    "batch_size",
+    "window_batch_size",
+    "trainer",
+    "vision",
+    "text",
+}
+_NOT_PROTOCOL = {"name", "root", "reference"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation.
+
+    Attributes:
+        folder: its run folder.
+        benchmark: name.
+        checkpoint: as it was given.
+        pamr: whether the windows were refined.
+        results: contents of `results.json`; empty if the run has none.
+        error: why it has none.
+        settings: the rest of the config that may change a figure, flat with dotted keys.
+        reference: published figures of the benchmark.
+        untrained: whether this is the freshly initialised projection beside the checkpoint.
+    """
+
+    folder: Path
+    benchmark: str
+    checkpoint: str
+    pamr: bool
+    results: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    untrained: bool = False
+
+    @property
+    def miou(self) -> float | None:
+        """In percent; None without results."""
+        return float(self.results["miou"]) if self.results else None
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read run folders, sweep folders (with a run folder per job), and `results.json` files.
+
+    Raises:
+        DataError: a path holds no evaluation, or an unreadable one.
+    """
+    found: list[Run] = []
+    for path in paths:
+        runs = [_from_file(path)] if path.is_file() else _from_folder(path) or read_sweep(path)
+        if not runs:
+            raise DataError(f"{path}: no {RESULTS}; give the run folder of talk2dino.evaluate")
+        found += runs
+    return found
+
+
+def _from_folder(folder: Path) -> list[Run]:
+    runs = [_from_file(folder / n) for n in (UNTRAINED, RESULTS) if (folder / n).is_file()]
+    if (folder / RESULTS).is_file():
+        return runs
+    config = _hydra_config(folder)
+    if (folder / FAILED).is_file():
+        error = str(_json(folder / FAILED).get("error", "failed"))
+        return [*runs, _run(folder, config, {}, error)]
+    if config and (folder / "records").is_dir():
+        return [*runs, _run(folder, config, {}, "unfinished")]
+    return runs
+
+
+def read_sweep(folder: Path) -> list[Run]:
+    """The evaluations of a sweep folder in the order of its jobs; failed ones have no results."""
+    jobs = sorted(
+        (path for path in folder.glob("*/") if not path.name.startswith(".")),
+        key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0),
+    )
+    return [run for job in jobs for run in _from_folder(job)]
+
+
+def _from_file(file: Path) -> Run:
+    results = _json(file)
+    absent = [key for key in ("benchmark", "miou", "images", "per_class") if key not in results]
+    if absent:
+        raise DataError(f"{file}: has no {absent[0]}; give results of talk2dino.evaluate")
+    return _run(file.parent, results.get("config", {}), results, None, file.name == UNTRAINED)
+
+
+def _run(
+    folder: Path,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    error: str | None,
+    untrained: bool = False,
+) -> Run:
+    node = config.get("benchmark")
+    protocol: Mapping[str, Any] = node if isinstance(node, Mapping) else {}
+    plain = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
+    plain["benchmark"] = {k: v for k, v in protocol.items() if k not in _NOT_PROTOCOL}
+    plain["trainer"] = {"precision": (config.get("trainer") or {}).get("precision")}
+    return Run(
+        folder,
+        benchmark=str(results.get("benchmark") or protocol.get("name") or "?"),
+        checkpoint=str(config.get("checkpoint") or folder.name),
+        pamr=bool(config.get("pamr")),
+        results=results,
+        error=error,
+        settings=dict(_flat(plain)),
+        reference=protocol.get("reference") or {},
+        untrained=untrained,
+    )
+
+
+def _flat(node: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        elif "${" not in str(value):  # a failed job's config is not resolved
+            yield f"{path}{key}", value
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not a json file ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{file}: holds {type(content).__name__}, not results of talk2dino.evaluate"
+        )
+    return content
+
+
+def _hydra_config(folder: Path) -> dict[str, Any]:
+    """The config that Hydra noted before the job began; empty if there is none."""
+    file = folder / ".hydra" / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,214 @@
+"""Evaluations side by side: one table in the paper's form, beside the paper's numbers.
+
+A row per checkpoint and PAMR, a column per benchmark, and their mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from talk2dino.segmentation.runs import Run
+
+# the columns of the paper's table: without a background class, then with one
+PAPER_ORDER = (
+    "voc",
+    "context",
+    "stuff",
+    "cityscapes",
+    "ade",
+    "voc_bg",
+    "context_bg",
+    "coco_object",
+)
+FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the summary.
+
+    Attributes:
+        label: checkpoint, with the settings in which the runs differ; or a publication.
+        pamr: whether the windows were refined; None where a publication does not say.
+        cells: mIoU in percent by benchmark; None for a run without result.
+        published: whether the numbers are a publication's.
+    """
+
+    label: str
+    pamr: bool | None
+    cells: Mapping[str, float | None]
+    published: bool = False
+
+    def mean(self, benchmarks: Sequence[str]) -> float | None:
+        """Mean over the benchmarks; None unless the row has them all."""
+        values = [self.cells.get(name) for name in benchmarks]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table.
+
+    Attributes:
+        benchmarks: columns, the paper's first and in its order.
+        rows: the own ones in the order of the runs, then the published ones.
+        images: by benchmark, how many images were evaluated; a set if the runs differ.
+    """
+
+    benchmarks: list[str]
+    rows: list[Row]
+    images: Mapping[str, set[int]]
+
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        mean = ["mean"] if len(self.benchmarks) > 1 else []
+        return ["mIoU", "PAMR", *self.benchmarks, *mean]
+
+    def text(self, row: Row) -> list[str]:
+        """A row as text, one digit."""
+        pamr = {True: "yes", False: "no", None: ""}[row.pamr]
+        cells = [_cell(row, name) for name in self.benchmarks]
+        mean = row.mean(self.benchmarks) if len(self.benchmarks) > 1 else None
+        last = ["" if mean is None else f"{mean:.1f}"] if len(self.benchmarks) > 1 else []
+        return [row.label, pamr, *cells, *last]
+
+    def notes(self) -> list[str]:
+        """How many images the columns rest on."""
+        counts = {name: " or ".join(map(str, sorted(found))) for name, found in self.images.items()}
+        if not counts:
+            return []
+        return ["Images: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + "."]
+
+
+def _cell(row: Row, benchmark: str) -> str:
+    if benchmark not in row.cells:
+        return ""
+    value = row.cells[benchmark]
+    return FAILED if value is None else f"{value:.1f}"
+
+
+def summarise(runs: Sequence[Run]) -> Summary:
+    """Arrange runs in the paper's form; a later run replaces an earlier one of the same cell."""
+    found = list(dict.fromkeys(run.benchmark for run in runs))
+    known = [name for name in PAPER_ORDER if name in found]
+    benchmarks = known + [name for name in found if name not in known]
+    labels = run_labels(runs)
+    cells: dict[tuple[str, bool], dict[str, float | None]] = {}
+    images: dict[str, set[int]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        cells.setdefault((label, run.pamr), {})[run.benchmark] = run.miou
+        if run.results:
+            images.setdefault(run.benchmark, set()).add(int(run.results["images"]))
+    own = [Row(label, pamr, row) for (label, pamr), row in cells.items()]
+    return Summary(benchmarks, own + published_rows(runs), images)
+
+
+def published_rows(runs: Iterable[Run]) -> list[Row]:
+    """The numbers that the runs' benchmarks carry as `reference`."""
+    rows: dict[tuple[str, bool | None], dict[str, float | None]] = {}
+    for run in runs:
+        for name, pamr, value in published(run.reference):
+            rows.setdefault((name, pamr), {})[run.benchmark] = value
+    return [Row(name, pamr, cells, published=True) for (name, pamr), cells in rows.items()]
+
+
+def published(reference: Mapping[str, Any]) -> list[tuple[str, bool | None, float]]:
+    """Triples of publication, PAMR and mIoU of a benchmark's `reference`.
+
+    Args:
+        reference: `{"name": 40.0}`, or `{"name": {"plain": 39.8, "pamr": 42.4}}`.
+    """
+    found: list[tuple[str, bool | None, float]] = []
+    for name, value in reference.items():
+        if isinstance(value, Mapping):
+            found += [(name, {"plain": False, "pamr": True}[k], float(v)) for k, v in value.items()]
+        else:
+            found.append((name, None, float(value)))
+    return found
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """Label each run by its checkpoint and the settings that differ among runs of a benchmark."""
+    differing: set[str] = set()
+    for benchmark in {run.benchmark for run in runs}:
+        same = [run.settings for run in runs if run.benchmark == benchmark]
+        keys = {key for settings in same for key in settings}
+        differing |= {key for key in keys if _differs(key, same)}
+    names = _short_names([run.checkpoint for run in runs])
+    labels = []
+    for run, name in zip(runs, names, strict=True):
+        parts = [_setting(key, run.settings[key]) for key in sorted(differing & set(run.settings))]
+        labels.append(" ".join([name, *parts, *(["(untrained)"] if run.untrained else [])]))
+    return labels
+
+
+def _differs(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether runs disagree on a key; arguments of a part that only some have do not count."""
+    has = [key in one for one in settings]
+    values = {repr(one[key]) for one in settings if key in one}
+    return len(values) > 1 or (key.endswith("._target_") and not all(has))
+
+
+def _setting(key: str, value: Any) -> str:
+    """`key=value`, and the class's own name for a `_target_`."""
+    if key.endswith("._target_"):
+        return f"{key.removesuffix('._target_')}={str(value).rpartition('.')[2]}"
+    return f"{key}={value}"
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of the paths, as many as keep different ones apart."""
+    parts = [tuple(part for part in path.split("/") if part) or (path,) for path in paths]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        short = {path: path[-depth:] for path in parts}
+        if len(set(short.values())) == len(short):
+            break
+    return ["/".join(short[path]) for path in parts]
+
+
+def as_markdown(summary: Summary) -> str:
+    """The table as Markdown; published rows are in italics."""
+    head = summary.header()
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "| --- | --- |" + " ---: |" * (len(head) - 2),
+    ]
+    for row in summary.rows:
+        cells = [cell.replace("|", "\\|") for cell in summary.text(row)]
+        if row.published:
+            cells = [f"*{cell}*" if cell else "" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *summary.notes()]).rstrip() + "\n"
+
+
+def as_csv(summary: Summary) -> str:
+    """The table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(summary.header())
+    writer.writerows(summary.text(row) for row in summary.rows)
+    return text.getvalue()
+
+
+def as_table(summary: Summary) -> Table:
+    """The table for the terminal."""
+    head = summary.header()
+    table = Table(title="mIoU in percent", caption=" ".join(summary.notes()) or None)
+    for number, name in enumerate(head):
+        table.add_column(
+            name.replace("mIoU", ""), justify="left" if number < 2 else "right", overflow="fold"
+        )
+    own = [row for row in summary.rows if not row.published]
+    for row in own:
+        table.add_row(*summary.text(row))
+    table.add_section()
+    for row in summary.rows[len(own) :]:
+        table.add_row(*summary.text(row), style="dim")
+    return table

@@ -1,0 +1,132 @@
+"""An Optuna study in the sweep folder, and the search space as a config says it.
+
+Optuna (4 or later) is an optional dependency and imported only when a search runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from talk2dino.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+STUDY = "sweep"  # the study's name in its storage
+RANGE_KEYS = ("low", "high", "step", "log")
+
+
+def require_optuna() -> None:
+    """Say how to get Optuna if it is not here.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep=optuna: needs pip install 'talk2dino[sweep]'")
+
+
+def open_study(
+    storage: str, mode: str, sampler: BaseSampler | None, pruner: BasePruner | None
+) -> Study:
+    """Open the study of a storage, or create it.
+
+    Args:
+        storage: URL, `sqlite:////path/optuna.db` or of another database.
+        mode: max or min.
+        sampler: proposes values; None is Optuna's default.
+        pruner: stops runs that fall behind; None never does.
+
+    Raises:
+        ConfigError: the storage cannot be opened, or another mode.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if mode not in ("max", "min"):
+        raise ConfigError(f"sweep.mode={mode}: choose max or min")
+    try:
+        return optuna.create_study(
+            storage=storage,
+            study_name=STUDY,
+            direction="maximize" if mode == "max" else "minimize",
+            sampler=sampler,
+            pruner=pruner or optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+    except Exception as error:  # SQLAlchemy's many, and an unknown URL's ArgumentError
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"sweep.storage={storage}: cannot be opened ({reason})") from error
+
+
+def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """Optuna's distributions of a search space.
+
+    Args:
+        space: per config key a list of values, or a range `{low, high}` with `step` or `log: true`;
+            whole numbers make a range of whole numbers.
+
+    Raises:
+        ConfigError: neither, or a range that is none.
+    """
+    return {key: _distribution(key, choice) for key, choice in space.items()}
+
+
+def _distribution(key: str, choice: Any) -> BaseDistribution:
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if isinstance(choice, Sequence) and not isinstance(choice, str):
+        if not choice:
+            raise ConfigError(f"sweep.space.{key}: the list is empty; name the values to try")
+        return CategoricalDistribution(list(choice))
+    if not isinstance(choice, Mapping):
+        raise ConfigError(
+            f"sweep.space.{key}={choice!r}: give a list of values, or {{low: …, high: …}} with "
+            "log: true or a step"
+        )
+    unknown = [name for name in choice if name not in RANGE_KEYS]
+    low, high, step = choice.get("low"), choice.get("high"), choice.get("step")
+    if unknown or not (_is_number(low) and _is_number(high)):
+        raise ConfigError(
+            f"sweep.space.{key}={dict(choice)}: a range has the numbers low and high, and may have "
+            "step or log: true"
+        )
+    log = bool(choice.get("log", False))
+    try:
+        if all(isinstance(number, int) for number in (low, high, step or 0)):
+            return IntDistribution(low=low, high=high, log=log, step=step or 1)  # type: ignore[arg-type]
+        return FloatDistribution(low=low, high=high, log=log, step=step)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"sweep.space.{key}={dict(choice)}: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
+
+
+def as_override(key: str, value: Any) -> str:
+    """A sampled value as a Hydra override.
+
+    Raises:
+        ConfigError: a text with characters that an override cannot carry.
+    """
+    if value is None:
+        return f"{key}=null"
+    if isinstance(value, bool):
+        return f"{key}={str(value).lower()}"
+    if isinstance(value, str) and ("'" in value or "\\" in value):
+        raise ConfigError(f"sweep.space.{key}: {value!r} holds a quote or a backslash")
+    plain = str(value).replace("_", "").replace(".", "").replace("/", "").isalnum()
+    return f"{key}={value}" if plain or not isinstance(value, str) else f"{key}='{value}'"

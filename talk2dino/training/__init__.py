@@ -1,0 +1,1 @@
+"""What the command `train` adds to a run: callbacks by config, and what the store decides."""

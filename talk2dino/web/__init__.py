@@ -1,0 +1,1 @@
+"""The web page of `python -m talk2dino.app`; only `page` knows Gradio."""

@@ -1,0 +1,202 @@
+"""The web page: which parts it has, and what each of them sets off (Gradio)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from talk2dino.errors import ConfigError, UserError
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.web.session import (
+    View,
+    Wishes,
+    answer,
+    areas,
+    open_picture,
+    python_call,
+    scores_at,
+)
+
+IDLE_SECONDS = 3600  # features of a visitor who left are dropped after an hour
+
+
+class Page:
+    """Drop a picture, name classes, look.
+
+    Args:
+        model: segments.
+        checkpoint: as the visitor would write it in Python.
+        words: classes to begin with.
+        short_side: working size in pixels.
+    """
+
+    def __init__(
+        self, model: Talk2DINO, checkpoint: str, words: str = "", short_side: int = 448
+    ) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        self.words, self.short_side = words, short_side
+
+    def build(self) -> gr.Blocks:
+        """Lay the page out and connect its parts."""
+        # None of the events is an API of its own: they need a visitor's picture.
+        quiet: Any = {"api_visibility": "private"}
+        with gr.Blocks(title="talk2dino", analytics_enabled=False) as page:
+            gr.Markdown(
+                "# talk2dino\nDrop a picture, name what to look for, and see where it is. "
+                "Everything stays on this machine."
+            )
+            view = gr.State(None, time_to_live=IDLE_SECONDS)
+            with gr.Row():
+                with gr.Column():
+                    picture = gr.Image(
+                        type="filepath", image_mode=None, sources=["upload", "clipboard"],
+                        label="Picture", elem_id="picture", height=300,
+                    )  # fmt: skip
+                    # Gradio would open the file itself, and fail where the visitor cannot see it.
+                    picture.preprocess = path_of  # type: ignore[assignment, method-assign]
+                    words = gr.Textbox(
+                        self.words, label="Classes", elem_id="words", max_lines=3,
+                        placeholder="cat, sofa; couch, dark leaves",
+                        info="separated by commas; synonyms by semicolons; Enter to look",
+                    )  # fmt: skip
+                    go = gr.Button("Segment", variant="primary", elem_id="go")
+                    background = gr.Checkbox(
+                        label="Background: pixels that no class fits", elem_id="background"
+                    )
+                    threshold = gr.Slider(
+                        0.25, 0.75, 0.5, step=0.005, label="Background threshold",
+                        elem_id="threshold", visible=False,
+                    )  # fmt: skip
+                    pamr = gr.Checkbox(True, label="Refine the edges (PAMR)", elem_id="pamr")
+                with gr.Column(scale=2):
+                    overlay = gr.Image(
+                        label="Segmentation: click a pixel for its scores", elem_id="overlay",
+                        interactive=False, format="png", buttons=["download", "fullscreen"],
+                    )  # fmt: skip
+                    shown = gr.CheckboxGroup([], label="Show", elem_id="shown", visible=False)
+                    with gr.Row():
+                        shares = gr.HTML(elem_id="shares")
+                        scores = gr.HTML(elem_id="scores")
+                    code = gr.Code(language="python", label="The same in Python", elem_id="code")
+            wishes = [words, background, threshold, pamr]
+            results = [view, overlay, shown, shares, code]
+            picture.upload(_told(self.open), picture, view, **quiet).success(
+                _told(self.segment), [view, *wishes], results, **quiet
+            )
+            picture.clear(self.forget, None, [*results, scores], **quiet)
+            for event in (go.click, words.submit, pamr.change, background.change):
+                event(_told(self.segment), [view, *wishes], results, **quiet)
+            threshold.change(
+                _told(self.segment), [view, *wishes], results, trigger_mode="always_last",
+                show_progress="hidden", **quiet,
+            )  # fmt: skip
+            background.change(lambda on: gr.update(visible=on), background, threshold, **quiet)
+            shown.input(
+                _told(self.show), [view, shown], [overlay, code], show_progress="hidden", **quiet
+            )
+            overlay.select(self.click, view, scores, show_progress="hidden", **quiet)
+        return page  # type: ignore[no-any-return]
+
+    def open(self, file: str | None) -> View | None:
+        """An upload: run the encoder."""
+        return open_picture(self.model, Path(file), self.short_side) if file else None
+
+    def segment(
+        self, view: View | None, words: str, background: bool, threshold: float, pamr: bool
+    ) -> Sequence[Any]:
+        """New wishes: state, overlay, switches, shares and code; nothing without a picture."""
+        if view is None or not words.strip():
+            return [gr.skip()] * 5
+        view = answer(self.model, view, Wishes(words, background, threshold, pamr))
+        assert view.result is not None
+        names = view.result.classes
+        switches = gr.update(choices=names, value=names, visible=True)
+        code = python_call(self.checkpoint, view)
+        table = as_table("Share of the picture", areas(view.result))
+        return view, view.result.overlay(), switches, table, code
+
+    def show(self, view: View | None, shown: Sequence[str]) -> Sequence[Any]:
+        """Switches: the overlay without the classes that are off."""
+        if view is None or view.result is None:
+            return [gr.skip()] * 2
+        hidden = [name for name in view.result.classes if name not in shown]
+        return view.result.overlay(hide=hidden), python_call(self.checkpoint, view, hidden)
+
+    def click(self, view: View | None, event: gr.SelectData) -> str:
+        """A click on the overlay: the scores there."""
+        if view is None or view.result is None:
+            return ""
+        column, row = (int(place) for place in event.index)
+        return as_table(f"Scores at ({column}, {row})", scores_at(view.result, row, column))
+
+    def forget(self) -> Sequence[Any]:
+        """The picture was taken away."""
+        return None, None, gr.update(choices=[], visible=False), "", "", ""
+
+
+def path_of(upload: Any) -> str | None:
+    """The file that an uploaded picture was saved as."""
+    return None if upload is None else upload.path
+
+
+def as_table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """HTML of rows of name and figure; a visitor's words stay words."""
+    cells = "".join(
+        f"<tr><td>{escape(name)}</td><td style='text-align: right'>{escape(figure)}</td></tr>"
+        for name, figure in rows
+    )
+    return f"<table style='width: 100%'><caption>{escape(title)}</caption>{cells}</table>"
+
+
+def _told(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of the visitor's making become a message on the page."""
+
+    @wraps(step)
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return guarded
+
+
+def serve(
+    page: gr.Blocks, host: str, port: int | None, max_upload_mb: float, browser: bool = False
+) -> str:
+    """Begin to answer requests; no share link, no analytics, fonts of the visitor's machine.
+
+    Args:
+        page: from `Page.build`.
+        host: address to bind to; 127.0.0.1 is this machine alone.
+        port: None takes the first free one from 7860.
+        max_upload_mb: larger files are refused.
+        browser: open the page in a browser.
+
+    Returns:
+        The page's address; `page.block_thread()` waits until it is interrupted.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    try:
+        _, address, _ = page.queue(default_concurrency_limit=2).launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=int(max_upload_mb * 1024 * 1024),
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            footer_links=[],
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+        )
+    except OSError as error:
+        raise ConfigError(f"port={port}: cannot be opened on {host} ({error})") from error
+    return str(address)

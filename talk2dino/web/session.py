@@ -1,0 +1,137 @@
+"""What happens behind the web page, without the page: a picture, words, and what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from talk2dino.errors import DataError
+from talk2dino.features.pictures import read_picture
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.inference.vocabulary import EncodedPicture
+from talk2dino.segmentation.class_files import read_classes
+
+MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a visitor asks of a picture.
+
+    Attributes:
+        words: classes separated by commas, synonyms by semicolons: `cat, sofa; couch`.
+        background: whether there is a background.
+        threshold: its score.
+        pamr: refine the edges.
+    """
+
+    words: str
+    background: bool = False
+    threshold: float = 0.5
+    pamr: bool = True
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Names and the words that stand for them; never read from a file of the server.
+
+        Raises:
+            DataError: no word, or one that is named twice.
+        """
+        parts = [part.strip() for part in self.words.split(",") if part.strip()]
+        if not parts:
+            raise DataError("Name at least one class, for instance: cat, sofa")
+        return {spec.name: spec.synonyms for spec in read_classes(parts).prompted}
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One visitor's picture behind the encoder, and the latest result.
+
+    Attributes:
+        name: of the uploaded file.
+        picture: encoded once.
+        wishes: those that `result` answers, or None.
+        result: or None.
+    """
+
+    name: str
+    picture: EncodedPicture = field(repr=False)
+    wishes: Wishes | None = None
+    result: SegmentedImage | None = field(default=None, repr=False)
+
+
+def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
+    """Run the encoder on an uploaded file, the only slow step.
+
+    Raises:
+        DataError: no picture, or too many pixels.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+    except Exception as error:  # broken files make decoders raise anything
+        raise DataError(f"{file.name} is no picture that can be read") from error
+    if width * height > MEGAPIXELS * 1_000_000:
+        raise DataError(
+            f"{file.name} has {width}x{height} pixels; give at most {MEGAPIXELS} million"
+        )
+    try:
+        picture = read_picture(file)
+    except Exception as error:
+        raise DataError(f"{file.name} is damaged: {error}") from error
+    return View(file.name, model.encode(picture, short_side))
+
+
+def answer(model: Talk2DINO, view: View, wishes: Wishes) -> View:
+    """Fulfil the wishes, computing only what changed; the encoder never runs again.
+
+    Another threshold takes milliseconds; other words, PAMR or the background need new scores.
+
+    Raises:
+        DataError: no class to look for.
+    """
+    old, result = view.wishes, view.result
+    moved = old is not None and replace(old, threshold=wishes.threshold) == wishes
+    if result is not None and moved and wishes.background:
+        return replace(view, wishes=wishes, result=result.with_threshold(wishes.threshold))
+    threshold = wishes.threshold if wishes.background else None
+    result = model.segment(view.picture, wishes.classes, threshold, wishes.pamr)
+    return replace(view, wishes=wishes, result=result)
+
+
+def areas(result: SegmentedImage) -> list[list[str]]:
+    """Rows of class and share of the picture, largest first."""
+    shares = sorted(result.areas().items(), key=lambda pair: -pair[1])
+    return [[name, f"{100 * share:.1f} %"] for name, share in shares]
+
+
+def scores_at(result: SegmentedImage, row: int, column: int) -> list[list[str]]:
+    """Rows of class and score at a pixel, best first; none outside the picture."""
+    height, width = result.labels.shape
+    if not (0 <= row < height and 0 <= column < width):
+        return []  # the legend
+    scores = sorted(result.scores_at(row, column).items(), key=lambda pair: -pair[1])
+    return [[name, f"{score:.3f}"] for name, score in scores]
+
+
+def python_call(checkpoint: str, view: View, hidden: Sequence[str] = ()) -> str:
+    """The lines of Python that give the same overlay."""
+    wishes = view.wishes or Wishes("")
+    classes = wishes.classes
+    plain = all(words == (name,) for name, words in classes.items())
+    named = list(classes) if plain else {name: list(words) for name, words in classes.items()}
+    background = f", background={wishes.threshold:g}" if wishes.background else ""
+    hide = f"hide={list(hidden)!r}" if hidden else ""
+    return "\n".join(
+        [
+            "from talk2dino import Talk2DINO",
+            "",
+            f"model = Talk2DINO.from_pretrained({checkpoint!r})",
+            f"seg = model.segment({view.name!r}, {named!r}{background}, pamr={wishes.pamr})",
+            f'seg.overlay({hide}).save("overlay.png")',
+        ]
+    )
