@@ -23,7 +23,8 @@ def report(runs: Sequence[Run], folder: Path | None) -> None:
         folder: `summary.md`, `summary.csv` and `report.html` go there.
     """
     summary = summarise(runs)
-    Console().print(as_table(summary))
+    console = Console()
+    console.print(as_table(summary, console.width))
     for run in runs:
         if run.error:
             print(f"{run.folder}: {run.error}")

@@ -41,6 +41,14 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         item.config.stash[DESELECTED] += "parity" in getattr(item, "fixturenames", ())
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, which shares its fixtures, unless they say otherwise."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Only a session that runs everything may write or compare the table."""
     config = session.config

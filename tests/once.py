@@ -1,7 +1,8 @@
-"""Session fixtures that are expensive: made once, whatever the number of test processes."""
+"""What several test processes share: expensive folders made once, tests that stay together."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -24,3 +25,9 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             done.touch()
     return folder
+
+
+def grouped(name: str) -> list[pytest.MarkDecorator]:
+    """Run with others of this name in one test process."""
+    xdist = importlib.util.find_spec("xdist") is not None
+    return [pytest.mark.xdist_group(name)] if xdist else []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import grouped
 from tests.pipeline import need
 
 REPOSITORY = Path(__file__).parents[1]
@@ -14,7 +15,9 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem, marks=grouped(file.stem)) for file in NOTEBOOKS]
+)
 def test_notebook_runs(file: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("nbclient", "ipykernel")
     import nbformat

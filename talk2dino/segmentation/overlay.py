@@ -181,7 +181,7 @@ def _add_legend(
     gap, line = size // 2, round(size * 1.65)
     texts = [(name, _percent(share), colour) for name, share, colour in entries]
     name_width = max(round(font.getlength(name)) for name, _, _ in texts)
-    share_width = round(font.getlength("00.0 %"))
+    share_width = max(round(font.getlength(share)) for _, share, _ in texts)
     column = size + gap + name_width + gap + share_width + 2 * size
     width = max(picture.width, column)
     columns = min(len(texts), max(1, width // column))

@@ -197,18 +197,26 @@ def as_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def as_table(summary: Summary) -> Table:
-    """The table for the terminal."""
-    head = summary.header()
+def as_table(summary: Summary, width: int) -> Table:
+    """The table for a terminal of `width` columns: turned on its side where it would not fit."""
+    lines = [[name.replace("mIoU", "").strip() for name in summary.header()]]
+    lines += [summary.text(row) for row in summary.rows]
+    own = sum(not row.published for row in summary.rows)
+    needed = sum(max(len(line[i]) for line in lines) + 3 for i in range(len(lines[0]))) + 1
     table = Table(title="mIoU in percent", caption=" ".join(summary.notes()) or None)
-    for number, name in enumerate(head):
-        table.add_column(
-            name.replace("mIoU", ""), justify="left" if number < 2 else "right", overflow="fold"
-        )
-    own = [row for row in summary.rows if not row.published]
-    for row in own:
-        table.add_row(*summary.text(row))
-    table.add_section()
-    for row in summary.rows[len(own) :]:
-        table.add_row(*summary.text(row), style="dim")
+    if needed > width:
+        for number, (name, pamr, *_) in enumerate(lines):
+            heading = f"{name} PAMR" if pamr == "yes" else name
+            dim = "dim" if number > own else None
+            side = "right" if number else "left"
+            table.add_column(heading, justify=side, style=dim)  # type: ignore[arg-type]
+        for column in range(2, len(lines[0])):
+            table.add_row(*(line[column] for line in lines))
+        return table
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for number, line in enumerate(lines[1:]):
+        if number == own:
+            table.add_section()
+        table.add_row(*line, style="dim" if number >= own else None)
     return table
