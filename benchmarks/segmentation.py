@@ -27,7 +27,6 @@ from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.features.mosaic import MosaicScenes
 from talk2dino.segmentation import KNN, PAMR, Segmenter, clean_background
 from talk2dino.segmentation.metrics import mean_iou_metric
-from talk2dino.segmentation.pamr import affinity, neighbours
 from talk2dino.segmentation.scores import class_scores, label_map
 from talk2dino.segmentation.segmenter import EncodedImage
 from talk2dino.segmentation.separable import SeparableScores
@@ -110,10 +109,11 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor) -> None:
     crops = [window.crop(encoded.image) for window in windows]
     working = (encoded.image.shape[-2], encoded.image.shape[-1])
 
+    engine = pamr.engine(encoded.image.device)
+
     def weights() -> None:
-        neighbours(crops[0].shape[-2], crops[0].shape[-1], pamr.dilations)
         for crop in crops:
-            affinity(crop.float(), pamr.dilations)
+            engine.affinity(crop.float())
 
     clock("PAMR: weights", weights)
     refined = clock("PAMR", lambda: list(pamr.each(crops, scores)))

@@ -31,7 +31,7 @@ class DataConfig:
     block_rows: int = 256
     mix_blocks: int = 16
     num_workers: int = 0
-    prefetch: int = 2
+    prefetch: int | None = None
 
 
 @dataclass

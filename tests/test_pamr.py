@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
-from talk2dino.segmentation.pamr import affinity, neighbours
+from talk2dino.segmentation.pamr import Gather, affinity, neighbours
 from tests.memory import peak_bytes
 from tests.parity import ParityRecord
 
@@ -32,11 +38,18 @@ CASES = {
 }
 
 
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="needs the extra fast"
+)
+WAYS = [False, pytest.param(True, marks=needs_numba)]
+
+
+@pytest.mark.parametrize("compiled", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_original(name: str, golden: Golden, parity: ParityRecord) -> None:
+def test_original(name: str, compiled: bool, golden: Golden, parity: ParityRecord) -> None:
     arrays = golden("pamr")
     image, scale, mask, dilations = CASES[name]
-    refine = PAMR(10 if "iter10" in name else 1, dilations)
+    refine = PAMR(10 if "iter10" in name else 1, dilations, compiled)
     parity.check(
         part="mask refinement",
         original="PAMR.forward",
@@ -46,12 +59,16 @@ def test_original(name: str, golden: Golden, parity: ParityRecord) -> None:
     )
 
 
+@pytest.mark.parametrize("compiled", WAYS)
 @pytest.mark.parametrize("dilations", [(1,), (1, 2)])
-def test_affinity(dilations: tuple[int, ...], golden: Golden, parity: ParityRecord) -> None:
+def test_affinity(
+    dilations: tuple[int, ...], compiled: bool, golden: Golden, parity: ParityRecord
+) -> None:
     arrays = golden("pamr")
     name = "out/flat24x20_c2_iter1_dil" + "_".join(map(str, dilations)) + "__affinity"
     want = arrays[name][0, 0].flatten(1)
-    got = affinity(arrays["image/flat24x20"][0], dilations).t()
+    engine = PAMR(1, dilations, compiled).engine(torch.device("cpu"))
+    got = engine.affinity(arrays["image/flat24x20"][0])[: 24 * 20].t()
     parity.check("mask refinement affinity", "LocalAffinity", got, want, 1e-6)
 
 
@@ -86,11 +103,14 @@ def brute_force(image: Tensor, mask: Tensor, num_iter: int, dilations: tuple[int
     return mask.float()
 
 
+@pytest.mark.parametrize("compiled", WAYS)
 @pytest.mark.parametrize("size", [(9, 14), (3, 2), (1, 5)])
-def test_brute_force_twin_with_neighbours_beyond_the_border(size: tuple[int, int]) -> None:
+def test_brute_force_twin_with_neighbours_beyond_the_border(
+    size: tuple[int, int], compiled: bool
+) -> None:
     image = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     mask = torch.rand(2, 4, *size)
-    got = PAMR(3, (1, 3, 20))(image, mask)
+    got = PAMR(3, (1, 3, 20), compiled)(image, mask)
     for one, picture, values in zip(got, image, mask, strict=True):
         torch.testing.assert_close(one, brute_force(picture, values, 3, (1, 3, 20)))
 
@@ -148,9 +168,10 @@ def test_images_are_independent_and_inputs_untouched() -> None:
 
 def test_chunks_of_classes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = torch.rand(1, 3, 18, 23), torch.rand(1, 11, 5, 6)
-    whole = PAMR(3, (1, 4))(image, mask)
+    refine = PAMR(3, (1, 4), compiled=False)
+    whole = refine(image, mask)
     monkeypatch.setattr("talk2dino.segmentation.pamr.CLASSES", 4)
-    torch.testing.assert_close(PAMR(3, (1, 4))(image, mask), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(refine(image, mask), whole, rtol=0, atol=1e-6)
 
 
 def test_one_after_the_other_with_different_sizes() -> None:
@@ -161,12 +182,99 @@ def test_one_after_the_other_with_different_sizes() -> None:
         assert torch.equal(got, refine(image[None], mask[None])[0])
 
 
+@pytest.mark.parametrize("compiled", WAYS)
 @pytest.mark.parametrize("classes", [1, 21, 171])
-def test_memory_stays_within_three_times_weights_and_scores(classes: int) -> None:
+def test_memory_stays_within_three_times_weights_and_scores(classes: int, compiled: bool) -> None:
     height, width = 192, 256
     image, mask = torch.rand(1, 3, height, width), torch.rand(1, classes, 8, 8)
-    floats = peak_bytes(lambda: PAMR(2)(image, mask)) / 4
+    refine = PAMR(2, compiled=compiled)
+    refine(image[..., :32, :32], mask)
+    tracemalloc.start()  # NumPy's part; both peaks need not come at the same time
+    try:
+        refine(image, mask)
+        arrays = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    floats = (arrays + peak_bytes(lambda: refine(image, mask))) / 4
     assert floats <= 3 * (48 + 2 * classes) * height * width
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("size", "classes"), [((41, 67), 3), ((30, 150), 50), ((64, 64), 21), ((26, 7), 33)]
+)
+def test_compiled_agrees_with_library_calls(size: tuple[int, int], classes: int) -> None:
+    """After one iteration to 1e-6; ten carry the rounding of either on."""
+    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    image[..., size[1] // 2 :] = 77  # flat: all weights are equal, all deviations zero
+    mask = torch.rand(1, classes, 8, 9)
+    for num_iter, tolerance in ((1, 1e-6), (10, 5e-6)):
+        want = PAMR(num_iter, compiled=False)(image, mask)
+        got = PAMR(num_iter)(image, mask)
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_numba
+def test_compiled_chunks_tiles_and_callers_do_not_show(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    image, mask = torch.rand(1, 3, 40, 101), torch.rand(1, 30, 5, 6)
+    refine = PAMR(3, (1, 4))
+    whole = refine(image, mask)
+    torch.set_num_threads(1)
+    assert torch.equal(refine(image, mask), whole)
+    torch.set_num_threads(2)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(got, whole) for got in pool.map(refine, [image] * 8, [mask] * 8))
+    monkeypatch.setattr("talk2dino.segmentation.pamr_kernel.WIDEST", 16)
+    assert torch.equal(refine(image, mask), whole)
+
+
+@needs_numba
+def test_compiled_exp_against_double_precision() -> None:
+    from talk2dino.segmentation.pamr_kernel import _exp
+
+    values = np.linspace(-79, 0, 4001, dtype=np.float32)
+    got = np.array([_exp(value) for value in values], np.float64)
+    assert np.abs(got / np.exp(values.astype(np.float64)) - 1).max() < 2.5e-7
+    assert _exp(np.float32(0)) == 1 and _exp(np.float32(-1e9)) > 0
+
+
+@needs_numba
+def test_without_a_folder_for_the_cache_it_is_compiled_anyway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from talk2dino.segmentation import pamr_kernel
+
+    def no_folder(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(pamr_kernel, "njit", no_folder)
+    assert pamr_kernel.compiled(len) is len
+
+
+def test_without_numba_or_off_the_cpu_library_calls_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(PAMR().engine(torch.device("meta")), Gather)
+    for name in list(sys.modules):
+        if name.startswith("talk2dino.segmentation.pamr_"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("talk2dino.segmentation.pamr_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert isinstance(PAMR().engine(torch.device("cpu")), Gather)
+    image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9)
+    assert torch.equal(PAMR(2)(image, mask), PAMR(2, compiled=False)(image, mask))
 
 
 def test_no_iterations_only_resize() -> None:

@@ -42,7 +42,7 @@ class StoreLoader:
         rows: NDArray[np.int64],
         sampler: EpochBatchSampler,
         num_workers: int = 0,
-        prefetch: int = 2,
+        prefetch: int = 0,
         pin_memory: bool = False,
         start_method: str | None = None,
     ) -> None:

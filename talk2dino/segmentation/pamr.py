@@ -4,15 +4,17 @@ Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2
 refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbours at each
 dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
 row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
-iteration: it is built once, and the classes never enter it. The product is a bag of weighted rows
-per pixel, a few classes at a time: those of one pixel lie together, and the rows within reach of
-the largest dilation stay in a core's cache.
+iteration: it is built once, and the classes never enter it. On the CPU the product is compiled
+where Numba is installed (`pamr_kernel.py`); otherwise it is a bag of weighted rows per pixel, a few
+classes at a time: those of one pixel lie together, and the rows within reach of the largest
+dilation stay in a core's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +36,19 @@ class PAMR(nn.Module):
     Args:
         num_iter: how often the masks are averaged; 0 only resizes them.
         dilations: distances of the neighbours in pixels; 8 neighbours each.
+        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`);
+            results agree to 1e-5.
 
     Raises:
         ConfigError: a negative `num_iter`, or no or non-positive dilations.
     """
 
-    def __init__(self, num_iter: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)) -> None:
+    def __init__(
+        self,
+        num_iter: int = 10,
+        dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+        compiled: bool = True,
+    ) -> None:
         super().__init__()
         if num_iter < 0:
             raise ConfigError(f"pamr.num_iter={num_iter}: use 0 or more")
@@ -47,6 +56,7 @@ class PAMR(nn.Module):
             raise ConfigError(f"pamr.dilations={list(dilations)}: give distances of at least 1")
         self.num_iter = num_iter
         self.dilations = tuple(dilations)
+        self.compiled = compiled
 
     def extra_repr(self) -> str:
         """Settings for `print(model)`."""
@@ -85,28 +95,63 @@ class PAMR(nn.Module):
         Yields:
             `[C, H, W]` float32.
         """
-        index = torch.empty(0)
-        size: tuple[int, ...] = ()
+        engine: Engine | None = None
         for image, mask in zip(images, masks, strict=True):
+            height, width = image.shape[-2:]
             if self.num_iter == 0:
-                yield upsample(mask.float()[None], image.shape[-2], image.shape[-1])[0]
+                yield upsample(mask.float()[None], height, width)[0]
                 continue
-            if size != image.shape[-2:]:
-                size = image.shape[-2:]
-                index = neighbours(size[0], size[1], self.dilations, image.device)  # [HW, N]
-            yield self._refine(image.float(), mask.float(), index)
+            engine = engine or self.engine(image.device)
+            weights = engine.affinity(image.float())
+            yield engine.refine(weights, mask.float(), (height, width), self.num_iter)
 
-    def _refine(self, image: Tensor, mask: Tensor, index: Tensor) -> Tensor:
-        """`[3, H, W]`, `[C, h, w]` to `[C, H, W]`."""
-        classes, (height, width) = len(mask), image.shape[-2:]
-        weights = affinity(image, self.dilations)
-        result = mask.new_empty(classes, height, width)
+    def engine(self, device: torch.device) -> Engine:
+        """What computes on `device`: compiled code on the CPU if allowed and installed."""
+        if self.compiled and device.type == "cpu":
+            try:
+                from talk2dino.segmentation.pamr_kernel import Compiled
+
+                return Compiled(self.dilations, RING)
+            except ImportError:  # without Numba
+                pass
+        return Gather(self.dilations)
+
+
+class Engine(Protocol):
+    """The two steps of a refinement."""
+
+    def affinity(self, image: Tensor) -> Tensor:
+        """Weights `[>= H*W, 8*len(dilations)]` of a picture `[3, H, W]` float: see `affinity`."""
+
+    def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
+        """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
+
+
+class Gather:
+    """Both steps by library calls, on any device; keeps the index of the last size."""
+
+    def __init__(self, dilations: Sequence[int]) -> None:
+        self.dilations = dilations
+        self.size = (0, 0)
+        self.index = torch.empty(0)
+
+    def affinity(self, image: Tensor) -> Tensor:
+        """See `Engine`."""
+        return affinity(image, self.dilations)
+
+    def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
+        """See `Engine`."""
+        if self.size != size:
+            self.index = neighbours(*size, self.dilations, mask.device)  # [HW, N]
+            self.size = size
+        classes = len(mask)
+        result = mask.new_empty(classes, *size)
         parts = -(-classes // CLASSES)
         for start, stop in pairwise(classes * part // parts for part in range(parts + 1)):
-            values = _class_last(mask[start:stop], height, width)
-            for _ in range(self.num_iter):
-                values = F.embedding_bag(index, values, per_sample_weights=weights, mode="sum")
-            result[start:stop] = values[:, : stop - start].t().view(-1, height, width)
+            values = _class_last(mask[start:stop], *size)
+            for _ in range(num_iter):
+                values = F.embedding_bag(self.index, values, per_sample_weights=weights, mode="sum")
+            result[start:stop] = values[:, : stop - start].t().view(-1, *size)
         return result
 
 
