@@ -18,10 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +40,7 @@ from talk2dino.features.image_fields import EXTRACTED, select_fields
 from talk2dino.features.shard_rows import ShardRows
 from talk2dino.features.shard_writer import prepare, write_hdf5
 from talk2dino.features.sources import CocoCaptions, Mosaic, Source
+from talk2dino.features.sources.base import Entry
 
 FIELDS = {
     "all": EXTRACTED,
@@ -203,6 +206,30 @@ def accounting(
     )
 
 
+@dataclass
+class FewerCaptions(Source):
+    """A source with at most `most` captions an image."""
+
+    source: Source
+    most: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def entry(self, index: int) -> Entry:
+        entry = self.source.entry(index)
+        return replace(entry, captions=entry.captions[: self.most])
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(index)
+
+    def caption_count(self) -> int:
+        return sum(len(self.entry(index).captions) for index in range(len(self)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.source.fingerprint() | {"captions": self.most}
+
+
 def find_source(data: Path, images: int) -> Source:
     flickr = data / "flickr8k"
     if flickr.is_dir():
@@ -220,6 +247,7 @@ def main() -> None:
     default = Path(__file__).parents[2] / "shared" / "realdata"
     parser.add_argument("--data", type=Path, default=default, help="folder with flickr8k")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--captions", type=int, default=5, help="of each image, at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--features", choices=list(FIELDS), default="all")
     parser.add_argument("--vision", default="vit_small_patch14_dinov2.lvd142m")
@@ -247,7 +275,8 @@ def main() -> None:
     if options.compile:
         vision.compile_blocks()
     text = SentenceTransformerTextEncoder().to(device)
-    bench = Bench(find_source(options.data, options.images), vision, text, options)
+    source = FewerCaptions(find_source(options.data, options.images), options.captions)
+    bench = Bench(source, vision, text, options)
     console = Console(width=100)
     captions = len(bench.texts) / len(bench.source)
     console.print(

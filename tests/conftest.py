@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[COMPLETE] = False
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in the commands that tests start
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

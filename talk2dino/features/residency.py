@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 MAX_MAPPED_BYTES = 1 << 28
-_CHECK_BYTES = 1 << 24  # looking costs microseconds, so look once per so many bytes
+_CHECK_BYTES = 1 << 26  # looking costs ten microseconds, so look once per so many bytes
 _FAULT_BYTES = 1 << 17  # Linux maps about that much around a touched page
 
 
