@@ -145,7 +145,7 @@ def user_message(error: Exception) -> str | None:
 
 def quiet_libraries() -> None:
     """Keep advertisements and inner affairs of libraries out of the terminal."""
-    for name in ("sentence_transformers", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch's pytree in a way that torch 2.14 no longer likes: not ours to mend.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
