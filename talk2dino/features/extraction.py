@@ -7,14 +7,12 @@ Images decode in worker processes and shards are written by a thread while the e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from talk2dino.atomic import replacing
 from talk2dino.encoders.precision import check_precision
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
@@ -33,6 +31,7 @@ from talk2dino.features.image_fields import (
 from talk2dino.features.schema import EncoderInfo, Manifest, VisionInfo
 from talk2dino.features.shard_lock import shard_lock
 from talk2dino.features.shard_rows import ShardRows
+from talk2dino.features.skipped import merge_skipped, write_skipped
 from talk2dino.features.sources import Source
 from talk2dino.features.writer import (
     PARTS,
@@ -140,7 +139,7 @@ class Extraction:
                     writer.run(partial(self._finish_shard, k, rows))
         if len(finished_shards(self.store, self.split)) < self.num_shards:
             return None
-        self._merge_skipped()
+        merge_skipped(self.store, self.split)
         return finish_manifest(
             self.store,
             shards=self.num_shards,
@@ -203,11 +202,7 @@ class Extraction:
         with shard_lock(self.store / PARTS, shard):
             if is_finished(self.store, self.split, shard):  # by a rank of an earlier start
                 return
-            skipped = self.store / PARTS / f"{self.split}-{shard:05d}.skipped"
-            skipped.unlink(missing_ok=True)
-            if rows.skipped:
-                with replacing(skipped) as path:
-                    path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+            write_skipped(self.store, self.split, shard, rows.skipped)
             images, captions = rows.arrays()
             write_shard(
                 self.store,
@@ -218,11 +213,3 @@ class Extraction:
                 dtype=self.dtype,
                 skipped=len(rows.skipped),
             )
-
-    def _merge_skipped(self) -> None:
-        """One list of all unreadable images, beside the manifest."""
-        lists = sorted((self.store / PARTS).glob(f"{self.split}-*.skipped"))
-        if lists:
-            # Two ranks may finish at once and both write it.
-            with replacing(self.store / f"{self.split}-skipped.jsonl", shared=True) as path:
-                path.write_text("".join(part.read_text() for part in lists))

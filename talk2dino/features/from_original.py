@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from talk2dino.atomic import replacing
 from talk2dino.errors import ConfigError, DataError, StoreError
 from talk2dino.features.original_fields import (
     CAPTION_NAMES,
@@ -18,8 +16,9 @@ from talk2dino.features.original_fields import (
 from talk2dino.features.original_samples import OriginalSamples
 from talk2dino.features.schema import MANIFEST, EncoderInfo, Manifest, VisionInfo
 from talk2dino.features.shard_rows import ShardRows
+from talk2dino.features.skipped import merge_skipped, write_skipped
 from talk2dino.features.sources import Entry
-from talk2dino.features.writer import PARTS, finish_manifest, open_for_append, write_shard
+from talk2dino.features.writer import finish_manifest, open_for_append, write_shard
 
 Spec = Mapping[str, Any]
 
@@ -81,7 +80,7 @@ def convert_features(
         if index not in done:
             _write(store, index, split, dtype, _rows(samples, range(start, stop), fields))
         advance(stop, len(samples))
-    _merge_skipped(store, split)
+    merge_skipped(store, split)
     return finish_manifest(
         store,
         shards=len(starts),
@@ -135,20 +134,9 @@ def _rows(samples: OriginalSamples, positions: range, fields: OriginalFields) ->
 
 
 def _write(store: Path, index: int, split: str, dtype: str, rows: ShardRows) -> None:
-    skipped = store / PARTS / f"{split}-{index:05d}.skipped"
-    skipped.unlink(missing_ok=True)
-    if rows.skipped:
-        with replacing(skipped) as path:
-            path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+    write_skipped(store, split, index, rows.skipped)
     images, captions = rows.arrays()
     write_shard(store, index, images, captions, split=split, dtype=dtype, skipped=len(rows.skipped))
-
-
-def _merge_skipped(store: Path, split: str) -> None:
-    lists = sorted((store / PARTS).glob(f"{split}-*.skipped"))
-    if lists:
-        with replacing(store / f"{split}-skipped.jsonl") as path:
-            path.write_text("".join(part.read_text() for part in lists))
 
 
 def _number(value: object, position: int) -> int:
