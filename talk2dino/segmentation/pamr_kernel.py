@@ -8,8 +8,9 @@ the largest dilation fit a core's second cache, and weights are asked for ahead 
 
 Import this module only where it is needed: it imports Numba. The first call with a width compiles
 it; the code is kept in `__pycache__` or the user's cache, where one of them can be written. Threads
-take blocks of rows in code without the interpreter's lock, from a pool of Python threads: Numba's
-own may not be entered by two callers at once.
+take blocks of rows in code without the interpreter's lock, from a pool of Python threads that every
+`Compiled` holds: Numba's own may not be entered by two callers at once, and a thread that has just
+been started shares its parent's core for milliseconds.
 """
 
 from __future__ import annotations
@@ -236,6 +237,8 @@ class Compiled:
     def __init__(self, dilations: Sequence[int], ring: Sequence[tuple[int, int]]) -> None:
         self.steps = np.array([(d * dy, d * dx) for d in dilations for dy, dx in ring], np.int64)
         self.reach = max(dilations)
+        self.threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
 
     def affinity(self, image: Tensor) -> Tensor:
         """`[3, H, W]` float to `[H*W + 1, N]`; the last row is for a column beyond the last."""
@@ -245,14 +248,15 @@ class Compiled:
         weights = _empty((height * width + 1) * taps).reshape(-1, taps)
         weights[-1] = 0
         grid = weights[:-1].reshape(height, width, -1)
-        _in_rows(height, _affinity, padded.numpy(), self.steps, grid)
+        self._in_rows(height, _affinity, padded.numpy(), self.steps, grid)
         return torch.from_numpy(weights)
 
     def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
         """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
         (height, width), classes = size, len(mask)
         result = _empty(classes * height * width).reshape(classes, height, width)
-        row = width + 2 * self.reach + 1  # the last pair of columns may begin with the last one
+        # The last pair of columns may begin with the last one; every row begins with a line.
+        row = -(-(width + 2 * self.reach + 1) // GROUP) * GROUP
         lanes = -(-min(classes, WIDEST) // GROUP) * GROUP
         buffers = [_empty(height * row * lanes) for _ in range(2)]
         for start in range(0, classes, WIDEST):
@@ -265,7 +269,7 @@ class Compiled:
             for _ in range(num_iter):
                 self._iterate(weights.view(-1).numpy(), old, new, width)
                 old, new = new, old
-            _in_rows(height, _to_planes, old, self.reach, result[start : start + WIDEST])
+            self._in_rows(height, _to_planes, old, self.reach, result[start : start + WIDEST])
         return torch.from_numpy(result)
 
     def _enlarge(self, mask: Tensor, old: Any, width: int) -> None:
@@ -273,7 +277,7 @@ class Compiled:
         small = F.pad(mask, (0, 0, 0, 0, 0, lanes - len(mask))).permute(1, 2, 0).contiguous()
         down, across = _shares(mask.shape[1], height), _shares(mask.shape[2], width)
         groups = (0,) * (lanes // GROUP)
-        _in_rows(height, _enlarge, groups, small.numpy(), down, across, old, self.reach)
+        self._in_rows(height, _enlarge, groups, small.numpy(), down, across, old, self.reach)
 
     def _iterate(self, weights: Any, old: Any, new: Any, width: int) -> None:
         height, _, lanes = old.shape
@@ -281,7 +285,23 @@ class Compiled:
         tile = max(tile // 2 * 2, 32)
         groups = (0,) * (lanes // GROUP)
         settings = (self.steps, new, self.reach, width, tile)
-        _in_rows(height, _iterate, groups, old, weights, *settings)
+        self._in_rows(height, _iterate, groups, old, weights, *settings)
+
+    def _in_rows(self, height: int, kernel: Any, *arguments: Any) -> None:
+        """Call `kernel(top, bottom, *arguments)` for blocks of rows, one a thread.
+
+        The caller takes the first: if it only waited, the last thread to wake would be queued
+        behind another one while the caller's own core falls idle.
+        """
+        if self.pool is None or height < self.threads:
+            kernel(0, height, *arguments)
+            return
+        edges = [height * block // self.threads for block in range(self.threads + 1)]
+        first, *others = pairwise(edges)
+        blocks = [self.pool.submit(kernel, *edge, *arguments) for edge in others]
+        kernel(*first, *arguments)
+        for block in blocks:
+            block.result()
 
 
 def _empty(size: int) -> Any:
@@ -299,16 +319,3 @@ def _shares(small: int, large: int) -> Any:
     places = np.arange(large, dtype=np.float32) * scale
     lower = np.minimum(np.floor(places), np.float32(small - 1))
     return np.stack([lower, places - lower])
-
-
-def _in_rows(height: int, kernel: Any, *arguments: Any) -> None:
-    """Call `kernel(top, bottom, *arguments)` for blocks of rows, one a thread of PyTorch's."""
-    threads = min(torch.get_num_threads(), height)
-    edges = [height * block // threads for block in range(threads + 1)]
-    if threads == 1:
-        kernel(0, height, *arguments)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        blocks = [pool.submit(kernel, *edge, *arguments) for edge in pairwise(edges)]
-        for block in blocks:
-            block.result()
