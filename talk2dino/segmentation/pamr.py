@@ -13,6 +13,7 @@ dilation stay in a core's cache.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -95,15 +96,26 @@ class PAMR(nn.Module):
         Yields:
             `[C, H, W]` float32.
         """
+        for refine, mask in zip(self.prepare(images), masks, strict=True):
+            yield refine(mask)
+
+    @torch.no_grad()
+    def prepare(self, images: Iterable[Tensor]) -> Iterator[Prepared]:
+        """Compute what does not depend on the masks, for several masks of the same pictures.
+
+        Args:
+            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbour index.
+
+        Yields:
+            A function from `[C, h, w]` to `[C, H, W]` float32; it holds `8 * len(dilations)`
+            float32 per pixel.
+        """
         engine: Engine | None = None
-        for image, mask in zip(images, masks, strict=True):
-            height, width = image.shape[-2:]
-            if self.num_iter == 0:
-                yield upsample(mask.float()[None], height, width)[0]
-                continue
+        for image in images:
             engine = engine or self.engine(image.device)
-            weights = engine.affinity(image.float())
-            yield engine.refine(weights, mask.float(), (height, width), self.num_iter)
+            weights = engine.affinity(image.float()) if self.num_iter else torch.empty(0)
+            size = (image.shape[-2], image.shape[-1])
+            yield Prepared(engine, weights, size, self.num_iter)
 
     def engine(self, device: torch.device) -> Engine:
         """What computes on `device`: compiled code on the CPU if allowed and installed."""
@@ -125,6 +137,23 @@ class Engine(Protocol):
 
     def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
         """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Refine masks of one picture: see `PAMR.prepare`."""
+
+    engine: Engine
+    weights: Tensor
+    size: tuple[int, int]
+    num_iter: int
+
+    @torch.no_grad()
+    def __call__(self, mask: Tensor) -> Tensor:
+        """`[C, h, w]` to `[C, H, W]` float32."""
+        if self.num_iter == 0:
+            return upsample(mask.float()[None], *self.size)[0]
+        return self.engine.refine(self.weights, mask.float(), self.size, self.num_iter)
 
 
 class Gather:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,16 +106,53 @@ def label_map(
     Returns:
         `[height, width]` int64.
     """
-    chunk = max(1, min(16, MAPS // (height * width)))
-    best = scores.new_full((height, width), -torch.inf)
-    labels = torch.zeros(height, width, dtype=torch.int64, device=scores.device)
-    offset = 0
-    if background_threshold is not None:
-        best.fill_(background_threshold)
-        offset = 1
-    for start in range(0, len(scores), chunk):
-        values, index = resize_scores(scores[start : start + chunk], height, width).max(0)
-        better = values > best
-        best = torch.where(better, values, best)
-        labels.copy_(torch.where(better, index.add_(start + offset), labels))
-    return labels
+    best = BestClass(height, width, background_threshold, scores.device)
+    best.add(scores, range(len(scores)))
+    return best.labels
+
+
+class BestClass:
+    """The best class of every pixel among those added so far; of equal scores the first class's.
+
+    Args:
+        height: rows of the picture.
+        width: columns of the picture.
+        background_threshold: score of the background, which becomes label 0 and shifts the
+            classes by 1; `None` for no background.
+        device: where the scores are.
+
+    Attributes:
+        labels: `[height, width]` int64.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        background_threshold: float | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        lowest = -torch.inf if background_threshold is None else background_threshold
+        self.labels = torch.zeros(height, width, dtype=torch.int64, device=device)
+        self._best = torch.full((height, width), lowest, device=device)
+        self._first = 0 if background_threshold is None else 1
+        self._chunk = max(1, min(16, MAPS // (height * width)))
+
+    def add(self, scores: Tensor, classes: Sequence[int]) -> None:
+        """Let more classes compete: `[n, h, w]` and their n indices, ascending."""
+        labels = torch.tensor(classes, device=scores.device) + self._first
+        for part, names in zip(
+            torch.split(scores, self._chunk), torch.split(labels, self._chunk), strict=True
+        ):
+            values, index = resize_scores(part, *self.labels.shape).max(0)
+            label = names[index]
+            better = (values > self._best) | ((values == self._best) & (label < self.labels))
+            self.labels = torch.where(better, label, self.labels)
+            self._best = torch.where(better, values, self._best)
+
+    def reached_by(self, scores: Tensor) -> list[bool]:
+        """Whether each of `[n, h, w]` is as good as the best somewhere."""
+        return [
+            bool((resize_scores(one[None], *self.labels.shape)[0] >= self._best).any())
+            for one in scores
+        ]

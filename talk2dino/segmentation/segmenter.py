@@ -8,7 +8,7 @@ segmenter, so threads may share one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.background import clean_background
+from talk2dino.segmentation.contenders import contender_labels
 from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.scores import (
@@ -308,15 +309,25 @@ class Segmenter(nn.Module):
     ) -> Tensor:
         """Average the refined windows: `[K, h, w]` float32 at working size."""
         tokens = self._token_scores(encoded.features, text, row_classes)
-        size = (encoded.image.shape[-2], encoded.image.shape[-1])
-        if self.pamr is not None and not self.pamr_whole_image:
-            crops = (window.crop(encoded.image) for window in encoded.windows)
-            return stitch(self.pamr.each(crops, tokens), encoded.windows, *size)
         with _full_precision(tokens):
-            scores = SeparableScores(tokens, encoded.windows, size, size).full()
+            return self._at_working_size(encoded)(tokens)
+
+    def _at_working_size(self, encoded: EncodedImage) -> Callable[[Tensor], Tensor]:
+        """From token scores `[B, n, r, c]` to averaged, refined scores `[n, h, w]`, for any n."""
+        windows, size = encoded.windows, (encoded.image.shape[-2], encoded.image.shape[-1])
+
+        def average(tokens: Tensor) -> Tensor:
+            return SeparableScores(tokens, windows, size, size).full()
+
         if self.pamr is None:
-            return scores
-        return next(self.pamr.each([encoded.image], [scores]))
+            return average
+        if self.pamr_whole_image:
+            [refine] = self.pamr.prepare([encoded.image])
+            return lambda tokens: refine(average(tokens))
+        refiners = list(self.pamr.prepare(window.crop(encoded.image) for window in windows))
+        return lambda tokens: stitch(
+            (refine(one) for refine, one in zip(refiners, tokens, strict=True)), windows, *size
+        )
 
     @torch.no_grad()
     def label(
@@ -328,7 +339,8 @@ class Segmenter(nn.Module):
     ) -> Tensor:
         """The shortest way to labels: those of `decide(score(...), size)`, `[H, W]` int64.
 
-        Without PAMR no score is ever held at the size of the picture for more than a few classes.
+        Without PAMR no score is ever held at the size of the picture for more than a few classes;
+        with it, classes that cannot win are not refined (`contenders.py`).
 
         Args:
             encoded: from `encode` or `encode_batch`.
@@ -336,14 +348,13 @@ class Segmenter(nn.Module):
             size: rows and columns of the result; the picture's own by default.
             row_classes: `[K]` int64 class of every text row, if classes have synonyms.
         """
-        size = size or encoded.size
-        if self.pamr is not None:
-            return self.decide(self.score(encoded, text, row_classes), size).labels
+        size, threshold = size or encoded.size, self.background_threshold
         tokens = self._token_scores(encoded.features, text, row_classes)
-        working = (encoded.image.shape[-2], encoded.image.shape[-1])
         with _full_precision(tokens):
-            scores = SeparableScores(tokens, encoded.windows, working, size)
-            return scores.labels(self.background_threshold)
+            if self.pamr is not None:
+                return contender_labels(tokens, self._at_working_size(encoded), size, threshold)
+            working = (encoded.image.shape[-2], encoded.image.shape[-1])
+            return SeparableScores(tokens, encoded.windows, working, size).labels(threshold)
 
     @torch.no_grad()
     def decide(
