@@ -20,7 +20,7 @@ from torch import Tensor
 
 from talk2dino.segmentation.scores import BestClass
 
-LANES = 8  # refined together in any case: as many maps as fit are as fast as one
+LANES = 4  # maps refined together in any case: up to 4 are as fast as one
 SMOOTHING = (1, 3, 5, 9)  # tokens a side; what a refinement may average away
 FIRST, LATER = 6, 3  # this many uncertain classes a group, on average
 

@@ -1,16 +1,17 @@
 """PAMR compiled for the CPU with Numba: affinity, enlarging and iterations.
 
-Classes lie side by side (`[H, row, width]`, `width` a multiple of 8), so that a neighbour is whole
-vectors at an aligned address and its weight one number for all of them; the sums stay in registers
-over all neighbours. Rows beyond the border are the nearest row (an index), columns are copied
-(margins), so the inner loop has no branch. Columns go through in tiles whose rows within reach of
-the largest dilation fit a core's second cache, and weights are asked for ahead of their use.
+Scores are blocks of 4 columns (`[H, row, groups, 4 classes, 4 columns]`), so that a neighbour 4, 8,
+12 or 24 columns away is whole vectors at an aligned address, one 1 or 2 away is cut out of two, and
+4 weights serve all classes; the sums stay in registers over all neighbours. Rows beyond the border
+are the nearest row (an index), columns are copied (margins), so the inner loop has no branch.
+Columns go through in tiles whose rows within reach of the largest dilation fit a core's second
+cache, and weights are asked for ahead of their use.
 
-Import this module only where it is needed: it imports Numba. The first call with a width compiles
-it; the code is kept in `__pycache__` or the user's cache, where one of them can be written. Threads
-take blocks of rows in code without the interpreter's lock, from a pool of Python threads that every
-`Compiled` holds: Numba's own may not be entered by two callers at once, and a thread that has just
-been started shares its parent's core for milliseconds.
+Import this module only where it is needed: it imports Numba. The first call with a number of groups
+compiles it; the code is kept in `__pycache__` or the user's cache, where one of them can be
+written. Threads take blocks of rows in code without the interpreter's lock, from a pool of Python
+threads that every `Compiled` holds: Numba's own may not be entered by two callers at once, and a
+thread that has just been started shares its parent's core for milliseconds.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from numba import njit
 from torch import Tensor
 
 from talk2dino.segmentation.pamr_vectors import (
-    add_scaled,
-    load,
+    add_weighted,
     power_of_two,
     prefetch,
     store,
     zeros,
 )
 
-GROUP = 8  # classes are filled up to a multiple: the lanes of a vector
-WIDEST = 48  # classes refined together; more overflow the first cache
+WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 3 << 19  # scores within reach of a tile: they stay in a second cache of 2 MB
-AHEAD = 16  # pixels whose weights are asked for before they are needed
+AHEAD = 4  # blocks whose weights are asked for before they are needed
 LINE = 16  # numbers in a line of the cache
-STRIP = 64  # columns worked on at once elsewhere: their logits or scores stay in the first cache
+STRIP = 128  # columns whose weights are computed at once: their logits stay in the first cache
+
+add0, add1, add2, add3 = map(add_weighted, range(4))
 
 LOG2E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (1.44269504, 0.693359375, -2.12194440e-4))
 HALF, ONE = np.float32(0.5), np.float32(1)
@@ -51,7 +52,7 @@ EXP = tuple(1 / np.float32(x) for x in (5040, 720, 120, 24, 6, 2))  # Taylor, |r
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, without the interpreter's lock, fused multiply-adds allowed."""
-    options = {"nogil": True, "fastmath": {"contract"}}
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache can be written
@@ -74,11 +75,10 @@ def _exp(x: Any) -> Any:
 
 
 @compiled
-def _affinity(top: int, bottom: int, image: Any, steps: Any, result: Any) -> None:
-    """Rows `top..bottom` of `[H, W, N]`; `image` `[3, H, margin + W + margin]`."""
-    channels, height, padded = image.shape
-    width, taps = result.shape[1:]
-    margin = (padded - width) // 2
+def _affinity(top: int, bottom: int, image: Any, steps: Any, margin: int, result: Any) -> None:
+    """Rows `top..bottom` of `[H, Q, N, 4]`; `image` `[3, H, margin + 4 * Q + margin]`."""
+    channels, height, _ = image.shape
+    width, taps = 4 * result.shape[1], result.shape[2]
     samples = np.float32(taps // 8 * 9)
     logits = np.empty((taps, STRIP), np.float32)
     scale = np.empty((channels, STRIP), np.float32)
@@ -121,48 +121,68 @@ def _affinity(top: int, bottom: int, image: Any, steps: Any, result: Any) -> Non
                 for x in range(n):
                     exact[x] += logit[x]
             for x in range(n):
-                inverse = np.float32(1 / exact[x])
+                total[x] = np.float32(1 / exact[x])
+            for x in range(n // 4):
+                block = result[y, left // 4 + x]
                 for t in range(taps):
-                    result[y, left + x, t] = logits[t, x] * inverse
+                    for i in range(4):
+                        block[t, i] = logits[t, 4 * x + i] * total[4 * x + i]
 
 
 @compiled
 def _enlarge(
-    top: int, bottom: int, groups: Any, small: Any, down: Any, across: Any, result: Any, margin: int
+    top: int,
+    bottom: int,
+    groups: Any,
+    small: Any,
+    down: Any,
+    cells: Any,
+    shares: Any,
+    columns: int,
+    margin: int,
+    result: Any,
 ) -> None:
-    """Rows of `result` `[H, row, width]` from `small` `[h, w, width]`, bilinear.
+    """Rows of `result` `[H, row, C, 4]` from `small` `[h, w, C]`, bilinear.
 
-    `down` `[2, H]` and `across` `[2, W]` hold the lower neighbour and the share of the upper one.
+    `down` `[2, H]` holds the lower neighbour of a row and the share of the upper one. The 4 columns
+    of a block need the cells from `cells` `[Q]` on, with `shares` `[Q, n, 4]`.
     """
-    _, columns, width = small.shape
+    rows, width, classes = small.shape
+    blocks, span, _ = shares.shape
+    size = 4 * classes
+    line = np.empty((width, classes, 4), np.float32)  # a cell is the same in 4 columns
     for y in range(top, bottom):
         above = int(down[0, y])
-        below = min(above + 1, small.shape[0] - 1)
-        for x in range(across.shape[1]):
-            left = int(across[0, x])
-            right = min(left + 1, columns - 1)
-            lower, right_share = down[1, y], across[1, x]
-            upper, left_share = ONE - lower, ONE - right_share
+        below = min(above + 1, rows - 1)
+        lower, upper = down[1, y], ONE - down[1, y]
+        for x in range(width):
+            for c in range(classes):
+                value = upper * small[above, x, c] + lower * small[below, x, c]
+                for i in range(4):
+                    line[x, c, i] = value
+        for x in range(blocks):
             total = zeros(groups)
-            for row, share in ((above, upper), (below, lower)):
-                start = row * columns * width
-                total = add_scaled(
-                    total, share * left_share, load(groups, small, start + left * width)
-                )
-                total = add_scaled(
-                    total, share * right_share, load(groups, small, start + right * width)
-                )
-            store(result, (y * result.shape[1] + margin + x) * width, total)
-        _fill_margins(result[y], margin, across.shape[1])
+            for n in range(min(span, width - cells[x])):
+                share = (x * span + n) * 4
+                total = add0(total, shares, share, line, (cells[x] + n) * size)
+            store(result, ((y * result.shape[1]) + margin + x) * size, total)
+        _fill_margins(result[y], margin, columns)
 
 
 @compiled
 def _fill_margins(row: Any, margin: int, columns: int) -> None:
-    """Copy the first and the last column outwards in `[margin + columns + ..., width]`."""
-    for x in range(margin):
-        row[x] = row[margin]
-    for x in range(margin + columns, row.shape[0]):
-        row[x] = row[margin + columns - 1]
+    """Copy the first and the last column outwards in a row `[row, C, 4]` of blocks."""
+    last = columns - 1
+    for c in range(row.shape[1]):
+        first, final = row[margin, c, 0], row[margin + last // 4, c, last % 4]
+        for x in range(margin):
+            for i in range(4):
+                row[x, c, i] = first
+        for i in range(last % 4 + 1, 4):
+            row[margin + last // 4, c, i] = final
+        for x in range(margin + last // 4 + 1, row.shape[0]):
+            for i in range(4):
+                row[x, c, i] = final
 
 
 @compiled
@@ -173,57 +193,65 @@ def _iterate(
     old: Any,
     weights: Any,
     steps: Any,
+    counts: Any,
     new: Any,
     margin: int,
     columns: int,
     tile: int,
 ) -> None:
-    """Rows `top..bottom` of one iteration, `[H, row, width]` to the same.
+    """Rows `top..bottom` of one iteration, `[H, row, C, 4]` to the same.
 
-    Two columns at a time, so that enough sums are under way to hide the time of one addition.
+    `steps` hold rows and whole blocks to every neighbour; the first `counts[0]` neighbours are at
+    the same place in their block, the next `counts[1]` one column further, and so on.
     """
-    height, row, width = old.shape
-    taps = len(steps)
+    height, row, classes, _ = old.shape
+    width, taps = classes * 4, len(steps)
+    blocks = (columns + 3) // 4
     offsets = np.empty(taps, np.int64)
-    lines = 2 * width * (tile + 2 * margin) // (tile * LINE) + 1  # of a tile's row, per step
-    for left in range(0, columns, tile):
+    second = counts[0] + counts[1]
+    third = second + counts[2]
+    lines = width * (tile + 2 * margin) // (tile * LINE) + 1  # of a tile's row, per step
+    for left in range(0, blocks, tile):
         for y in range(top, bottom):
             for t in range(taps):
                 beyond = min(max(y + steps[t, 0], 0), height - 1)
                 offsets[t] = ((beyond - y) * row + steps[t, 1]) * width
-            next_row = ((y + margin + 1) * row + left) * width
-            for x in range(left, min(left + tile, columns), 2):
+            next_row = ((y + 4 * margin + 1) * row + left) * width
+            for x in range(left, min(left + tile, blocks)):
                 here = (y * row + margin + x) * width
-                first = (y * columns + x) * taps
-                second = first + taps
+                first = (y * blocks + x) * taps * 4
                 for line in range(lines):
                     prefetch(old, next_row + line * LINE)
                 next_row += lines * LINE
-                for line in range(0, 2 * taps, LINE):
-                    prefetch(weights, first + AHEAD * taps + line)
-                one, two = zeros(groups), zeros(groups)
-                for t in range(taps):
-                    place = here + offsets[t]
-                    one = add_scaled(one, weights[first + t], load(groups, old, place))
-                    two = add_scaled(two, weights[second + t], load(groups, old, place + width))
-                store(new, here, one)
-                store(new, here + width, two)
+                for line in range(0, 4 * taps, LINE):
+                    prefetch(weights, first + AHEAD * taps * 4 + line)
+                total = zeros(groups)
+                for t in range(counts[0]):
+                    total = add0(total, weights, first + 4 * t, old, here + offsets[t])
+                for t in range(counts[0], second):
+                    total = add1(total, weights, first + 4 * t, old, here + offsets[t])
+                for t in range(second, third):
+                    total = add2(total, weights, first + 4 * t, old, here + offsets[t])
+                for t in range(third, taps):
+                    total = add3(total, weights, first + 4 * t, old, here + offsets[t])
+                store(new, here, total)
     for y in range(top, bottom):
         _fill_margins(new[y], margin, columns)
 
 
 @compiled
 def _to_planes(top: int, bottom: int, scores: Any, margin: int, result: Any) -> None:
-    """Rows of `[H, row, width]` without margins to `[C, H, W]`, in cached blocks."""
+    """Rows of `[H, row, C, 4]` without margins to `[C, H, W]`."""
     classes, _, columns = result.shape
+    whole = columns // 4
     for y in range(top, bottom):
-        for left in range(0, columns, STRIP):
-            count = min(STRIP, columns - left)
-            block = scores[y, margin + left :][:count]
-            for c in range(classes):
-                line = result[c, y, left:][:count]
-                for x in range(count):
-                    line[x] = block[x, c]
+        for c in range(classes):
+            line = result[c, y]
+            for x in range(whole):
+                for i in range(4):
+                    line[4 * x + i] = scores[y, margin + x, c, i]
+            for x in range(4 * whole, columns):
+                line[x] = scores[y, margin + whole, c, x - 4 * whole]
 
 
 class Compiled:
@@ -235,57 +263,64 @@ class Compiled:
     """
 
     def __init__(self, dilations: Sequence[int], ring: Sequence[tuple[int, int]]) -> None:
-        self.steps = np.array([(d * dy, d * dx) for d in dilations for dy, dx in ring], np.int64)
-        self.reach = max(dilations)
+        steps = [(d * dy, d * dx) for d in dilations for dy, dx in ring]
+        steps.sort(key=lambda step: step[1] % 4)  # stable: by dilation among equals
+        self.steps = np.array(steps, np.int64)
+        self.blocks = np.stack([self.steps[:, 0], self.steps[:, 1] // 4], 1)
+        self.counts = np.bincount(self.steps[:, 1] % 4, minlength=4)
+        self.margin = -(-max(dilations) // 4)  # in blocks
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
 
     def affinity(self, image: Tensor) -> Tensor:
-        """`[3, H, W]` float to `[H*W + 1, N]`; the last row is for a column beyond the last."""
+        """`[3, H, W]` float to `[H, ceil(W / 4), N, 4]`, neighbours in the order of `steps`."""
         _, height, width = image.shape
-        padded = F.pad(image[None], (self.reach, self.reach, 0, 0), mode="replicate")[0]
+        blocks, margin = -(-width // 4), 4 * self.margin
+        right = margin + 4 * blocks - width
+        padded = F.pad(image[None], (margin, right, 0, 0), mode="replicate")[0]
         taps = len(self.steps)
-        weights = _empty((height * width + 1) * taps).reshape(-1, taps)
-        weights[-1] = 0
-        grid = weights[:-1].reshape(height, width, -1)
-        self._in_rows(height, _affinity, padded.numpy(), self.steps, grid)
+        weights = _empty(height * blocks * taps * 4).reshape(height, blocks, taps, 4)
+        self._in_rows(height, _affinity, padded.numpy(), self.steps, margin, weights)
         return torch.from_numpy(weights)
 
     def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
         """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
         (height, width), classes = size, len(mask)
         result = _empty(classes * height * width).reshape(classes, height, width)
-        # The last pair of columns may begin with the last one; every row begins with a line.
-        row = -(-(width + 2 * self.reach + 1) // GROUP) * GROUP
-        lanes = -(-min(classes, WIDEST) // GROUP) * GROUP
-        buffers = [_empty(height * row * lanes) for _ in range(2)]
-        for start in range(0, classes, WIDEST):
-            part = mask.detach()[start : start + WIDEST]
-            lanes = -(-len(part) // GROUP) * GROUP
+        row = -(-width // 4) + 2 * self.margin
+        parts = -(-classes // WIDEST)
+        edges = [classes * part // parts for part in range(parts + 1)]
+        lanes = -(-max(stop - start for start, stop in pairwise(edges)) // 4) * 4
+        buffers = [_empty(height * row * lanes * 4) for _ in range(2)]
+        for start, stop in pairwise(edges):
+            lanes = -(-(stop - start) // 4) * 4
             old, new = (
-                buffer[: height * row * lanes].reshape(height, row, lanes) for buffer in buffers
+                buffer[: height * row * lanes * 4].reshape(height, row, lanes, 4)
+                for buffer in buffers
             )
-            self._enlarge(part, old, width)
+            self._enlarge(mask.detach()[start:stop], old, width)
             for _ in range(num_iter):
                 self._iterate(weights.view(-1).numpy(), old, new, width)
                 old, new = new, old
-            self._in_rows(height, _to_planes, old, self.reach, result[start : start + WIDEST])
+            self._in_rows(height, _to_planes, old, self.margin, result[start:stop])
         return torch.from_numpy(result)
 
     def _enlarge(self, mask: Tensor, old: Any, width: int) -> None:
-        height, _, lanes = old.shape
+        height, _, lanes, _ = old.shape
         small = F.pad(mask, (0, 0, 0, 0, 0, lanes - len(mask))).permute(1, 2, 0).contiguous()
         down, across = _shares(mask.shape[1], height), _shares(mask.shape[2], width)
-        groups = (0,) * (lanes // GROUP)
-        self._in_rows(height, _enlarge, groups, small.numpy(), down, across, old, self.reach)
+        cells, shares = _per_block(across)
+        groups = (0,) * (lanes // 4)
+        settings = (down, cells, shares, width, self.margin, old)
+        self._in_rows(height, _enlarge, groups, small.numpy(), *settings)
 
     def _iterate(self, weights: Any, old: Any, new: Any, width: int) -> None:
-        height, _, lanes = old.shape
-        tile = REACH_BYTES // ((2 * self.reach + 1) * lanes * 4) - 2 * self.reach
-        tile = max(tile // 2 * 2, 32)
-        groups = (0,) * (lanes // GROUP)
-        settings = (self.steps, new, self.reach, width, tile)
-        self._in_rows(height, _iterate, groups, old, weights, *settings)
+        height, _, lanes, _ = old.shape
+        tile = REACH_BYTES // ((8 * self.margin + 1) * lanes * 16) - 2 * self.margin
+        groups, settings = (0,) * (lanes // 4), (self.margin, width, max(tile, 8))
+        self._in_rows(
+            height, _iterate, groups, old, weights, self.blocks, self.counts, new, *settings
+        )
 
     def _in_rows(self, height: int, kernel: Any, *arguments: Any) -> None:
         """Call `kernel(top, bottom, *arguments)` for blocks of rows, one a thread.
@@ -319,3 +354,17 @@ def _shares(small: int, large: int) -> Any:
     places = np.arange(large, dtype=np.float32) * scale
     lower = np.minimum(np.floor(places), np.float32(small - 1))
     return np.stack([lower, places - lower])
+
+
+def _per_block(across: Any) -> tuple[Any, Any]:
+    """First cell `[Q]` and shares of cells `[Q, n, 4]` of blocks of 4 columns, from `_shares`."""
+    columns = across.shape[1]
+    places = np.minimum(np.arange(-(-columns // 4) * 4), columns - 1).reshape(-1, 4)
+    left, upper = across[0].astype(np.int64)[places], across[1][places]
+    cells = left[:, 0]
+    inside = left - cells[:, None]  # [Q, 4]
+    shares = np.zeros((len(cells), int(inside.max()) + 2, 4), np.float32)
+    blocks, column = np.indices(inside.shape)
+    shares[blocks, inside, column] = np.float32(1) - upper
+    shares[blocks, inside + 1, column] = upper
+    return cells, shares

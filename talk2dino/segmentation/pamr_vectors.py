@@ -1,9 +1,9 @@
-"""What the compiled PAMR computes with: a row of `8 * n` numbers, held in vector registers.
+"""What the compiled PAMR computes with: a block of 4 columns by 4n classes, held in registers.
 
 Numba has no vector type, and its optimiser gives up on loops that read many arrays and write one
-that could overlap them. So a row is a type of its own here, with the few operations that are
-needed. The argument `groups` of the first two is any tuple of n integers: its length alone counts,
-since lengths of tuples are known when compiling.
+that could overlap them. So a block is a type of its own here, n vectors of 16 numbers, each 4
+classes of 4 columns, with the few operations that are needed. The argument `groups` is any tuple
+of n integers: its length alone counts, since lengths of tuples are known when compiling.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 INT = ir.IntType(32)
+FOUR = ir.VectorType(ir.FloatType(), 4)
+SIXTEEN = ir.VectorType(ir.FloatType(), 16)  # two registers where a register holds 8
 
 
 def operation(function: Callable[..., Any]) -> Any:
@@ -24,103 +26,99 @@ def operation(function: Callable[..., Any]) -> Any:
     return intrinsic(function)
 
 
-class Row(types.Type):
-    """`8 * groups` numbers of float32."""
+class Block(types.Type):
+    """4 columns of `4 * groups` classes, float32."""
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
-        super().__init__(name=f"Row({groups})")
+        super().__init__(name=f"Block({groups})")
 
 
-def parts(groups: int) -> list[ir.Type]:
-    """Vectors of 16 (two registers where a register holds 8), and one of 8 if `groups` is odd."""
-    lanes = [16] * (groups // 2) + [8] * (groups % 2)
-    return [ir.VectorType(ir.FloatType(), count) for count in lanes]
+def structure(groups: int) -> ir.Type:
+    """The vectors of a block."""
+    return ir.LiteralStructType([SIXTEEN] * groups)
 
 
-@register_model(Row)
-class RowModel(models.PrimitiveModel):
+@register_model(Block)
+class BlockModel(models.PrimitiveModel):
     """A structure of vectors, which the optimiser takes apart."""
 
-    def __init__(self, manager: Any, row: Row) -> None:
-        super().__init__(manager, row, ir.LiteralStructType(parts(row.groups)))
+    def __init__(self, manager: Any, block: Block) -> None:
+        super().__init__(manager, block, structure(block.groups))
 
 
-def _pack(builder: Any, values: list[Any]) -> Any:
-    row = ir.Constant(ir.LiteralStructType([value.type for value in values]), ir.Undefined)
-    for place, value in enumerate(values):
-        row = builder.insert_value(row, value, place)
-    return row
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Of a flat index into a contiguous array's memory."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
-def _unpack(builder: Any, row: Any) -> list[Any]:
-    return [builder.extract_value(row, place) for place in range(len(row.type.elements))]
+def _load(builder: Any, address: Any, numbers: int, kind: Any) -> Any:
+    """The vector that starts so many numbers after an address."""
+    place = builder.gep(address, [INT(numbers)])
+    return builder.load(builder.bitcast(place, kind.as_pointer()), align=4)
 
 
-def _pointers(context: Any, builder: Any, array_type: Any, array: Any, index: Any, row: Row) -> Any:
-    """Addresses of a row's vectors, from a flat index into the array's memory."""
-    data = context.make_array(array_type)(context, builder, array).data
-    for vector in parts(row.groups):
-        address = builder.gep(data, [index])
-        yield builder.bitcast(address, vector.as_pointer())
-        index = builder.add(index, index.type(vector.count))
+def _select(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
+    """Lanes of two vectors, counted through."""
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT, 16), lanes))
 
 
 @operation
 def zeros(typing: Any, groups: Any) -> Any:
-    """A row of zeros."""
+    """A block of zeros."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(ir.LiteralStructType(parts(groups.count)), None)
+        return ir.Constant(structure(groups.count), None)
 
-    return Row(groups.count)(groups), generate
+    return Block(groups.count)(groups), generate
 
 
 @operation
-def load(typing: Any, groups: Any, array: Any, index: Any) -> Any:
-    """The row that starts at a flat index of a contiguous array."""
-    row = Row(groups.count)
+def store(typing: Any, array: Any, index: Any, block: Any) -> Any:
+    """Write the block from a flat index of a contiguous array on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, data, place = arguments
-        pointers = _pointers(context, builder, array, data, place, row)
-        return _pack(builder, [builder.load(pointer, align=4) for pointer in pointers])
-
-    return row(groups, array, types.intp), generate
-
-
-@operation
-def store(typing: Any, array: Any, index: Any, row: Any) -> Any:
-    """Write the row from a flat index of a contiguous array on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, place, values = arguments
-        pointers = _pointers(context, builder, array, data, place, row)
-        for pointer, value in zip(pointers, _unpack(builder, values), strict=True):
-            builder.store(value, pointer, align=4)
+        start = _address(context, builder, array, *arguments[:2])
+        for group in range(block.groups):
+            address = builder.bitcast(builder.gep(start, [INT(16 * group)]), SIXTEEN.as_pointer())
+            builder.store(builder.extract_value(arguments[2], group), address, align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, row), generate
+    return types.void(array, types.intp, block), generate
 
 
-@operation
-def add_scaled(typing: Any, total: Any, scale: Any, row: Any) -> Any:
-    """`total + scale * row`, rounded once where the processor can."""
+def add_weighted(shift: int) -> Any:
+    """Make `add(total, weights, first, scores, place)`: one neighbour of 4 columns.
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, factor, values = arguments
-        result = []
-        for old, value in zip(_unpack(builder, sums), _unpack(builder, values), strict=True):
-            undefined = ir.Constant(value.type, ir.Undefined)
-            first = builder.insert_element(undefined, factor, INT(0))
-            places = ir.Constant(ir.VectorType(INT, value.type.count), None)
-            product = builder.fmul(
-                builder.shuffle_vector(first, undefined, places), value, flags=("contract",)
-            )
-            result.append(builder.fadd(product, old, flags=("contract",)))
-        return _pack(builder, result)
+    `total + weight * score`, rounded once where the processor can; weights of the columns are the
+    4 numbers from `first` on, scores those of the block at `place`, `shift` (0..3) columns further:
+    then a part comes from the block behind it.
+    """
+    lanes = [4 * (lane // 4) + lane % 4 + shift for lane in range(16)]
+    lanes = [lane if lane // 4 == old // 4 else lane + 12 for old, lane in enumerate(lanes)]
 
-    return row(total, types.float32, row), generate
+    @operation
+    def add(typing: Any, total: Any, weights: Any, first: Any, scores: Any, place: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, *rest = arguments
+            weight = _load(builder, _address(context, builder, weights, *rest[:2]), 0, FOUR)
+            weight = _select(builder, weight, weight, [lane % 4 for lane in range(16)])
+            start = _address(context, builder, scores, *rest[2:])
+            result = ir.Constant(structure(total.groups), ir.Undefined)
+            for group in range(total.groups):
+                value = _load(builder, start, 16 * group, SIXTEEN)
+                if shift:
+                    behind = _load(builder, start, 16 * (group + total.groups), SIXTEEN)
+                    value = _select(builder, value, behind, lanes)
+                product = builder.fmul(weight, value, flags=("contract",))
+                old = builder.extract_value(sums, group)
+                new = builder.fadd(product, old, flags=("contract",))
+                result = builder.insert_value(result, new, group)
+            return result
+
+        return total(total, weights, types.intp, scores, types.intp), generate
+
+    return add
 
 
 @operation
