@@ -84,9 +84,11 @@ class CaptionBatches(Dataset[Batch]):
         }
         for name in self.caption_fields:
             batch[name] = _to_torch(self._read(self.store.captions, name, caption_row))
-        images, place = np.unique(image_row, return_inverse=True)  # [U], [B]
-        if len(images) == len(image_row):
-            images, place = image_row, np.arange(len(image_row))
+        images, place = image_row, np.arange(len(image_row))
+        if not (image_row[1:] > image_row[:-1]).all():  # as usual, the sampler sorts
+            different, inverse = np.unique(image_row, return_inverse=True)  # [U], [B]
+            if len(different) < len(image_row):
+                images, place = different, inverse
         batch["image_place"] = torch.from_numpy(place)
         for name in self.image_fields:
             batch[name] = _to_torch(self._read(self.store.images, name, images))
@@ -107,7 +109,9 @@ class CaptionBatches(Dataset[Batch]):
         values: NDArray[Any] = field[rows]
         if values.dtype.kind != "f":
             return values
-        sound = self._sound.setdefault((table.name, name), np.zeros(len(field), dtype=np.bool_))
+        sound = self._sound.get((table.name, name))
+        if sound is None:
+            sound = self._sound[table.name, name] = np.zeros(len(field), dtype=np.bool_)
         if not sound[rows].all():
             if not all_finite(values):
                 bad = int(rows[nonfinite_rows(values)[0]])

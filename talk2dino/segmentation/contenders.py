@@ -21,7 +21,8 @@ from torch import Tensor
 from talk2dino.segmentation.scores import BestClass
 
 LANES = 4  # maps refined together in any case: up to 4 are as fast as one
-SMOOTHING = (1, 3, 5, 9)  # tokens a side; what a refinement may average away
+FEW = 16  # maps that cost less than a round more
+SMOOTHING = (1, 3, 7)  # tokens a side; what a refinement may average away
 FIRST, LATER = 6, 3  # this many uncertain classes a group, on average
 
 
@@ -74,10 +75,10 @@ def _lead(scores: Tensor, threshold: float | None) -> Tensor:
 def _groups(order: Sequence[int], alone: int, size: int) -> list[list[int]]:
     """The first `alone` classes by themselves, the rest in groups that grow along the order.
 
-    About one group for `size` classes, as many as fill the lanes.
+    About one group for `size` classes, at least `FEW` maps in all, as many as fill the lanes.
     """
     rest = len(order) - alone
-    maps = alone + ceil(rest / size)
+    maps = max(alone + ceil(rest / size), FEW)
     maps = min(-(-maps // LANES) * LANES, len(order))
     grouped = maps - alone
     edges = [max(n, ceil(rest * (n / grouped) ** 2)) for n in range(grouped + 1)] if rest else [0]

@@ -152,7 +152,8 @@ class BestClass:
 
     def reached_by(self, scores: Tensor) -> list[bool]:
         """Whether each of `[n, h, w]` is as good as the best somewhere."""
-        return [
-            bool((resize_scores(one[None], *self.labels.shape)[0] >= self._best).any())
-            for one in scores
-        ]
+        reached: list[bool] = []
+        for part in torch.split(scores, self._chunk) if len(scores) else ():
+            above = resize_scores(part, *self.labels.shape) >= self._best
+            reached += above.flatten(1).any(1).tolist()
+        return reached
