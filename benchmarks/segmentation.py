@@ -37,7 +37,7 @@ from talk2dino.segmentation.metrics import mean_iou_metric
 from talk2dino.segmentation.scores import class_scores, label_map
 from talk2dino.segmentation.segmenter import EncodedImage
 from talk2dino.segmentation.separable import SeparableScores
-from talk2dino.segmentation.windows import resize_image, stitch
+from talk2dino.segmentation.windows import coverage, resize_image, stitch
 
 LIMITS = {21: 0.25, 171: 1.0}  # share of the encoder's time
 STAGES = {  # what each way to labels consists of
@@ -123,8 +123,10 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
 
     def refine(tokens: Tensor) -> Tensor:
         refined_maps.append(tokens.shape[1])
-        maps = (refiner(one) for refiner, one in zip(refiners, tokens, strict=True))
-        return stitch(maps, windows, *working)
+        total = tokens.new_zeros(tokens.shape[1], *working)
+        for refiner, window, one in zip(refiners, windows, tokens, strict=True):
+            refiner.add_to(window.crop(total), one)
+        return total.div_(coverage(windows, *working))
 
     found = clock("PAMR to labels", lambda: contender_labels(scores, refine, encoded.size))
     clock.best["refined maps"] = sum(refined_maps) / clock.repeats

@@ -135,8 +135,11 @@ class Engine(Protocol):
     def affinity(self, image: Tensor) -> Tensor:
         """Weights `[>= H*W, 8*len(dilations)]` of a picture `[3, H, W]` float: see `affinity`."""
 
-    def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
-        """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
+    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
+        """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`.
+
+        `target` is `[C, H, W]` float32, or a part of such a tensor.
+        """
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,17 @@ class Prepared:
     @torch.no_grad()
     def __call__(self, mask: Tensor) -> Tensor:
         """`[C, h, w]` to `[C, H, W]` float32."""
-        if self.num_iter == 0:
-            return upsample(mask.float()[None], *self.size)[0]
-        return self.engine.refine(self.weights, mask.float(), self.size, self.num_iter)
+        result = torch.zeros(len(mask), *self.size, device=mask.device)
+        self.add_to(result, mask)
+        return result
+
+    @torch.no_grad()
+    def add_to(self, target: Tensor, mask: Tensor) -> None:
+        """Add the refined `[C, h, w]` to `[C, H, W]` float32, for instance a part of a picture."""
+        if self.num_iter:
+            self.engine.refine(self.weights, mask.float(), target, self.num_iter)
+        else:
+            target += upsample(mask.float()[None], *self.size)[0]
 
 
 class Gather:
@@ -168,20 +179,19 @@ class Gather:
         """See `Engine`."""
         return affinity(image, self.dilations)
 
-    def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
+    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
         """See `Engine`."""
+        classes, *rest = target.shape
+        size = (rest[0], rest[1])
         if self.size != size:
             self.index = neighbours(*size, self.dilations, mask.device)  # [HW, N]
             self.size = size
-        classes = len(mask)
-        result = mask.new_empty(classes, *size)
         parts = -(-classes // CLASSES)
         for start, stop in pairwise(classes * part // parts for part in range(parts + 1)):
             values = _class_last(mask[start:stop], *size)
             for _ in range(num_iter):
                 values = F.embedding_bag(self.index, values, per_sample_weights=weights, mode="sum")
-            result[start:stop] = values[:, : stop - start].t().view(-1, *size)
-        return result
+            target[start:stop] += values[:, : stop - start].t().view(-1, *size)
 
 
 def _class_last(mask: Tensor, height: int, width: int) -> Tensor:

@@ -240,8 +240,8 @@ def _iterate(
 
 
 @compiled
-def _to_planes(top: int, bottom: int, scores: Any, margin: int, result: Any) -> None:
-    """Rows of `[H, row, C, 4]` without margins to `[C, H, W]`."""
+def _add_to_planes(top: int, bottom: int, scores: Any, margin: int, result: Any) -> None:
+    """Add rows of `[H, row, C, 4]` without margins to `[C, H, W]`."""
     classes, _, columns = result.shape
     whole = columns // 4
     for y in range(top, bottom):
@@ -249,9 +249,9 @@ def _to_planes(top: int, bottom: int, scores: Any, margin: int, result: Any) -> 
             line = result[c, y]
             for x in range(whole):
                 for i in range(4):
-                    line[4 * x + i] = scores[y, margin + x, c, i]
+                    line[4 * x + i] += scores[y, margin + x, c, i]
             for x in range(4 * whole, columns):
-                line[x] = scores[y, margin + whole, c, x - 4 * whole]
+                line[x] += scores[y, margin + whole, c, x - 4 * whole]
 
 
 class Compiled:
@@ -271,6 +271,7 @@ class Compiled:
         self.margin = -(-max(dilations) // 4)  # in blocks
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        self.free: list[tuple[Any, Any]] = []
 
     def affinity(self, image: Tensor) -> Tensor:
         """`[3, H, W]` float to `[H, ceil(W / 4), N, 4]`, neighbours in the order of `steps`."""
@@ -283,15 +284,14 @@ class Compiled:
         self._in_rows(height, _affinity, padded.numpy(), self.steps, margin, weights)
         return torch.from_numpy(weights)
 
-    def refine(self, weights: Tensor, mask: Tensor, size: tuple[int, int], num_iter: int) -> Tensor:
-        """`[C, h, w]` float32, enlarged to `size` and averaged `num_iter >= 1` times."""
-        (height, width), classes = size, len(mask)
-        result = _empty(classes * height * width).reshape(classes, height, width)
+    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
+        """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`."""
+        classes, height, width = target.shape
         row = -(-width // 4) + 2 * self.margin
         parts = -(-classes // WIDEST)
         edges = [classes * part // parts for part in range(parts + 1)]
         lanes = -(-max(stop - start for start, stop in pairwise(edges)) // 4) * 4
-        buffers = [_empty(height * row * lanes * 4) for _ in range(2)]
+        buffers = self._buffers(height * row * lanes * 4)
         for start, stop in pairwise(edges):
             lanes = -(-(stop - start) // 4) * 4
             old, new = (
@@ -302,8 +302,17 @@ class Compiled:
             for _ in range(num_iter):
                 self._iterate(weights.view(-1).numpy(), old, new, width)
                 old, new = new, old
-            self._in_rows(height, _to_planes, old, self.margin, result[start:stop])
-        return torch.from_numpy(result)
+            part = target.detach()[start:stop].numpy()
+            self._in_rows(height, _add_to_planes, old, self.margin, part)
+        self.free.append(buffers)
+
+    def _buffers(self, size: int) -> tuple[Any, Any]:
+        """Two arrays, if possible those of an earlier call: new memory costs as much as a step."""
+        while self.free:
+            kept = self.free.pop()  # by one thread only
+            if len(kept[0]) >= size:
+                return kept
+        return _empty(size), _empty(size)
 
     def _enlarge(self, mask: Tensor, old: Any, width: int) -> None:
         height, _, lanes, _ = old.shape

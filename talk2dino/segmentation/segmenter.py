@@ -32,10 +32,10 @@ from talk2dino.segmentation.scores import (
 from talk2dino.segmentation.separable import SeparableScores
 from talk2dino.segmentation.windows import (
     Window,
+    coverage,
     resize_image,
     short_side_size,
     sliding_windows,
-    stitch,
 )
 
 
@@ -325,9 +325,15 @@ class Segmenter(nn.Module):
             [refine] = self.pamr.prepare([encoded.image])
             return lambda tokens: refine(average(tokens))
         refiners = list(self.pamr.prepare(window.crop(encoded.image) for window in windows))
-        return lambda tokens: stitch(
-            (refine(one) for refine, one in zip(refiners, tokens, strict=True)), windows, *size
-        )
+        count = coverage(windows, *size).to(encoded.image.device)
+
+        def refine_windows(tokens: Tensor) -> Tensor:
+            total = tokens.new_zeros(tokens.shape[1], *size)
+            for refine, window, one in zip(refiners, windows, tokens, strict=True):
+                refine.add_to(window.crop(total), one)
+            return total.div_(count)
+
+        return refine_windows
 
     @torch.no_grad()
     def label(

@@ -77,7 +77,7 @@ def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, wid
         DataError: a score map does not have its window's size, or there is no window.
     """
     total: Tensor | None = None
-    count = torch.zeros(height, width)
+    windows = list(windows)
     for values, window in zip(scores, windows, strict=True):
         if total is None:
             total = values.new_zeros(values.shape[0], height, width)
@@ -88,10 +88,17 @@ def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, wid
                 f"but its scores are {tuple(values.shape)}: return [K, y2-y1, x2-x1]"
             )
         target += values
-        window.crop(count).add_(1)
     if total is None:
         raise DataError("no windows to stitch: pass the list of sliding_windows(...)")
-    return total.div_(count.to(total))
+    return total.div_(coverage(windows, height, width).to(total))
+
+
+def coverage(windows: Iterable[Window], height: int, width: int) -> Tensor:
+    """How many windows lie over each pixel: `[height, width]` float32."""
+    count = torch.zeros(height, width)
+    for window in windows:
+        window.crop(count).add_(1)
+    return count
 
 
 def slide(
