@@ -74,7 +74,7 @@ check:
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(MAKE) --no-print-directory docs
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -43,12 +43,18 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         item.config.stash[DESELECTED] += "parity" in getattr(item, "fixturenames", ())
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, which shares its fixtures, unless they say otherwise."""
+    """Keep a file's tests in one process, which shares its fixtures.
+
+    All that needs the quickstart is one group and comes first, so that one process works on it
+    while the others have the rest, instead of all waiting for its two minutes.
+    """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if item.get_closest_marker("xdist_group") is None:
-                item.add_marker(pytest.mark.xdist_group(item.path.name))
+            long = "quickstart" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("quickstart" if long else item.path.name))
+        items.sort(key=lambda item: "quickstart" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

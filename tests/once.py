@@ -1,8 +1,7 @@
-"""What several test processes share: expensive folders made once, tests that stay together."""
+"""What several test processes share: expensive folders, made once."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -25,9 +24,3 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             done.touch()
     return folder
-
-
-def grouped(name: str) -> list[pytest.MarkDecorator]:
-    """Run with others of this name in one test process."""
-    xdist = importlib.util.find_spec("xdist") is not None
-    return [pytest.mark.xdist_group(name)] if xdist else []

@@ -18,7 +18,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from talk2dino.cli import quote_ranges
 from talk2dino.config_errors import config_folder
 from talk2dino.config_schema import check_targets, register_schemas
-from tests.once import grouped
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -48,8 +47,7 @@ def blocks() -> list[Block]:
 
 def chosen(mode: str, language: str) -> list[object]:
     return [
-        # Blocks of one document may build on each other, those of two never do.
-        pytest.param(block, id=block.where, marks=grouped(block.where.partition(":")[0]))
+        pytest.param(block, id=block.where)
         for block in blocks()
         if (block.mode, block.language) == (mode, language)
     ]

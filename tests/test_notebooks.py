@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.once import grouped
 from tests.pipeline import need
 
 REPOSITORY = Path(__file__).parents[1]
@@ -15,9 +14,7 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file", [pytest.param(file, id=file.stem, marks=grouped(file.stem)) for file in NOTEBOOKS]
-)
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in NOTEBOOKS])
 def test_notebook_runs(file: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("nbclient", "ipykernel")
     import nbformat
