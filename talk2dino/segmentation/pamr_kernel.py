@@ -36,7 +36,7 @@ from talk2dino.segmentation.pamr_vectors import (
 )
 
 WIDEST = 32  # classes refined together; more overflow the first cache
-REACH_BYTES = 3 << 19  # scores within reach of a tile: they stay in a second cache of 2 MB
+REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
 AHEAD = 4  # blocks whose weights are asked for before they are needed
 LINE = 16  # numbers in a line of the cache
 STRIP = 128  # columns whose weights are computed at once: their logits stay in the first cache
@@ -325,8 +325,10 @@ class Compiled:
 
     def _iterate(self, weights: Any, old: Any, new: Any, width: int) -> None:
         height, _, lanes, _ = old.shape
-        tile = REACH_BYTES // ((8 * self.margin + 1) * lanes * 16) - 2 * self.margin
-        groups, settings = (0,) * (lanes // 4), (self.margin, width, max(tile, 8))
+        blocks = -(-width // 4)
+        tile = max(REACH_BYTES // ((8 * self.margin + 1) * lanes * 16) - 2 * self.margin, 8)
+        tile = -(-blocks // -(-blocks // tile))  # no narrow one at the end
+        groups, settings = (0,) * (lanes // 4), (self.margin, width, tile)
         self._in_rows(
             height, _iterate, groups, old, weights, self.blocks, self.counts, new, *settings
         )

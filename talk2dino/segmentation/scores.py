@@ -11,6 +11,7 @@ from torch import Tensor
 from talk2dino.errors import DataError
 
 MAPS = 1 << 25  # scores at the size of the picture held at once: 134 MB
+CHUNK = 4  # classes resized at once: they stay in the cache until they are compared
 
 
 def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -120,9 +121,6 @@ class BestClass:
         background_threshold: score of the background, which becomes label 0 and shifts the
             classes by 1; `None` for no background.
         device: where the scores are.
-
-    Attributes:
-        labels: `[height, width]` int64.
     """
 
     def __init__(
@@ -133,27 +131,34 @@ class BestClass:
         device: torch.device | None = None,
     ) -> None:
         lowest = -torch.inf if background_threshold is None else background_threshold
-        self.labels = torch.zeros(height, width, dtype=torch.int64, device=device)
+        self._labels = torch.zeros(height, width, dtype=torch.int32, device=device)
         self._best = torch.full((height, width), lowest, device=device)
         self._first = 0 if background_threshold is None else 1
-        self._chunk = max(1, min(16, MAPS // (height * width)))
+        self._largest = -1  # label so far
+        self._chunk = max(1, min(CHUNK, MAPS // (height * width)))
+
+    @property
+    def labels(self) -> Tensor:
+        """`[height, width]` int64."""
+        return self._labels.long()
 
     def add(self, scores: Tensor, classes: Sequence[int]) -> None:
-        """Let more classes compete: `[n, h, w]` and their n indices, ascending."""
-        labels = torch.tensor(classes, device=scores.device) + self._first
-        for part, names in zip(
-            torch.split(scores, self._chunk), torch.split(labels, self._chunk), strict=True
-        ):
-            values, index = resize_scores(part, *self.labels.shape).max(0)
-            label = names[index]
-            better = (values > self._best) | ((values == self._best) & (label < self.labels))
-            self.labels = torch.where(better, label, self.labels)
-            self._best = torch.where(better, values, self._best)
+        """Let more classes compete: `[n, h, w]` and their n indices."""
+        names = iter(classes)
+        for part in torch.split(scores, self._chunk):
+            for values, name in zip(resize_scores(part, *self._best.shape), names, strict=False):
+                label = name + self._first
+                better = values > self._best
+                if label < self._largest:  # it may be equal to a later class
+                    better |= (values == self._best) & (self._labels > label)
+                torch.maximum(self._best, values, out=self._best)
+                self._labels.masked_fill_(better, label)
+                self._largest = max(self._largest, label)
 
     def reached_by(self, scores: Tensor) -> list[bool]:
         """Whether each of `[n, h, w]` is as good as the best somewhere."""
         reached: list[bool] = []
         for part in torch.split(scores, self._chunk) if len(scores) else ():
-            above = resize_scores(part, *self.labels.shape) >= self._best
+            above = resize_scores(part, *self._best.shape) >= self._best
             reached += above.flatten(1).any(1).tolist()
         return reached
