@@ -95,11 +95,9 @@ def _compete(
     best: BestClass,
 ) -> list[list[int]]:
     """Let single classes into `best`; returns the larger groups that may hold a winner."""
-    groups = sorted(groups, key=lambda group: (len(group) > 1, group[0]))
-    single = sum(len(group) == 1 for group in groups)
-    maps = [scores[:, group].amax(1) for group in groups]
-    refined = refine(torch.stack(maps, 1))
-    if single:
-        best.add(refined[:single], [group[0] for group in groups[:single]])
-    reached = best.reached_by(refined[single:])
-    return [group for group, possible in zip(groups[single:], reached, strict=True) if possible]
+    single = sorted(group for group in groups if len(group) == 1)
+    several = [group for group in groups if len(group) > 1]
+    refined = refine(torch.stack([scores[:, group].amax(1) for group in single + several], 1))
+    best.add(refined[: len(single)], [member for [member] in single])
+    reached = best.reached_by(refined[len(single) :])
+    return [group for group, possible in zip(several, reached, strict=True) if possible]

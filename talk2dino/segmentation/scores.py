@@ -145,7 +145,7 @@ class BestClass:
     def add(self, scores: Tensor, classes: Sequence[int]) -> None:
         """Let more classes compete: `[n, h, w]` and their n indices."""
         names = iter(classes)
-        for part in torch.split(scores, self._chunk):
+        for part in torch.split(scores, self._chunk) if len(scores) else ():
             for values, name in zip(resize_scores(part, *self._best.shape), names, strict=False):
                 label = name + self._first
                 better = values > self._best
