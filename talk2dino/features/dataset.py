@@ -85,7 +85,7 @@ class CaptionBatches(Dataset[Batch]):
         for name in self.caption_fields:
             batch[name] = _to_torch(self._read(self.store.captions, name, caption_row))
         images, place = image_row, np.arange(len(image_row))
-        if not (image_row[1:] > image_row[:-1]).all():  # as usual, the sampler sorts
+        if not (image_row[1:] > image_row[:-1]).all():  # an image may occur twice
             different, inverse = np.unique(image_row, return_inverse=True)  # [U], [B]
             if len(different) < len(image_row):
                 images, place = different, inverse

@@ -133,7 +133,7 @@ class Engine(Protocol):
     """The two steps of a refinement."""
 
     def affinity(self, image: Tensor) -> Tensor:
-        """Weights `[>= H*W, 8*len(dilations)]` of a picture `[3, H, W]` float: see `affinity`."""
+        """Weights of a picture `[3, H, W]` float (see `affinity`), in the engine's own order."""
 
     def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
         """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`.

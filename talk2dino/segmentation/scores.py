@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +145,8 @@ class BestClass:
     def add(self, scores: Tensor, classes: Sequence[int]) -> None:
         """Let more classes compete: `[n, h, w]` and their n indices."""
         names = iter(classes)
-        for part in torch.split(scores, self._chunk) if len(scores) else ():
-            for values, name in zip(resize_scores(part, *self._best.shape), names, strict=False):
+        for part in self._resized(scores):
+            for values, name in zip(part, names, strict=False):
                 label = name + self._first
                 better = values > self._best
                 if label < self._largest:  # it may be equal to a later class
@@ -158,7 +158,11 @@ class BestClass:
     def reached_by(self, scores: Tensor) -> list[bool]:
         """Whether each of `[n, h, w]` is as good as the best somewhere."""
         reached: list[bool] = []
-        for part in torch.split(scores, self._chunk) if len(scores) else ():
-            above = resize_scores(part, *self._best.shape) >= self._best
-            reached += above.flatten(1).any(1).tolist()
+        for part in self._resized(scores):
+            reached += (part >= self._best).flatten(1).any(1).tolist()
         return reached
+
+    def _resized(self, scores: Tensor) -> Iterator[Tensor]:
+        """A few of `[n, h, w]` at a time, at the size of the picture."""
+        for start in range(0, len(scores), self._chunk):
+            yield resize_scores(scores[start : start + self._chunk], *self._best.shape)
