@@ -243,28 +243,36 @@ def test_compiled_chunks_tiles_and_callers_do_not_show(
 
 
 @needs_numba
-def test_compiled_exp_against_double_precision() -> None:
-    from talk2dino.segmentation.pamr_kernel import _exp
+def test_compiled_power_against_double_precision() -> None:
+    from talk2dino.segmentation.pamr_affinity import exp2
+    from talk2dino.segmentation.pamr_vectors import compiled, load, store
 
-    values = np.linspace(-79, 0, 4001, dtype=np.float32)
-    got = np.array([_exp(value) for value in values], np.float64)
-    assert np.abs(got / np.exp(values.astype(np.float64)) - 1).max() < 2.5e-7
-    assert _exp(np.float32(0)) == 1 and _exp(np.float32(-1e9)) > 0
+    @compiled
+    def all_powers(values: Any, result: Any) -> None:
+        for place in range(0, len(values), 16):
+            store(result, place, exp2(load(values, place)))
+
+    values = np.concatenate([np.linspace(-114, 0, 4096), [-1e9] * 15, [0]]).astype(np.float32)
+    got = np.empty_like(values)
+    all_powers(values, got)
+    exact = np.exp2(values[:4096].astype(np.float64))
+    assert np.abs(got[:4096] / exact - 1).max() < 2.5e-7
+    assert got[-1] == 1 and got[-2] > 0
 
 
 @needs_numba
 def test_without_a_folder_for_the_cache_it_is_compiled_anyway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from talk2dino.segmentation import pamr_kernel
+    from talk2dino.segmentation import pamr_vectors
 
     def no_folder(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(pamr_kernel, "njit", no_folder)
-    assert pamr_kernel.compiled(len) is len
+    monkeypatch.setattr(pamr_vectors, "njit", no_folder)
+    assert pamr_vectors.compiled(len) is len
 
 
 def test_without_numba_or_off_the_cpu_library_calls_are_used(

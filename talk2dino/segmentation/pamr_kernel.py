@@ -16,7 +16,7 @@ thread that has just been started shares its parent's core for milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -24,109 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
-from talk2dino.segmentation.pamr_vectors import (
-    add_weighted,
-    power_of_two,
-    prefetch,
-    store,
-    zeros,
-)
+from talk2dino.segmentation.pamr_affinity import NARROWEST, affinity
+from talk2dino.segmentation.pamr_vectors import add_weighted, compiled, prefetch, store, zeros
 
 WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
 AHEAD = 4  # blocks whose weights are asked for before they are needed
 LINE = 16  # numbers in a line of the cache
-STRIP = 128  # columns whose weights are computed at once: their logits stay in the first cache
 
 add0, add1, add2, add3 = map(add_weighted, range(4))
 
-LOG2E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (1.44269504, 0.693359375, -2.12194440e-4))
-HALF, ONE = np.float32(0.5), np.float32(1)
-TENTH, TINY = np.float32(0.1), np.float32(1e-8)
-SMALLEST = np.float32(-80)  # exp of it over 48 is still a normal number
-EXP = tuple(1 / np.float32(x) for x in (5040, 720, 120, 24, 6, 2))  # Taylor, |r| <= ln(2) / 2
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the interpreter's lock, fused multiply-adds allowed."""
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(**options)(function)
-
-
-@compiled
-def _exp(x: Any) -> Any:
-    """Within 2 units of the last place for x <= 0, without a branch; 1 for 0 exactly."""
-    x = max(x, SMALLEST)
-    n = np.floor(x * LOG2E + HALF)
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = EXP[0]
-    p = p * r + EXP[1]
-    p = p * r + EXP[2]
-    p = p * r + EXP[3]
-    p = p * r + EXP[4]
-    p = p * r + EXP[5]
-    return (p * r * r + r + ONE) * power_of_two(n)
-
-
-@compiled
-def _affinity(top: int, bottom: int, image: Any, steps: Any, margin: int, result: Any) -> None:
-    """Rows `top..bottom` of `[H, Q, N, 4]`; `image` `[3, H, margin + 4 * Q + margin]`."""
-    channels, height, _ = image.shape
-    width, taps = 4 * result.shape[1], result.shape[2]
-    samples = np.float32(taps // 8 * 9)
-    logits = np.empty((taps, STRIP), np.float32)
-    scale = np.empty((channels, STRIP), np.float32)
-    total, squares = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
-    exact = np.empty(STRIP)  # rows must sum to 1: an error is multiplied in every iteration
-    for y in range(top, bottom):
-        for left in range(0, width, STRIP):
-            n = min(STRIP, width - left)
-            for c in range(channels):
-                centre = image[c, y, margin + left :][:n]
-                total[:] = 0
-                squares[:] = 0
-                for t in range(taps):
-                    row = min(max(y + steps[t, 0], 0), height - 1)
-                    other = image[c, row, margin + left + steps[t, 1] :][:n]
-                    for x in range(n):
-                        difference = other[x] - centre[x]
-                        total[x] += difference
-                        squares[x] += difference * difference
-                for x in range(n):
-                    mean = total[x] / samples
-                    variance = max(squares[x] - samples * mean * mean, np.float32(0))
-                    deviation = np.sqrt(variance / (samples - ONE))
-                    scale[c, x] = -ONE / (np.float32(channels) * (TINY + TENTH * deviation))
-            # The best logit of a pixel is at least -32 (a deviation counts the pixel itself), so
-            # exp cannot vanish everywhere and the softmax needs no maximum.
-            exact[:] = 0
-            for t in range(taps):
-                row = min(max(y + steps[t, 0], 0), height - 1)
-                logit = logits[t]
-                logit[:] = 0
-                for c in range(channels):
-                    centre = image[c, y, margin + left :][:n]
-                    other = image[c, row, margin + left + steps[t, 1] :][:n]
-                    factor = scale[c]
-                    for x in range(n):
-                        logit[x] += abs(other[x] - centre[x]) * factor[x]
-                for x in range(n):
-                    logit[x] = _exp(logit[x])
-                for x in range(n):
-                    exact[x] += logit[x]
-            for x in range(n):
-                total[x] = np.float32(1 / exact[x])
-            for x in range(n // 4):
-                block = result[y, left // 4 + x]
-                for t in range(taps):
-                    for i in range(4):
-                        block[t, i] = logits[t, 4 * x + i] * total[4 * x + i]
+ONE = np.float32(1)
 
 
 @compiled
@@ -276,13 +186,13 @@ class Compiled:
     def affinity(self, image: Tensor) -> Tensor:
         """`[3, H, W]` float to `[H, ceil(W / 4), N, 4]`, neighbours in the order of `steps`."""
         _, height, width = image.shape
-        blocks, margin = -(-width // 4), 4 * self.margin
+        blocks, margin = -(-max(width, NARROWEST) // 4), 4 * self.margin
         right = margin + 4 * blocks - width
         padded = F.pad(image[None], (margin, right, 0, 0), mode="replicate")[0]
         taps = len(self.steps)
         weights = _empty(height * blocks * taps * 4).reshape(height, blocks, taps, 4)
-        self._in_rows(height, _affinity, padded.numpy(), self.steps, margin, weights)
-        return torch.from_numpy(weights)
+        self._in_rows(height, affinity, padded.numpy(), self.steps, margin, weights)
+        return torch.from_numpy(weights[:, : -(-width // 4)]).contiguous()
 
     def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
         """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`."""

@@ -1,24 +1,36 @@
-"""What the compiled PAMR computes with: a block of 4 columns by 4n classes, held in registers.
+"""What the compiled PAMR computes with: blocks of n vectors of 16 numbers, held in registers.
 
 Numba has no vector type, and its optimiser gives up on loops that read many arrays and write one
-that could overlap them. So a block is a type of its own here, n vectors of 16 numbers, each 4
-classes of 4 columns, with the few operations that are needed. The argument `groups` is any tuple
-of n integers: its length alone counts, since lengths of tuples are known when compiling.
+that could overlap them. So a block is a type of its own here, with the few operations that are
+needed: one vector of 16 columns with its arithmetic for the affinity, and n vectors of 4 classes of
+4 columns for the iterations. The argument `groups` is any tuple of n integers: its length alone
+counts, since lengths of tuples are known when compiling.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic, models, overload, register_model
 
 INT = ir.IntType(32)
 FOUR = ir.VectorType(ir.FloatType(), 4)
 SIXTEEN = ir.VectorType(ir.FloatType(), 16)  # two registers where a register holds 8
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile on first use, without the interpreter's lock, fused multiply-adds allowed."""
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(**options)(function)
 
 
 def operation(function: Callable[..., Any]) -> Any:
@@ -137,12 +149,117 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
 
 
 @operation
-def power_of_two(typing: Any, exponent: Any) -> Any:
-    """`2 ** exponent` for a float32 that holds a whole number of -126..127."""
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """16 numbers from a flat index of a contiguous array on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        whole = builder.fptosi(arguments[0], INT)
-        bits = builder.shl(builder.add(whole, INT(127)), INT(23))
-        return builder.bitcast(bits, ir.FloatType())
+        return _one(
+            builder, _load(builder, _address(context, builder, array, *arguments), 0, SIXTEEN)
+        )
 
-    return types.float32(types.float32), generate
+    return Block(1)(array, types.intp), generate
+
+
+@operation
+def store_fours(typing: Any, array: Any, index: Any, stride: Any, block: Any) -> Any:
+    """Write 4 numbers to a flat index, the next 4 so many numbers further, and so on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, step, vector = arguments[1], arguments[2], _vector(builder, arguments[3])
+        for four in range(0, 16, 4):
+            lanes = ir.Constant(ir.VectorType(INT, 4), list(range(four, four + 4)))
+            address = _address(context, builder, array, arguments[0], place)
+            address = builder.bitcast(address, FOUR.as_pointer())
+            builder.store(builder.shuffle_vector(vector, vector, lanes), address, align=4)
+            place = builder.add(place, step)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, block), generate
+
+
+@operation
+def filled(typing: Any, number: Any) -> Any:
+    """A vector of 16 times a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        empty = ir.Constant(SIXTEEN, ir.Undefined)
+        first = builder.insert_element(empty, arguments[0], INT(0))
+        return _one(builder, _select(builder, first, first, [0] * 16))
+
+    return Block(1)(types.float32), generate
+
+
+def _vector(builder: Any, block: Any) -> Any:
+    return builder.extract_value(block, 0)
+
+
+def _one(builder: Any, vector: Any) -> Any:
+    return builder.insert_value(ir.Constant(structure(1), ir.Undefined), vector, 0)
+
+
+def _elementwise(arity: int, compute: Callable[..., Any]) -> Any:
+    """A function of vectors of 16 numbers from `compute(builder, *vectors)`."""
+
+    def typed(typing: Any, *blocks: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vectors = [_vector(builder, block) for block in arguments]
+            return _one(builder, compute(builder, *vectors))
+
+        return Block(1)(*blocks), generate
+
+    if arity == 1:
+        return operation(lambda typing, a: typed(typing, a))
+    return operation(lambda typing, a, b: typed(typing, a, b))
+
+
+def _called(name: str) -> Callable[..., Any]:
+    """A function of the compiler's own, for vectors."""
+
+    def compute(builder: Any, *vectors: Any) -> Any:
+        kind = ir.FunctionType(SIXTEEN, [SIXTEEN] * len(vectors))
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v16f32")
+        return builder.call(function, vectors)
+
+    return compute
+
+
+def _power_of_two(builder: Any, exponent: Any) -> Any:
+    whole = ir.VectorType(INT, 16)
+    bits = builder.add(builder.fptosi(exponent, whole), ir.Constant(whole, [127] * 16))
+    return builder.bitcast(builder.shl(bits, ir.Constant(whole, [23] * 16)), SIXTEEN)
+
+
+absolute, root, nearest = (_elementwise(1, _called(name)) for name in ("fabs", "sqrt", "rint"))
+largest = _elementwise(2, _called("maxnum"))
+power_of_two = _elementwise(1, _power_of_two)  # of whole numbers -126..127
+
+
+def _arithmetic(symbol: Any, name: str) -> None:
+    """Let `symbol` stand between vectors, or a vector and a number."""
+    flags = () if name == "fdiv" else ("contract",)
+    compute = _elementwise(2, lambda builder, a, b: getattr(builder, name)(a, b, flags=flags))
+
+    def of_vectors(a: Any, b: Any) -> Any:
+        return compute(a, b)
+
+    def with_number(a: Any, b: Any) -> Any:
+        return compute(a, filled(np.float32(b)))
+
+    def of_number(a: Any, b: Any) -> Any:
+        return compute(filled(np.float32(a)), b)
+
+    def choose(a: Any, b: Any) -> Any:
+        if not isinstance(a, Block):
+            return of_number if isinstance(b, Block) else None
+        return of_vectors if isinstance(b, Block) else with_number
+
+    overload(symbol)(choose)
+
+
+for _symbol, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _arithmetic(_symbol, _name)
