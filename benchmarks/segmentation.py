@@ -31,10 +31,11 @@ from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.features.mosaic import MosaicScenes
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import KNN, PAMR, Segmenter, clean_background
+from talk2dino.segmentation.best_class import label_map
 from talk2dino.segmentation.class_files import read_classes
 from talk2dino.segmentation.contenders import contender_labels
 from talk2dino.segmentation.metrics import mean_iou_metric
-from talk2dino.segmentation.scores import class_scores, label_map
+from talk2dino.segmentation.scores import class_scores
 from talk2dino.segmentation.segmenter import EncodedImage
 from talk2dino.segmentation.separable import SeparableScores
 from talk2dino.segmentation.windows import coverage, resize_image, stitch

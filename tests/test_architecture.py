@@ -24,7 +24,7 @@ ONLY_IN = {
     "hydra": ENTRY_POINTS | BEHIND_COMMANDS | CONFIG,
     "omegaconf": ENTRY_POINTS | BEHIND_COMMANDS | CONFIG,
     "gradio": {"web/page.py"},
-    "numba": {"segmentation/pamr_vectors.py"},
+    "numba": {"segmentation/compiled.py", "segmentation/pamr_vectors.py"},
     "optuna": {source for source in SOURCES if source.startswith("sweeps/")},
     "lightning": {
         "features/datamodule.py",

@@ -244,8 +244,9 @@ def test_compiled_chunks_tiles_and_callers_do_not_show(
 
 @needs_numba
 def test_compiled_power_against_double_precision() -> None:
+    from talk2dino.segmentation.compiled import compiled
     from talk2dino.segmentation.pamr_affinity import exp2
-    from talk2dino.segmentation.pamr_vectors import compiled, load, store
+    from talk2dino.segmentation.pamr_vectors import load, store
 
     @compiled
     def all_powers(values: Any, result: Any) -> None:
@@ -264,15 +265,15 @@ def test_compiled_power_against_double_precision() -> None:
 def test_without_a_folder_for_the_cache_it_is_compiled_anyway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from talk2dino.segmentation import pamr_vectors
+    from talk2dino.segmentation import compiled
 
     def no_folder(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(pamr_vectors, "njit", no_folder)
-    assert pamr_vectors.compiled(len) is len
+    monkeypatch.setattr(compiled, "njit", no_folder)
+    assert compiled.compiled(len) is len
 
 
 def test_without_numba_or_off_the_cpu_library_calls_are_used(
@@ -280,7 +281,7 @@ def test_without_numba_or_off_the_cpu_library_calls_are_used(
 ) -> None:
     assert isinstance(PAMR().engine(torch.device("meta")), Gather)
     for name in list(sys.modules):
-        if name.startswith("talk2dino.segmentation.pamr_"):
+        if name.startswith("talk2dino.segmentation.pamr_") or name.endswith(".compiled"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("talk2dino.segmentation.pamr_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)

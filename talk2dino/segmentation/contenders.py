@@ -15,12 +15,12 @@ from itertools import pairwise
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from talk2dino.segmentation.scores import BestClass
+from talk2dino.segmentation.best_class import BestClass, best_class
 
 LANES = 4  # maps refined together in any case: up to 4 are as fast as one
+TOGETHER = 32  # maps refined before they compete: they and the buffers stay in a shared cache
 FEW = 16  # maps that cost less than a round more
 SMOOTHING = (1, 3, 7)  # tokens a side; what a refinement may average away
 FIRST, LATER = 6, 3  # this many uncertain classes a group, on average
@@ -47,7 +47,7 @@ def contender_labels(
     Returns:
         `[*size]` int64.
     """
-    best = BestClass(*size, background_threshold, token_scores.device)
+    best = best_class(*size, background_threshold, token_scores.device)
     ahead = _lead(token_scores, background_threshold)
     order = ahead.argsort(descending=True, stable=True).tolist()
     groups = _groups(order, int((ahead >= 0).sum()), FIRST)
@@ -63,13 +63,21 @@ def _lead(scores: Tensor, threshold: float | None) -> Tensor:
     Zero for the best class of a token or of the mean around one, else negative.
     """
     lead = scores.new_full(scores.shape[1:2], -torch.inf)
+    rows, columns = scores.shape[-2:]
     for side in SMOOTHING:
-        smooth = F.avg_pool2d(scores, side, 1, side // 2, count_include_pad=False)
+        smooth = _means(rows, side).to(scores) @ scores @ _means(columns, side).to(scores).t()
         best = smooth.amax(1, keepdim=True)
         if threshold is not None:
             best = best.clamp(min=threshold)
         lead = torch.maximum(lead, (smooth - best).amax((0, 2, 3)))
     return lead
+
+
+def _means(cells: int, side: int) -> Tensor:
+    """`[cells, cells]`: the mean of `side` cells around each; of those there are at the border."""
+    place = torch.arange(cells)
+    near = ((place[:, None] - place).abs() <= side // 2).float()
+    return near / near.sum(1, keepdim=True)
 
 
 def _groups(order: Sequence[int], alone: int, size: int) -> list[list[int]]:
@@ -97,7 +105,18 @@ def _compete(
     """Let single classes into `best`; returns the larger groups that may hold a winner."""
     single = sorted(group for group in groups if len(group) == 1)
     several = [group for group in groups if len(group) > 1]
-    refined = refine(torch.stack([scores[:, group].amax(1) for group in single + several], 1))
-    best.add(refined[: len(single)], [member for [member] in single])
-    reached = best.reached_by(refined[len(single) :])
-    return [group for group, possible in zip(several, reached, strict=True) if possible]
+    left: list[list[int]] = []
+    for part in _parts(single + several):
+        refined = refine(torch.stack([scores[:, group].amax(1) for group in part], 1))
+        alone = [group[0] for group in part if len(group) == 1]
+        best.add(refined[: len(alone)], alone)
+        reached = best.reached_by(refined[len(alone) :])
+        left += [group for group, one in zip(part[len(alone) :], reached, strict=True) if one]
+    return left
+
+
+def _parts(groups: list[list[int]]) -> list[list[list[int]]]:
+    """Equal parts of at most `TOGETHER`."""
+    parts = -(-len(groups) // TOGETHER)
+    edges = [len(groups) * part // parts for part in range(parts + 1)]
+    return [groups[start:stop] for start, stop in pairwise(edges)]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from talk2dino.segmentation.compiled import compiled
 from talk2dino.segmentation.pamr_vectors import (
     absolute,
-    compiled,
     filled,
     largest,
     load,

@@ -7,17 +7,12 @@ are the nearest row (an index), columns are copied (margins), so the inner loop 
 Columns go through in tiles whose rows within reach of the largest dilation fit a core's second
 cache, and weights are asked for ahead of their use.
 
-Import this module only where it is needed: it imports Numba. The first call with a number of groups
-compiles it; the code is kept in `__pycache__` or the user's cache, where one of them can be
-written. Threads take blocks of rows in code without the interpreter's lock, from a pool of Python
-threads that every `Compiled` holds: Numba's own may not be entered by two callers at once, and a
-thread that has just been started shares its parent's core for milliseconds.
+The first call with a number of groups compiles it. Threads take blocks of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from talk2dino.segmentation.compiled import RowThreads, compiled
 from talk2dino.segmentation.pamr_affinity import NARROWEST, affinity
-from talk2dino.segmentation.pamr_vectors import add_weighted, compiled, prefetch, store, zeros
+from talk2dino.segmentation.pamr_vectors import add_weighted, prefetch, store, zeros
 
 WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
@@ -179,8 +175,7 @@ class Compiled:
         self.blocks = np.stack([self.steps[:, 0], self.steps[:, 1] // 4], 1)
         self.counts = np.bincount(self.steps[:, 1] % 4, minlength=4)
         self.margin = -(-max(dilations) // 4)  # in blocks
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        self._in_rows = RowThreads()
         self.free: list[tuple[Any, Any]] = []
 
     def affinity(self, image: Tensor) -> Tensor:
@@ -242,22 +237,6 @@ class Compiled:
         self._in_rows(
             height, _iterate, groups, old, weights, self.blocks, self.counts, new, *settings
         )
-
-    def _in_rows(self, height: int, kernel: Any, *arguments: Any) -> None:
-        """Call `kernel(top, bottom, *arguments)` for blocks of rows, one a thread.
-
-        The caller takes the first: if it only waited, the last thread to wake would be queued
-        behind another one while the caller's own core falls idle.
-        """
-        if self.pool is None or height < self.threads:
-            kernel(0, height, *arguments)
-            return
-        edges = [height * block // self.threads for block in range(self.threads + 1)]
-        first, *others = pairwise(edges)
-        blocks = [self.pool.submit(kernel, *edge, *arguments) for edge in others]
-        kernel(*first, *arguments)
-        for block in blocks:
-            block.result()
 
 
 def _empty(size: int) -> Any:

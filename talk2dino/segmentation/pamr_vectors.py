@@ -15,22 +15,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 INT = ir.IntType(32)
 FOUR = ir.VectorType(ir.FloatType(), 4)
 SIXTEEN = ir.VectorType(ir.FloatType(), 16)  # two registers where a register holds 8
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the interpreter's lock, fused multiply-adds allowed."""
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(**options)(function)
 
 
 def operation(function: Callable[..., Any]) -> Any:

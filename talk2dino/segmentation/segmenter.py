@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.background import clean_background
+from talk2dino.segmentation.best_class import label_map
 from talk2dino.segmentation.contenders import contender_labels
 from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
-    label_map,
     merge_synonyms,
     resize_scores,
     upsample,
