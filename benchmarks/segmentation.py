@@ -118,6 +118,7 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
     pamr, windows = PAMR(), encoded.windows
     crops = [window.crop(encoded.image) for window in windows]
     working = (encoded.image.shape[-2], encoded.image.shape[-1])
+    share = coverage(windows, *working).reciprocal_()
     refined_maps: list[int] = []
 
     refiners = clock("PAMR: weights", lambda: list(pamr.prepare(crops)))
@@ -126,8 +127,8 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
         refined_maps.append(tokens.shape[1])
         total = tokens.new_zeros(tokens.shape[1], *working)
         for refiner, window, one in zip(refiners, windows, tokens, strict=True):
-            refiner.add_to(window.crop(total), one)
-        return total.div_(coverage(windows, *working))
+            refiner.add_to(window.crop(total), one, window.crop(share))
+        return total
 
     found = clock("PAMR to labels", lambda: contender_labels(scores, refine, encoded.size))
     clock.best["refined maps"] = sum(refined_maps) / clock.repeats

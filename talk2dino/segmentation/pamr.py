@@ -16,12 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
+from weakref import finalize
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.memory import Memory
 from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
@@ -58,6 +60,7 @@ class PAMR(nn.Module):
         self.num_iter = num_iter
         self.dilations = tuple(dilations)
         self.compiled = compiled
+        self._memory = Memory()
 
     def extra_repr(self) -> str:
         """Settings for `print(model)`."""
@@ -107,15 +110,17 @@ class PAMR(nn.Module):
             images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbour index.
 
         Yields:
-            A function from `[C, h, w]` to `[C, H, W]` float32; it holds `8 * len(dilations)`
-            float32 per pixel.
+            A function from `[C, h, w]` to `[C, H, W]` float32. It holds `8 * len(dilations)`
+            float32 per pixel; compiled code keeps them for later pictures.
         """
         engine: Engine | None = None
         for image in images:
             engine = engine or self.engine(image.device)
             weights = engine.affinity(image.float()) if self.num_iter else torch.empty(0)
             size = (image.shape[-2], image.shape[-1])
-            yield Prepared(engine, weights, size, self.num_iter)
+            prepared = Prepared(engine, weights, size, self.num_iter)
+            finalize(prepared, engine.release, weights).atexit = False
+            yield prepared
 
     def engine(self, device: torch.device) -> Engine:
         """What computes on `device`: compiled code on the CPU if allowed and installed."""
@@ -123,7 +128,7 @@ class PAMR(nn.Module):
             try:
                 from talk2dino.segmentation.pamr_kernel import Compiled
 
-                return Compiled(self.dilations, RING)
+                return Compiled(self.dilations, RING, self._memory)
             except ImportError:  # without Numba
                 pass
         return Gather(self.dilations)
@@ -135,10 +140,16 @@ class Engine(Protocol):
     def affinity(self, image: Tensor) -> Tensor:
         """Weights of a picture `[3, H, W]` float (see `affinity`), in the engine's own order."""
 
-    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
+    def release(self, weights: Tensor) -> None:
+        """Take back weights that are not needed any more."""
+
+    def refine(
+        self, weights: Tensor, mask: Tensor, target: Tensor, share: Tensor, num_iter: int
+    ) -> None:
         """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`.
 
-        `target` is `[C, H, W]` float32, or a part of such a tensor.
+        `target` is `[C, H, W]` float32, or a part of such a tensor; of every pixel `share` `[H, W]`
+        is added.
         """
 
 
@@ -155,16 +166,19 @@ class Prepared:
     def __call__(self, mask: Tensor) -> Tensor:
         """`[C, h, w]` to `[C, H, W]` float32."""
         result = torch.zeros(len(mask), *self.size, device=mask.device)
-        self.add_to(result, mask)
+        self.add_to(result, mask, torch.ones(self.size, device=mask.device))
         return result
 
     @torch.no_grad()
-    def add_to(self, target: Tensor, mask: Tensor) -> None:
-        """Add the refined `[C, h, w]` to `[C, H, W]` float32, for instance a part of a picture."""
+    def add_to(self, target: Tensor, mask: Tensor, share: Tensor) -> None:
+        """Add `share` `[H, W]` of the refined `[C, h, w]` to `[C, H, W]`, all float32.
+
+        `target` may be a part of a picture, and `share` what counts of each window there.
+        """
         if self.num_iter:
-            self.engine.refine(self.weights, mask.float(), target, self.num_iter)
+            self.engine.refine(self.weights, mask.float(), target, share, self.num_iter)
         else:
-            target += upsample(mask.float()[None], *self.size)[0]
+            target += upsample(mask.float()[None], *self.size)[0] * share
 
 
 class Gather:
@@ -179,7 +193,12 @@ class Gather:
         """See `Engine`."""
         return affinity(image, self.dilations)
 
-    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
+    def release(self, weights: Tensor) -> None:
+        """See `Engine`."""
+
+    def refine(
+        self, weights: Tensor, mask: Tensor, target: Tensor, share: Tensor, num_iter: int
+    ) -> None:
         """See `Engine`."""
         classes, *rest = target.shape
         size = (rest[0], rest[1])
@@ -191,7 +210,7 @@ class Gather:
             values = _class_last(mask[start:stop], *size)
             for _ in range(num_iter):
                 values = F.embedding_bag(self.index, values, per_sample_weights=weights, mode="sum")
-            target[start:stop] += values[:, : stop - start].t().view(-1, *size)
+            target[start:stop] += values[:, : stop - start].t().view(-1, *size) * share
 
 
 def _class_last(mask: Tensor, height: int, width: int) -> Tensor:

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.segmentation.compiled import RowThreads, compiled
+from talk2dino.segmentation.memory import LINE, Memory
 from talk2dino.segmentation.pamr_affinity import NARROWEST, affinity
 from talk2dino.segmentation.pamr_vectors import add_weighted, prefetch, store, zeros
 
 WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
 AHEAD = 4  # blocks whose weights are asked for before they are needed
-LINE = 16  # numbers in a line of the cache
 
 add0, add1, add2, add3 = map(add_weighted, range(4))
 
@@ -146,18 +146,20 @@ def _iterate(
 
 
 @compiled
-def _add_to_planes(top: int, bottom: int, scores: Any, margin: int, result: Any) -> None:
-    """Add rows of `[H, row, C, 4]` without margins to `[C, H, W]`."""
+def _add_to_planes(
+    top: int, bottom: int, scores: Any, margin: int, share: Any, result: Any
+) -> None:
+    """Add `share` `[H, W]` of rows of `[H, row, C, 4]` without margins to `[C, H, W]`."""
     classes, _, columns = result.shape
     whole = columns // 4
     for y in range(top, bottom):
         for c in range(classes):
-            line = result[c, y]
+            line, part = result[c, y], share[y]
             for x in range(whole):
                 for i in range(4):
-                    line[4 * x + i] += scores[y, margin + x, c, i]
+                    line[4 * x + i] += part[4 * x + i] * scores[y, margin + x, c, i]
             for x in range(4 * whole, columns):
-                line[x] += scores[y, margin + whole, c, x - 4 * whole]
+                line[x] += part[x] * scores[y, margin + whole, c, x - 4 * whole]
 
 
 class Compiled:
@@ -166,9 +168,12 @@ class Compiled:
     Args:
         dilations: distances of the neighbours in pixels.
         ring: `(dy, dx)` of the neighbours at distance 1.
+        memory: where large arrays come from.
     """
 
-    def __init__(self, dilations: Sequence[int], ring: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, dilations: Sequence[int], ring: Sequence[tuple[int, int]], memory: Memory
+    ) -> None:
         steps = [(d * dy, d * dx) for d in dilations for dy, dx in ring]
         steps.sort(key=lambda step: step[1] % 4)  # stable: by dilation among equals
         self.steps = np.array(steps, np.int64)
@@ -176,7 +181,7 @@ class Compiled:
         self.counts = np.bincount(self.steps[:, 1] % 4, minlength=4)
         self.margin = -(-max(dilations) // 4)  # in blocks
         self._in_rows = RowThreads()
-        self.free: list[tuple[Any, Any]] = []
+        self.memory = memory
 
     def affinity(self, image: Tensor) -> Tensor:
         """`[3, H, W]` float to `[H, ceil(W / 4), N, 4]`, neighbours in the order of `steps`."""
@@ -185,18 +190,24 @@ class Compiled:
         right = margin + 4 * blocks - width
         padded = F.pad(image[None], (margin, right, 0, 0), mode="replicate")[0]
         taps = len(self.steps)
-        weights = _empty(height * blocks * taps * 4).reshape(height, blocks, taps, 4)
+        weights = self.memory.take(height * blocks * taps * 4).reshape(height, blocks, taps, 4)
         self._in_rows(height, affinity, padded.numpy(), self.steps, margin, weights)
         return torch.from_numpy(weights[:, : -(-width // 4)]).contiguous()
 
-    def refine(self, weights: Tensor, mask: Tensor, target: Tensor, num_iter: int) -> None:
-        """Add `[C, h, w]` float32, enlarged and averaged `num_iter >= 1` times, to `target`."""
+    def release(self, weights: Tensor) -> None:
+        """See `pamr.Engine`."""
+        self.memory.give(weights.view(-1).numpy())
+
+    def refine(
+        self, weights: Tensor, mask: Tensor, target: Tensor, share: Tensor, num_iter: int
+    ) -> None:
+        """See `pamr.Engine`."""
         classes, height, width = target.shape
         row = -(-width // 4) + 2 * self.margin
         parts = -(-classes // WIDEST)
         edges = [classes * part // parts for part in range(parts + 1)]
         lanes = -(-max(stop - start for start, stop in pairwise(edges)) // 4) * 4
-        buffers = self._buffers(height * row * lanes * 4)
+        buffers = [self.memory.take(height * row * lanes * 4) for _ in range(2)]
         for start, stop in pairwise(edges):
             lanes = -(-(stop - start) // 4) * 4
             old, new = (
@@ -208,16 +219,9 @@ class Compiled:
                 self._iterate(weights.view(-1).numpy(), old, new, width)
                 old, new = new, old
             part = target.detach()[start:stop].numpy()
-            self._in_rows(height, _add_to_planes, old, self.margin, part)
-        self.free.append(buffers)
-
-    def _buffers(self, size: int) -> tuple[Any, Any]:
-        """Two arrays, if possible those of an earlier call: new memory costs as much as a step."""
-        while self.free:
-            kept = self.free.pop()  # by one thread only
-            if len(kept[0]) >= size:
-                return kept
-        return _empty(size), _empty(size)
+            self._in_rows(height, _add_to_planes, old, self.margin, share.numpy(), part)
+        for buffer in buffers:
+            self.memory.give(buffer)
 
     def _enlarge(self, mask: Tensor, old: Any, width: int) -> None:
         height, _, lanes, _ = old.shape
@@ -237,15 +241,6 @@ class Compiled:
         self._in_rows(
             height, _iterate, groups, old, weights, self.blocks, self.counts, new, *settings
         )
-
-
-def _empty(size: int) -> Any:
-    """Float32 that begins with a line of the cache; a vector across two lines costs twice.
-
-    From NumPy, since it asks the system for large pages: first touch and far reads cost less.
-    """
-    memory = np.empty(size + LINE, np.float32)
-    return memory[-memory.ctypes.data // 4 % LINE :][:size]
 
 
 def _shares(small: int, large: int) -> Any:

@@ -325,13 +325,13 @@ class Segmenter(nn.Module):
             [refine] = self.pamr.prepare([encoded.image])
             return lambda tokens: refine(average(tokens))
         refiners = list(self.pamr.prepare(window.crop(encoded.image) for window in windows))
-        count = coverage(windows, *size).to(encoded.image.device)
+        share = coverage(windows, *size).reciprocal_().to(encoded.image.device)
 
         def refine_windows(tokens: Tensor) -> Tensor:
             total = tokens.new_zeros(tokens.shape[1], *size)
             for refine, window, one in zip(refiners, windows, tokens, strict=True):
-                refine.add_to(window.crop(total), one)
-            return total.div_(count)
+                refine.add_to(window.crop(total), one, window.crop(share))
+            return total
 
         return refine_windows
 
