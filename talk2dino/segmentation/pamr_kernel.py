@@ -13,7 +13,7 @@ The first call with a number of groups compiles it. Threads take blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,21 @@ from torch import Tensor
 from talk2dino.segmentation.compiled import RowThreads, compiled
 from talk2dino.segmentation.memory import LINE, Memory
 from talk2dino.segmentation.pamr_affinity import NARROWEST, affinity
-from talk2dino.segmentation.pamr_vectors import add_weighted, prefetch, store, zeros
+from talk2dino.segmentation.pamr_vectors import (
+    add_around,
+    add_weighted,
+    around,
+    prefetch,
+    store,
+    zeros,
+)
 
 WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
 AHEAD = 4  # blocks whose weights are asked for before they are needed
 
 add0, add1, add2, add3 = map(add_weighted, range(4))
+row1, row2, row3 = (add_weighted(-distance, 0, distance) for distance in (1, 2, 3))
 
 ONE = np.float32(1)
 
@@ -96,10 +104,11 @@ def _iterate(
     top: int,
     bottom: int,
     groups: Any,
+    near: Any,
     old: Any,
     weights: Any,
     steps: Any,
-    counts: Any,
+    starts: Any,
     new: Any,
     margin: int,
     columns: int,
@@ -107,15 +116,15 @@ def _iterate(
 ) -> None:
     """Rows `top..bottom` of one iteration, `[H, row, C, 4]` to the same.
 
-    `steps` hold rows and whole blocks to every neighbour; the first `counts[0]` neighbours are at
-    the same place in their block, the next `counts[1]` one column further, and so on.
+    `steps` hold rows and whole blocks to every neighbour. Until `starts[0]` neighbours are at the
+    same place in their block, until `starts[1]` one column further, and so on. From `starts[3]` on
+    come those in the pixel's own row and a block beside it at most (`near`, see `add_around`), from
+    `starts[4]` on whole rows of three at distances 1, 2 and 3.
     """
     height, row, classes, _ = old.shape
     width, taps = classes * 4, len(steps)
     blocks = (columns + 3) // 4
     offsets = np.empty(taps, np.int64)
-    second = counts[0] + counts[1]
-    third = second + counts[2]
     lines = width * (tile + 2 * margin) // (tile * LINE) + 1  # of a tile's row, per step
     for left in range(0, blocks, tile):
         for y in range(top, bottom):
@@ -132,14 +141,21 @@ def _iterate(
                 for line in range(0, 4 * taps, LINE):
                     prefetch(weights, first + AHEAD * taps * 4 + line)
                 total = zeros(groups)
-                for t in range(counts[0]):
+                for t in range(starts[0]):
                     total = add0(total, weights, first + 4 * t, old, here + offsets[t])
-                for t in range(counts[0], second):
+                for t in range(starts[0], starts[1]):
                     total = add1(total, weights, first + 4 * t, old, here + offsets[t])
-                for t in range(second, third):
+                for t in range(starts[1], starts[2]):
                     total = add2(total, weights, first + 4 * t, old, here + offsets[t])
-                for t in range(third, taps):
+                for t in range(starts[2], starts[3]):
                     total = add3(total, weights, first + 4 * t, old, here + offsets[t])
+                total = add_around(total, weights, first + 4 * starts[3], old, here, near)
+                for t in range(starts[4], starts[5], 3):
+                    total = row1(total, weights, first + 4 * t, old, here + offsets[t])
+                for t in range(starts[5], starts[6], 3):
+                    total = row2(total, weights, first + 4 * t, old, here + offsets[t])
+                for t in range(starts[6], taps, 3):
+                    total = row3(total, weights, first + 4 * t, old, here + offsets[t])
                 store(new, here, total)
     for y in range(top, bottom):
         _fill_margins(new[y], margin, columns)
@@ -174,11 +190,19 @@ class Compiled:
     def __init__(
         self, dilations: Sequence[int], ring: Sequence[tuple[int, int]], memory: Memory
     ) -> None:
-        steps = [(d * dy, d * dx) for d in dilations for dy, dx in ring]
-        steps.sort(key=lambda step: step[1] % 4)  # stable: by dilation among equals
-        self.steps = np.array(steps, np.int64)
+        far = [(d * dy, d * dx) for d in dilations for dy, dx in ring]
+        close = [distance for distance in (1, 2, 3, 4) if distance in dilations]
+        parts = [[(0, shift) for shift in around(close)]]
+        for d in (1, 2, 3):
+            parts.append([(y, x) for y in (-d, d) for x in (-d, 0, d)] if d in close else [])
+        for step in chain.from_iterable(parts):
+            far.remove(step)
+        parts = [[step for step in far if step[1] % 4 == shift] for shift in range(4)] + parts
+        self.starts = np.cumsum([len(part) for part in parts])
+        self.steps = np.array(list(chain.from_iterable(parts)), np.int64)
         self.blocks = np.stack([self.steps[:, 0], self.steps[:, 1] // 4], 1)
-        self.counts = np.bincount(self.steps[:, 1] % 4, minlength=4)
+        self.blocks[self.starts[3] :, 1] = 0  # counted from the pixel's own block
+        self.near = (0,) * sum(1 << (distance - 1) for distance in close)
         self.margin = -(-max(dilations) // 4)  # in blocks
         self._in_rows = RowThreads()
         self.memory = memory
@@ -239,7 +263,8 @@ class Compiled:
         tile = -(-blocks // -(-blocks // tile))  # no narrow one at the end
         groups, settings = (0,) * (lanes // 4), (self.margin, width, tile)
         self._in_rows(
-            height, _iterate, groups, old, weights, self.blocks, self.counts, new, *settings
+            *(height, _iterate, groups, self.near, old, weights),
+            *(self.blocks, self.starts, new, *settings),
         )
 
 

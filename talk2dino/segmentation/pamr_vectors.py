@@ -10,7 +10,7 @@ counts, since lengths of tuples are known when compiling.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,38 +90,77 @@ def store(typing: Any, array: Any, index: Any, block: Any) -> Any:
     return types.void(array, types.intp, block), generate
 
 
-def add_weighted(shift: int) -> Any:
-    """Make `add(total, weights, first, scores, place)`: one neighbour of 4 columns.
+def _add_neighbours(
+    context: Any, builder: Any, signature: Any, arguments: Any, shifts: Sequence[int]
+) -> Any:
+    """Add weight times score for every shift, rounded once each where the processor can."""
+    total_type, weights_type, _, scores_type, *_ = signature.args
+    sums, weights, first, scores, place, *_ = arguments
+    width = 16 * total_type.groups  # of a block of all classes
+    start = _address(context, builder, weights_type, weights, first)
+    fours = [_load(builder, start, 4 * n, FOUR) for n in range(len(shifts))]
+    columns = [_select(builder, four, four, [lane % 4 for lane in range(16)]) for four in fours]
+    start = _address(context, builder, scores_type, scores, place)
+    needed = sorted({block for shift in shifts for block in (shift // 4, -(-shift // 4))})
+    result = ir.Constant(structure(total_type.groups), ir.Undefined)
+    for group in range(total_type.groups):
+        blocks = {
+            block: _load(builder, start, block * width + 16 * group, SIXTEEN) for block in needed
+        }
+        new = builder.extract_value(sums, group)
+        for weight, shift in zip(columns, shifts, strict=True):
+            value = blocks[shift // 4]
+            if shift % 4:
+                value = _select(builder, value, blocks[shift // 4 + 1], _further(shift % 4))
+            product = builder.fmul(weight, value, flags=("contract",))
+            new = builder.fadd(product, new, flags=("contract",))
+        result = builder.insert_value(result, new, group)
+    return result
 
-    `total + weight * score`, rounded once where the processor can; weights of the columns are the
-    4 numbers from `first` on, scores those of the block at `place`, `shift` (0..3) columns further:
-    then a part comes from the block behind it.
+
+def _further(columns: int) -> list[int]:
+    """Lanes 4 columns wide, so many columns on: the last come from a second vector."""
+    inside = [4 * (lane // 4) + lane % 4 + columns for lane in range(16)]
+    return [one if one // 4 == lane // 4 else one + 12 for lane, one in enumerate(inside)]
+
+
+def add_weighted(*shifts: int) -> Any:
+    """Make `add(total, weights, first, scores, place)`: neighbours in a row of 4 columns.
+
+    Adds weight times score for every shift: columns from the block at `place` to the neighbour's.
+    The weights of the 4 columns are 4 numbers from `first` on, those of the next shift follow. Each
+    block that a neighbour lies in is loaded once for all shifts.
     """
-    lanes = [4 * (lane // 4) + lane % 4 + shift for lane in range(16)]
-    lanes = [lane if lane // 4 == old // 4 else lane + 12 for old, lane in enumerate(lanes)]
 
     @operation
     def add(typing: Any, total: Any, weights: Any, first: Any, scores: Any, place: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            sums, *rest = arguments
-            weight = _load(builder, _address(context, builder, weights, *rest[:2]), 0, FOUR)
-            weight = _select(builder, weight, weight, [lane % 4 for lane in range(16)])
-            start = _address(context, builder, scores, *rest[2:])
-            result = ir.Constant(structure(total.groups), ir.Undefined)
-            for group in range(total.groups):
-                value = _load(builder, start, 16 * group, SIXTEEN)
-                if shift:
-                    behind = _load(builder, start, 16 * (group + total.groups), SIXTEEN)
-                    value = _select(builder, value, behind, lanes)
-                product = builder.fmul(weight, value, flags=("contract",))
-                old = builder.extract_value(sums, group)
-                new = builder.fadd(product, old, flags=("contract",))
-                result = builder.insert_value(result, new, group)
-            return result
+            return _add_neighbours(context, builder, signature, arguments, shifts)
 
         return total(total, weights, types.intp, scores, types.intp), generate
 
     return add
+
+
+def around(distances: Sequence[int]) -> list[int]:
+    """Shifts to both sides of a pixel in its own row."""
+    return [shift for distance in distances for shift in (-distance, distance)]
+
+
+@operation
+def add_around(
+    typing: Any, total: Any, weights: Any, first: Any, scores: Any, place: Any, near: Any
+) -> Any:
+    """Like the functions of `add_weighted`, with `around` those distances 1..4 as shifts.
+
+    The length of the tuple `near` has bit d - 1 for distance d.
+    """
+    shifts = around([distance for distance in range(1, 5) if near.count >> (distance - 1) & 1])
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _add_neighbours(context, builder, signature, arguments, shifts)
+
+    return total(total, weights, types.intp, scores, types.intp, near), generate
 
 
 @operation
