@@ -130,16 +130,21 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
             refiner.add_to(window.crop(total), one, window.crop(share))
         return total
 
-    found = clock("PAMR to labels", lambda: contender_labels(scores, refine, encoded.size))
+    found = clock(
+        "PAMR to labels", lambda: contender_labels(scores, refine, encoded.size, compiled=True)
+    )
     clock.best["refined maps"] = sum(refined_maps) / clock.repeats
-    clock("PAMR to labels, cleaned", lambda: contender_labels(cleaned, refine, encoded.size))
+    clock(
+        "PAMR to labels, cleaned",
+        lambda: contender_labels(cleaned, refine, encoded.size, compiled=True),
+    )
 
     def refine_all() -> list[Tensor]:
         return [refiner(one) for refiner, one in zip(refiners, scores, strict=True)]
 
     refined = clock("PAMR, all classes", refine_all)
     whole = clock("stitch", lambda: stitch(refined, windows, *working))
-    expected = clock("argmax", lambda: label_map(whole, *encoded.size))
+    expected = clock("argmax", lambda: label_map(whole, *encoded.size, compiled=True))
     clock.best["different labels"] = float((found != expected).double().mean())
 
     [once] = clock("once: weights", lambda: list(pamr.prepare([encoded.image])))
@@ -147,7 +152,10 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
     def refine_once(tokens: Tensor) -> Tensor:
         return once(SeparableScores(tokens, windows, working, working).full())
 
-    clock("once: to labels", lambda: contender_labels(scores, refine_once, encoded.size))
+    clock(
+        "once: to labels",
+        lambda: contender_labels(scores, refine_once, encoded.size, compiled=True),
+    )
 
 
 def class_vectors(counts: Sequence[int], checkpoint: Path | None) -> dict[int, Tensor]:

@@ -26,14 +26,18 @@ SIZES = [  # of the scores, of the picture
 
 
 def library(height: int, width: int, threshold: float | None = None) -> BestClass:
-    return BestClass(height, width, threshold)
+    return best_class(height, width, threshold)
+
+
+def compiled(height: int, width: int, threshold: float | None = None) -> BestClass:
+    return best_class(height, width, threshold, compiled=True)
 
 
 @pytest.fixture(
     params=[
         library,
         pytest.param(
-            best_class,
+            compiled,
             marks=pytest.mark.skipif(
                 importlib.util.find_spec("numba") is None, reason="needs the extra fast"
             ),
@@ -64,6 +68,7 @@ def test_labels(
     assert best.labels.dtype == torch.int64
     assert torch.equal(best.labels, want)
     assert torch.equal(label_map(scores, *size, threshold), want)
+    assert torch.equal(label_map(scores, *size, threshold, compiled=True), want)
 
 
 @pytest.mark.parametrize(("small", "size"), SIZES)
@@ -118,6 +123,7 @@ def test_without_numba_or_off_the_cpu_library_calls_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "talk2dino.segmentation.best_class_kernel"
-    assert type(best_class(3, 4, device=torch.device("meta"))) is BestClass
-    monkeypatch.setitem(sys.modules, name, None)
     assert type(best_class(3, 4)) is BestClass
+    assert type(best_class(3, 4, device=torch.device("meta"), compiled=True)) is BestClass
+    monkeypatch.setitem(sys.modules, name, None)
+    assert type(best_class(3, 4, compiled=True)) is BestClass

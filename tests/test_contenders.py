@@ -44,8 +44,8 @@ def test_labels_are_those_of_refining_every_class(
     classes: int, roughness: float, threshold: float | None
 ) -> None:
     scores, refine = smooth_scores(classes, roughness), Refinement()
-    want = label_map(refine(scores), *SIZE, threshold)
-    assert torch.equal(contender_labels(scores, refine, SIZE, threshold), want)
+    want = label_map(refine(scores), *SIZE, threshold, True)
+    assert torch.equal(contender_labels(scores, refine, SIZE, threshold, True), want)
 
 
 def test_few_of_many_classes_are_refined() -> None:
@@ -61,9 +61,9 @@ def test_a_class_that_leads_nowhere_and_wins_between_two_others() -> None:
     scores[:, 0, :, ::2], scores[:, 1, :, 1::2] = 0.60, 0.60  # each in every second column
     scores[:, 17] = 0.55  # second everywhere
     refine = Refinement()
-    want = label_map(refine(scores), *SIZE)
+    want = label_map(refine(scores), *SIZE, compiled=True)
     assert (want == 17).any()
-    assert torch.equal(contender_labels(scores, refine, SIZE), want)
+    assert torch.equal(contender_labels(scores, refine, SIZE, compiled=True), want)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])
@@ -73,8 +73,8 @@ def test_of_equal_classes_the_first_wins(threshold: float | None) -> None:
     scores[:, 3] = scores[:, 3] - 1e-9  # rounds to the same
     scores[:, 25] = scores[:, 8]
     refine = Refinement()
-    want = label_map(refine(scores), *SIZE, threshold)
-    assert torch.equal(contender_labels(scores, refine, SIZE, threshold), want)
+    want = label_map(refine(scores), *SIZE, threshold, True)
+    assert torch.equal(contender_labels(scores, refine, SIZE, threshold, True), want)
 
 
 def test_everything_below_the_threshold_is_background() -> None:

@@ -31,8 +31,9 @@ def contender_labels(
     refine: Callable[[Tensor], Tensor],
     size: tuple[int, int],
     background_threshold: float | None = None,
+    compiled: bool = False,
 ) -> Tensor:
-    """The labels of `label_map(refine(token_scores), *size, background_threshold)`.
+    """The labels of `label_map(refine(token_scores), *size, background_threshold, compiled)`.
 
     Exactly those if `refine` rounds every class alike, else where no two classes are equal to
     rounding.
@@ -43,11 +44,12 @@ def contender_labels(
             smaller, and no map may depend on another.
         size: rows and columns of the picture.
         background_threshold: see `label_map`.
+        compiled: see `best_class`.
 
     Returns:
         `[*size]` int64.
     """
-    best = best_class(*size, background_threshold, token_scores.device)
+    best = best_class(*size, background_threshold, token_scores.device, compiled)
     ahead = _lead(token_scores, background_threshold)
     order = ahead.argsort(descending=True, stable=True).tolist()
     groups = _groups(order, int((ahead >= 0).sum()), FIRST)

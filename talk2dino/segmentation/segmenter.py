@@ -358,7 +358,8 @@ class Segmenter(nn.Module):
         tokens = self._token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
             if self.pamr is not None:
-                return contender_labels(tokens, self._at_working_size(encoded), size, threshold)
+                refine, compiled = self._at_working_size(encoded), self.pamr.compiled
+                return contender_labels(tokens, refine, size, threshold, compiled)
             working = (encoded.image.shape[-2], encoded.image.shape[-1])
             return SeparableScores(tokens, encoded.windows, working, size).labels(threshold)
 
@@ -369,7 +370,8 @@ class Segmenter(nn.Module):
         """Labels of `size` from `[K, h, w]` scores; the background channel comes in here."""
         threshold = self.background_threshold
         if not return_scores:
-            return Segmentation(label_map(scores, *size, threshold))
+            compiled = self.pamr is not None and self.pamr.compiled
+            return Segmentation(label_map(scores, *size, threshold, compiled))
         full = with_background(resize_scores(scores, *size), threshold)
         return Segmentation(full.argmax(0), full)
 
