@@ -218,6 +218,14 @@ def test_compiled_agrees_with_library_calls(size: tuple[int, int], classes: int)
         torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
+@needs_numba
+@pytest.mark.parametrize("dilations", [(4,), (5,), (2, 2, 3), (6, 7), (1, 2, 3, 4, 5), (16, 1)])
+def test_compiled_places_every_neighbour(dilations: tuple[int, ...]) -> None:
+    image, mask = torch.rand(1, 3, 21, 37), torch.rand(1, 5, 21, 37)
+    want = PAMR(1, dilations, compiled=False)(image, mask)
+    torch.testing.assert_close(PAMR(1, dilations)(image, mask), want, rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -2,7 +2,8 @@
 
 Import this module, and those that use it, only where they are needed: it imports Numba. The first
 call compiles; the code is kept in `__pycache__` or the user's cache, where one of them can be
-written.
+written. It is compiled anew when the file of the function has changed, but not when only a file it
+takes operations from has: after working on `pamr_vectors.py`, delete `__pycache__`.
 """
 
 from __future__ import annotations
