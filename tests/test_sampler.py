@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from multiprocessing import active_children
 from pathlib import Path
 
 import h5py
@@ -278,6 +279,22 @@ def test_loader(folder: Path, workers: int, method: str | None, prefetch: int) -
     assert loader.state_dict()["position"] == 4
     assert [batch["caption_row"].tolist() for batch in loader] == want[1][4:]
     assert [batch["caption_row"].tolist() for batch in loader] == want[1]
+    loader.close()
+
+
+def test_closed_loader_has_no_workers_and_can_be_used_again(folder: Path) -> None:
+    dataset = CaptionBatches(FeatureStore(folder), [], ["embedding"])
+    loader = StoreLoader(dataset, np.arange(50), EpochBatchSampler(dataset.image_row, 8), 2)
+    others = set(active_children())
+    for _ in range(2):
+        batches = iter(loader)
+        next(batches)
+        assert len(set(active_children()) - others) == 2
+        loader.close()  # in the middle of an epoch
+        assert not set(active_children()) - others
+    loader.close()
+    assert len(list(loader)) == 6
+    loader.close()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -78,6 +78,7 @@ class FeatureDataModule(L.LightningDataModule):
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.start_method = start_method
         self._train: StoreLoader | None = None
+        self._open: list[StoreLoader] = []
         self._resume: dict[str, Any] = {}
         self.store = FeatureStore(store)
         held_out = FeatureStore(val_store) if val_store else self.store
@@ -148,7 +149,7 @@ class FeatureDataModule(L.LightningDataModule):
         trainer = self.trainer
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         ahead = 2 if on_gpu or self.num_workers else 0
-        return StoreLoader(
+        loader = StoreLoader(
             data,
             rows,
             sampler,
@@ -157,6 +158,13 @@ class FeatureDataModule(L.LightningDataModule):
             pin_memory=on_gpu,
             start_method=self.start_method,
         )
+        self._open.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """End the loaders' workers."""
+        while self._open:
+            self._open.pop().close()
 
 
 def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from talk2dino.features.dataset import Batch, CaptionBatches
 from talk2dino.features.sampler import EpochBatchSampler
@@ -50,18 +51,8 @@ class StoreLoader:
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.batch_sampler = None  # Lightning looks for it where it finds `sampler`
         self._epoch, self._consumed = sampler.epoch, 0
+        self.start_method = start_method
         self._workers: DataLoader[Batch] | None = None
-        if num_workers:
-            self._workers = DataLoader(
-                _Rows(data, rows),
-                sampler=_Announcing(self),
-                batch_size=None,  # the sampler gives whole batches
-                num_workers=num_workers,
-                prefetch_factor=max(1, prefetch),
-                persistent_workers=True,
-                pin_memory=pin_memory,
-                multiprocessing_context=start_method,
-            )
 
     def __len__(self) -> int:
         """Batches per epoch, wherever an iteration begins."""
@@ -69,9 +60,20 @@ class StoreLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._epoch, self._consumed = self.sampler.epoch, self.sampler.start
-        for batch in self._workers or self._read_here():
+        for batch in self._read_by_workers() if self.num_workers else self._read_here():
             self._consumed += 1
             yield batch
+
+    def close(self) -> None:
+        """End the workers; the next iteration starts new ones.
+
+        Else they end with the loader, and where it is part of a cycle of references, Python closes
+        their queues first and PyTorch then waits 5 seconds for each of them.
+        """
+        iterator = None if self._workers is None else self._workers._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+        self._workers = None
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches of it that were handed over, and all that decides the batches."""
@@ -85,6 +87,20 @@ class StoreLoader:
         """
         self.sampler.load_state_dict(state)
         self._epoch, self._consumed = self.sampler.epoch, self.sampler.start
+
+    def _read_by_workers(self) -> Iterator[Batch]:
+        if self._workers is None:
+            self._workers = DataLoader(
+                _Rows(self.data, self.rows),
+                sampler=_Announcing(self),
+                batch_size=None,  # the sampler gives whole batches
+                num_workers=self.num_workers,
+                prefetch_factor=max(1, self.prefetch),
+                persistent_workers=True,
+                pin_memory=self.pin_memory,
+                multiprocessing_context=self.start_method,
+            )
+        return iter(self._workers)
 
     def _read_here(self) -> Iterator[Batch]:
         if not self.prefetch:
