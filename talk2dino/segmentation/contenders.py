@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from talk2dino.segmentation.best_class import BestClass, best_class
+from talk2dino.segmentation.parts import equal_parts
 
 LANES = 4  # maps refined together in any case: up to 4 are as fast as one
 TOGETHER = 32  # maps refined before they compete: they and the buffers stay in a shared cache
@@ -108,17 +109,12 @@ def _compete(
     single = sorted(group for group in groups if len(group) == 1)
     several = [group for group in groups if len(group) > 1]
     left: list[list[int]] = []
-    for part in _parts(single + several):
+    groups = single + several
+    for start, stop in equal_parts(len(groups), TOGETHER):
+        part = groups[start:stop]
         refined = refine(torch.stack([scores[:, group].amax(1) for group in part], 1))
         alone = [group[0] for group in part if len(group) == 1]
         best.add(refined[: len(alone)], alone)
         reached = best.reached_by(refined[len(alone) :])
         left += [group for group, one in zip(part[len(alone) :], reached, strict=True) if one]
     return left
-
-
-def _parts(groups: list[list[int]]) -> list[list[list[int]]]:
-    """Equal parts of at most `TOGETHER`."""
-    parts = -(-len(groups) // TOGETHER)
-    edges = [len(groups) * part // parts for part in range(parts + 1)]
-    return [groups[start:stop] for start, stop in pairwise(edges)]

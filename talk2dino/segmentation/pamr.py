@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 from weakref import finalize
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.memory import Memory
+from talk2dino.segmentation.parts import equal_parts
 from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
@@ -205,8 +205,7 @@ class Gather:
         if self.size != size:
             self.index = neighbours(*size, self.dilations, mask.device)  # [HW, N]
             self.size = size
-        parts = -(-classes // CLASSES)
-        for start, stop in pairwise(classes * part // parts for part in range(parts + 1)):
+        for start, stop in equal_parts(classes, CLASSES):
             values = _class_last(mask[start:stop], *size)
             for _ in range(num_iter):
                 values = F.embedding_bag(self.index, values, per_sample_weights=weights, mode="sum")

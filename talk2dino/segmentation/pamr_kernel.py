@@ -13,7 +13,7 @@ The first call with a number of groups compiles it. Threads take blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from talk2dino.segmentation.pamr_vectors import (
     store,
     zeros,
 )
+from talk2dino.segmentation.parts import equal_parts
 
 WIDEST = 32  # classes refined together; more overflow the first cache
 REACH_BYTES = 1 << 20  # scores within reach of a tile: half of a second cache of 2 MB
@@ -228,11 +229,10 @@ class Compiled:
         """See `pamr.Engine`."""
         classes, height, width = target.shape
         row = -(-width // 4) + 2 * self.margin
-        parts = -(-classes // WIDEST)
-        edges = [classes * part // parts for part in range(parts + 1)]
-        lanes = -(-max(stop - start for start, stop in pairwise(edges)) // 4) * 4
+        parts = equal_parts(classes, WIDEST)
+        lanes = -(-max(stop - start for start, stop in parts) // 4) * 4
         buffers = [self.memory.take(height * row * lanes * 4) for _ in range(2)]
-        for start, stop in pairwise(edges):
+        for start, stop in parts:
             lanes = -(-(stop - start) // 4) * 4
             old, new = (
                 buffer[: height * row * lanes * 4].reshape(height, row, lanes, 4)
