@@ -54,3 +54,9 @@ def test_weights_stay_as_long_as_somebody_refines_with_them() -> None:
     held = len(refine._memory._free)
     del kept
     assert len(refine._memory._free) == held + 1
+
+
+def test_nothing_is_kept_where_nothing_is_refined() -> None:
+    refine = PAMR(num_iter=0)
+    refine(torch.rand(1, 3, 20, 20), torch.rand(1, 2, 5, 5))
+    assert not refine._memory._free

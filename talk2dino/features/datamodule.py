@@ -78,7 +78,7 @@ class FeatureDataModule(L.LightningDataModule):
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.start_method = start_method
         self._train: StoreLoader | None = None
-        self._open: list[StoreLoader] = []
+        self._val: StoreLoader | None = None
         self._resume: dict[str, Any] = {}
         self.store = FeatureStore(store)
         held_out = FeatureStore(val_store) if val_store else self.store
@@ -141,7 +141,8 @@ class FeatureDataModule(L.LightningDataModule):
             shuffle="none",
             drop_last=False,
         )
-        return self._loader(self.val_data, self.val_rows, sampler)
+        self._val = self._loader(self.val_data, self.val_rows, sampler)
+        return self._val
 
     def _loader(
         self, data: CaptionBatches, rows: NDArray[np.int64], sampler: EpochBatchSampler
@@ -149,7 +150,7 @@ class FeatureDataModule(L.LightningDataModule):
         trainer = self.trainer
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         ahead = 2 if on_gpu or self.num_workers else 0
-        loader = StoreLoader(
+        return StoreLoader(
             data,
             rows,
             sampler,
@@ -158,13 +159,12 @@ class FeatureDataModule(L.LightningDataModule):
             pin_memory=on_gpu,
             start_method=self.start_method,
         )
-        self._open.append(loader)
-        return loader
 
     def teardown(self, stage: str) -> None:
         """End the loaders' workers."""
-        while self._open:
-            self._open.pop().close()
+        for loader in (self._train, self._val):
+            if loader is not None:
+                loader.close()
 
 
 def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:

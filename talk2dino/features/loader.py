@@ -92,7 +92,7 @@ class StoreLoader:
         if self._workers is None:
             self._workers = DataLoader(
                 _Rows(self.data, self.rows),
-                sampler=_Announcing(self),
+                sampler=_Announcing(self.data, self.sampler),
                 batch_size=None,  # the sampler gives whole batches
                 num_workers=self.num_workers,
                 prefetch_factor=max(1, self.prefetch),
@@ -104,12 +104,12 @@ class StoreLoader:
 
     def _read_here(self) -> Iterator[Batch]:
         if not self.prefetch:
-            yield from map(self._read, _Announcing(self))
+            yield from map(self._read, _Announcing(self.data, self.sampler))
             return
         pending: deque[Future[Batch]] = deque()
         thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
-            for positions in _Announcing(self):
+            for positions in _Announcing(self.data, self.sampler):
                 pending.append(thread.submit(self._read, positions))
                 if len(pending) > self.prefetch:
                     yield pending.popleft().result()
@@ -128,18 +128,16 @@ class StoreLoader:
 class _Announcing:
     """A sampler that has the store read ahead what it is about to ask for."""
 
-    def __init__(self, loader: StoreLoader) -> None:
-        self.loader = loader
+    def __init__(self, data: CaptionBatches, sampler: EpochBatchSampler) -> None:
+        self.data, self.sampler = data, sampler
 
     def __len__(self) -> int:
-        return len(self.loader.sampler)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        loader, sampler = self.loader, self.loader.sampler
-        start = sampler.start
-        for position, rows in enumerate(sampler, start):
-            for images in _runs(sampler.ahead(position)):
-                loader.data.will_need(*images)
+        for position, rows in enumerate(self.sampler, self.sampler.start):
+            for images in _runs(self.sampler.ahead(position)):
+                self.data.will_need(*images)
             yield rows
 
 

@@ -56,8 +56,8 @@ def best_class(
         width: columns of the picture.
         background_threshold: see `BestClass`.
         device: where the scores are.
-        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`): at
-            least three times as fast, but ready half a second later; scores agree to 1e-6.
+        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`):
+            about three times as fast, but ready half a second later; scores agree to 1e-6.
     """
     if compiled and (device is None or device.type == "cpu"):
         try:

@@ -119,7 +119,8 @@ class PAMR(nn.Module):
             weights = engine.affinity(image.float()) if self.num_iter else torch.empty(0)
             size = (image.shape[-2], image.shape[-1])
             prepared = Prepared(engine, weights, size, self.num_iter)
-            finalize(prepared, engine.release, weights).atexit = False
+            if self.num_iter:
+                finalize(prepared, engine.release, weights).atexit = False
             yield prepared
 
     def engine(self, device: torch.device) -> Engine:

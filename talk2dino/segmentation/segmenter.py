@@ -2,8 +2,8 @@
 
 Two steps that can be run apart: `encode` needs the encoder and does not know the classes,
 `label`, or `score` and `decide`, need neither the encoder nor the picture's file. Whoever tries
-several class lists, thresholds or refinements on an image encodes it once. No call writes to the
-segmenter, so threads may share one.
+several class lists, thresholds or refinements on an image encodes it once. Calls leave
+nothing in the segmenter but memory to be used again, so threads may share one.
 """
 
 from __future__ import annotations
