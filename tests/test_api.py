@@ -368,9 +368,12 @@ def test_short_types_stay_close(model: Talk2DINO, pixels: torch.Tensor) -> None:
 
 
 def test_copies_and_pickles_work(model: Talk2DINO, pixels: torch.Tensor) -> None:
-    want = model.segment(pixels, ["cat", "dog"], short_side=32).scores
+    # Words of this test alone: copies start without the text rows that the model remembers, and
+    # rows embedded in another company may be rounded in another way.
+    words = ["heron", "kite"]
+    want = model.segment(pixels, words, short_side=32).scores
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other.segment(pixels, ["cat", "dog"], short_side=32).scores, want)
+        assert torch.equal(other.segment(pixels, words, short_side=32).scores, want)
 
 
 def test_widths_must_fit(model: Talk2DINO) -> None:
