@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -44,6 +46,7 @@ from talk2dino.segmentation.report import table
 def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
     cli.refuse_ddp_in_sweep(config)
+    check_counts(config)
     check_precision(str(config.trainer.get("precision", "32-true")))
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
@@ -85,6 +88,18 @@ def check_files(benchmark: Benchmark) -> None:
     with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("checking files", total=None)
         benchmark.check(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def check_counts(config: DictConfig) -> None:
+    """Refuse numbers that nothing could be done with.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    least = {"batch_size": 1, "window_batch_size": 1}
+    for key in (*least, "num_workers", "pictures", "examples"):
+        if config[key] < least.get(key, 0):
+            raise ConfigError(f"{key}={config[key]}: use {least.get(key, 0)} or more")
 
 
 def check_precision(precision: str) -> None:
@@ -210,7 +225,8 @@ def describe_run(
     node = config.get("benchmark")
     protocol: Any = _plain(node) or {}
     return {
-        "classes": [list(spec.synonyms) for spec in benchmark.class_list.classes],
+        "classes": [asdict(spec) for spec in benchmark.class_list.classes],
+        "unlabelled": list(benchmark.class_list.unlabelled),
         **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
         "pamr": config.pamr,
         "pamr_whole_image": config.pamr_whole_image,
@@ -219,6 +235,21 @@ def describe_run(
         "projection": state_dict_digest(projection),
         "vision": state_dict_digest(model.vision),
         "text": model.text.describe()["weights_sha256"],
+        **_specs(model),
+    }
+
+
+def _specs(model: Talk2DINO) -> dict[str, Any]:
+    """How the encoders are built, without what changes no figure or stands in a digest."""
+    specs = {
+        "vision": getattr(model.vision, "spec", None),
+        "text": model.text.describe().get("spec"),
+    }
+    return {
+        f"{side}.{key}": value
+        for side, spec in specs.items()
+        for key, value in (spec or {}).items()
+        if key not in ("weights", "batch_size", "compile")
     }
 
 
@@ -242,9 +273,12 @@ def how_to_go_on(folder: Path) -> str:
     """What to do after an image could not be read."""
     done = len(Records(folder / "records").read())
     run = folder.parent if folder.name == "untrained" else folder
+    where = f"run.dir={run}"
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        where = f"sweep.dir={HydraConfig.get().sweep.dir}"
     return (
-        f"{done} images are finished and kept: mend this and run the same command with "
-        f"hydra.run.dir={run}"
+        f"{done} images are finished and kept: mend the file and run the same command with "
+        f"hydra.{where}; other settings begin anew"
     )
 
 

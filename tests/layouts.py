@@ -132,7 +132,7 @@ def write_layout(
         quality = {} if image.suffix == ".png" else {"quality": 95, "subsampling": 0}
         Image.fromarray(pixels.astype(np.uint8)).save(image, **quality)
         stored(name, meaning, random).save(mask)
-        found[path.rpartition("/")[2]] = meaning
+        found[path] = meaning
     if name.endswith("_raw"):
         # a file besides the label map, as the downloads have them
         mask.with_name(f"{mask.stem}_color.png").write_text("")

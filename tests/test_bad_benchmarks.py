@@ -22,7 +22,7 @@ from talk2dino.segmentation.cityscapes import CityscapesBenchmark
 from talk2dino.segmentation.class_files import read_classes
 from talk2dino.segmentation.coco_stuff import CocoStuffBenchmark
 from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.pictures import picture_size, read_image
+from talk2dino.segmentation.pictures import picture_size, read_image, read_values
 from tests.pipeline import TRAIN, HashText, fails
 from tests.test_benchmarks import Named, directions
 from tests.test_segmenter import MeanColourEncoder
@@ -119,18 +119,18 @@ def monstrous_image(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lone_image, r"masks: 1 images have no label map, the first is 1\.jpg; add 1\.png or"),
+        (lone_image, r"masks: 1 images have no label map, the first is 1\.jpg; add 1\.png, move"),
         (lone_mask, r"images: 1 label maps have no image, the first is 1\.png; add the image"),
         (two_images_of_one_name, r"images: 1\.PNG and 1\.jpg share one label map; keep one"),
         (other_size, r"masks/1\.png: \(24, 33\) rows and columns, its image 1\.jpg has \(24, 32\)"),
-        (rotated_image, r"1\.png: \(24, 32\) .* has \(32, 24\); the image is turned upright by"),
+        (rotated_image, r"1\.png: \(24, 32\) .* has \(32, 24\); it is turned upright by"),
         (no_picture, r"images/1\.jpg: cannot be read"),
         (no_label_map, r"masks/1\.png: cannot be read"),
         (
             huge_image,
             r"images/1\.png: 9000x12000 pixels, more than benchmark\.max_pixels=100000000",
         ),
-        (monstrous_image, r"images/1\.png: cannot be read \(Image size \(180000000 pixels\)"),
+        (monstrous_image, r"images/1\.png: more than 178956970 pixels, .*; scale the"),
     ],
 )
 def test_found_before_the_work(root: Path, spoil: Callable[[Path], None], message: str) -> None:
@@ -162,6 +162,8 @@ def test_split_files(root: Path, text: bytes | None, message: str) -> None:
         ({"images": "none"}, r"benchmark\.images=.*none: no such folder; .* benchmark\.root=DIR"),
         ({"masks": "none"}, r"benchmark\.masks=.*none: no such folder"),
         ({"image_suffix": ".png"}, r"benchmark\.images=.*: no file ends in \.png"),
+        ({"short_side": 0}, r"benchmark\.short_side=0: use 1 or more pixels"),
+        ({"stride": 500}, r"benchmark\.stride=500 leaves gaps between windows of 448"),
         ({"ignore_index": 1}, r"benchmark\.ignore_index=1 is also a class"),
         ({"ignore_index": -1}, r"benchmark\.ignore_index=-1 is also a class"),
         ({"label_map": {"a": 1}}, r"benchmark\.label_map holds 'a'; give whole numbers 0\.\.65535"),
@@ -298,6 +300,8 @@ def test_the_command_says_it_in_one_line(
     folder = tmp_path / "run"
     line = fails(capfd, *command, f"hydra.run.dir={folder}")
     assert line.startswith(f"{root}/masks/1.png: (24, 33) rows and columns")
+    line = fails(capfd, *command, "batch_size=0", f"hydra.run.dir={folder}")
+    assert line == "batch_size=0: use 1 or more"
     foreign_label(root)
     line = fails(capfd, *command, f"hydra.run.dir={folder}")
     assert line.startswith(f"{root}/masks/1.png: label value 7, 9 is no class")
@@ -373,6 +377,27 @@ def test_damaged_exif_is_overlooked(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     assert picture_size(tmp_path / "a.jpg") == (4, 6)
     assert read_image(tmp_path / "a.jpg").shape == (3, 4, 6)
+
+
+def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6  # a quarter turn to the right makes it upright
+    stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    assert picture_size(tmp_path / "a.png") == (6, 4)
+    assert np.array_equal(read_values(tmp_path / "a.png"), np.rot90(stored, -1))
+
+
+def test_numbers_with_fractions_are_no_picture(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "a.tif")
+    refused("a.tif: .*numbers with fractions; save it", lambda: read_image(tmp_path / "a.tif"))
+
+
+def test_hidden_files_and_folders_are_no_images(root: Path) -> None:
+    (root / "images" / "._1.jpg").write_bytes(b"")
+    (root / "images" / "folder.jpg").mkdir()
+    (root / "images" / "notes.pdf").write_bytes(b"")
+    assert len(build(root)) == 3
 
 
 def test_json_from_a_browser_keeps_its_line(root: Path) -> None:

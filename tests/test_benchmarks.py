@@ -320,10 +320,12 @@ def test_subfolders_and_split(tmp_path: Path) -> None:
     keys = ["benchmark.classes=[cat]", "benchmark.recursive=true"]
     keys += ["benchmark.mask_suffix=_label.png", "benchmark.image_suffix=.png"]
     bench = custom(tmp_path, *keys)
-    assert [bench.sample(i).name for i in range(len(bench))] == ["a-x", "b-x", "b-y"]
+    assert [bench.sample(i).name for i in range(len(bench))] == ["a/x", "b/x", "b/y"]
     (tmp_path / "val.txt").write_text("b/y\n\na/x\n")
+    first = custom(tmp_path, *keys, "benchmark.limit=1")
+    assert first.sample(0).name == "a/x"  # a name says the same image, however many are taken
     bench = custom(tmp_path, *keys, "benchmark.split=val.txt")
-    assert [bench.sample(i).name for i in range(len(bench))] == ["y", "x"]
+    assert [bench.sample(i).name for i in range(len(bench))] == ["b/y", "a/x"]
 
 
 def test_a_benchmark_is_added_by_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,14 @@ def test_an_array_that_fits_is_used_again() -> None:
     assert memory.take(7).ctypes.data == large.ctypes.data
 
 
+def test_a_large_array_stays_large_when_a_part_of_it_was_used() -> None:
+    memory = Memory()
+    large = memory.take(1000)
+    memory.give(large)
+    memory.give(memory.take(10))
+    assert memory.take(1000).ctypes.data == large.ctypes.data
+
+
 def test_one_that_is_too_small_is_replaced() -> None:
     memory = Memory()
     memory.give(memory.take(10))

@@ -131,7 +131,9 @@ def test_a_broken_image_does_not_lose_the_others(tmp_path: Path) -> None:
         DataError, match=r"masks/2\.png.* \(2 images are finished and kept"
     ) as error:
         evaluate(folder, benchmark(root))
-    assert str(error.value).endswith(f"run the same command with hydra.run.dir={folder})")
+    assert str(error.value).endswith(
+        f"run the same command with hydra.run.dir={folder}; other settings begin anew)"
+    )
     mask.write_bytes(good)
     assert evaluate(folder, benchmark(root))["per_class"] == whole["per_class"]
 
@@ -156,6 +158,11 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     config = settings(benchmark={"window": 16, "reference": {"a": 1.0}})
     with pytest.raises(ConfigError, match=r"began with benchmark\.window=null, now it is 16"):
         evaluate(folder, benchmark(root), config)
+    names = benchmark(root).class_list.names
+    turned = [{"name": name, "id": number} for number, name in enumerate(names)]
+    turned[0]["id"], turned[1]["id"] = 1, 0
+    with pytest.raises(ConfigError, match=r"began with classes=.*choose another"):
+        evaluate(folder, benchmark(root, classes=turned))
     evaluate(folder, benchmark(root), settings(resume=False, pamr=True))
 
 

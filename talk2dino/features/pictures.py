@@ -9,6 +9,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
+SUFFIXES = frozenset(  # of files that are taken for pictures, where only a folder is named
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"),
+        *(".bmp", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm"),
+    )
+)
 _TURN = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -18,6 +24,12 @@ _TURN = {  # EXIF orientation -> what turns the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file of a folder is taken for a picture: by its suffix, unless it is hidden."""
+    known = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return known and path.is_file()
 
 
 def read_picture(file: Path | BinaryIO) -> Image.Image:
@@ -43,8 +55,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         OSError: the file is truncated; a broken decoder may raise anything else.
+        ValueError: numbers with fractions, whose range nobody knows.
     """
-    turn = _turn(image)
+    if image.mode == "F":
+        raise ValueError("pixels are numbers with fractions; save it with 8 or 16 bits a channel")
+    turn = orientation(image)
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
@@ -73,7 +88,8 @@ def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
     return image.crop((0, excess, width, height - excess))
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright by its EXIF tag; None if it is."""
     try:
         return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged tags raise all sorts of errors; the picture itself may be sound

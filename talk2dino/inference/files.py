@@ -11,10 +11,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from talk2dino.atomic import write_json
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.features.pictures import is_picture
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import class_colours
 from talk2dino.segmentation.report import save_picture
@@ -82,12 +81,11 @@ def plan(image: str, output: Path) -> list[Job]:
 
 
 def _several(image: str, path: Path) -> list[Path]:
-    known = Image.registered_extensions()
     if path.is_dir():
-        found = [one for one in path.iterdir() if one.suffix.lower() in known]
+        found = list(path.iterdir())
     else:
         found = [Path(one) for one in glob(str(path), recursive=True)]  # noqa: PTH207 (any root)
-        found = [one for one in found if one.is_file() and one.suffix.lower() in known]
+    found = [one for one in found if is_picture(one)]
     if not found and path.is_dir():
         raise DataError(f"image={image}: no pictures in this folder")
     if not found:

@@ -98,8 +98,9 @@ def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
     if image.dtype.kind == "u" and image.dtype != np.uint8:
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
-    # negative strides (a flipped view) have no place in a tensor
-    return _to_bytes(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), image.size)
+    # a tensor has no negative strides (a flipped view) and may be written to
+    pixels = np.array(image, order="C")
+    return _to_bytes(torch.from_numpy(pixels).permute(2, 0, 1), image.size)
 
 
 def _to_bytes(image: Tensor, count: int) -> Tensor:

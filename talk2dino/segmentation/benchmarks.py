@@ -22,7 +22,7 @@ class Sample:
     """One image of a benchmark.
 
     Attributes:
-        name: unique in the benchmark, usable as a file name.
+        name: unique in the benchmark, usable as a file's path.
         image: [3, H, W] uint8 RGB.
         target: [H, W] int64, class index or the ignored value.
     """
@@ -74,6 +74,14 @@ class Benchmark:
                 f"benchmark.vocabulary={self.vocabulary!r}; choose one of {', '.join(VOCABULARIES)}"
             )
         check_limit(self.limit, "benchmark.limit")
+        for key in ("short_side", "long_side", "window", "stride", "input_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"benchmark.{key}={getattr(self, key)}: use 1 or more pixels")
+        if self.stride > self.window:
+            raise ConfigError(
+                f"benchmark.stride={self.stride} leaves gaps between windows of {self.window} "
+                f"pixels; use at most benchmark.window={self.window}"
+            )
         self.threshold(None)  # refuses a mapping that does not fit every model
 
     @property

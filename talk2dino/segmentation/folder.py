@@ -119,7 +119,7 @@ class FolderBenchmark(Benchmark):
         check_pairs(self._pairs, self.max_pixels, advance)
 
     def image_name(self, index: int) -> str:
-        """Stem of the image's file."""
+        """Path of the image's file below the folder, without suffix."""
         return self._pairs[index].name
 
     def sample(self, index: int) -> Sample:

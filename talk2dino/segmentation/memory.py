@@ -30,7 +30,8 @@ class Memory:
 
     def give(self, array: Floats) -> None:
         """Hand back a flat array from `take` that is read and written no more."""
-        self._free.append(array)
+        whole = array.base if isinstance(array.base, np.ndarray) else array
+        self._free.append(_aligned(whole))  # not only the part that was asked for
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()
@@ -38,5 +39,9 @@ class Memory:
 
 def _new(size: int) -> Floats:
     # From NumPy, since it asks the system for large pages: first touch and far reads cost less.
-    memory = np.empty(size + LINE, np.float32)
-    return memory[-memory.ctypes.data // 4 % LINE :][:size]
+    return _aligned(np.empty(size + LINE, np.float32))[:size]
+
+
+def _aligned(memory: Floats) -> Floats:
+    """From the first line of the cache on."""
+    return memory[-memory.ctypes.data // 4 % LINE :]

@@ -47,22 +47,26 @@ class ImageFiles:
 
     def paths(self, index: int, name: str) -> list[Path]:
         """Files that image `index` has when it is finished."""
-        wanted = [
-            ("pictures", index < self.pictures),
-            ("label_maps", self.label_maps),
-            ("overlays", self.label_maps),
-        ]
-        return [self.folder / kind / f"{name}.png" for kind, wished in wanted if wished]
+        return list(self._places(index, name).values())
+
+    def _places(self, index: int, name: str) -> dict[str, Path]:
+        wanted = {
+            "pictures": index < self.pictures,
+            "label_maps": self.label_maps,
+            "overlays": self.label_maps,
+        }
+        kinds = [kind for kind, wished in wanted.items() if wished]
+        return {kind: self.folder / kind / f"{name}.png" for kind in kinds}
 
     def write(self, index: int, sample: Sample, labels: Tensor) -> None:
         """Write the image's files; each appears complete or not at all."""
-        paths = self.paths(index, sample.name)
-        labels = labels.cpu() if paths else labels
-        for path in paths:
+        places = self._places(index, sample.name)
+        labels = labels.cpu() if places else labels
+        for kind, path in places.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.parent.name == "label_maps":
+            if kind == "label_maps":
                 save_label_map(labels, path, self.palette or class_colours(self.names))
-            elif path.parent.name == "overlays":
+            elif kind == "overlays":
                 save_picture(overlay(pixels(sample), labels, self.names), path)
             else:
                 save_picture(panel(sample, labels, self.names, self.ignore_index), path)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from talk2dino.errors import DataError
-from talk2dino.segmentation.pictures import SUFFIXES, picture_size
+from talk2dino.features.pictures import is_picture
+from talk2dino.segmentation.pictures import is_turned, picture_size
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its label map; `name` is unique and usable as a file name."""
+    """An image and its label map; `name` is the image's path in its folder, without suffix."""
 
     name: str
     image: Path
@@ -73,10 +74,10 @@ def find_pairs(layout: Layout, limit: int | None = None) -> list[Pair]:
         missing = layout.masks / f"{_name(without[0], layout)}{layout.mask_suffix}"
         raise DataError(
             f"benchmark.masks={layout.masks}: {len(without)} images have no label map, the first "
-            f"is {without[0].name}; add {missing.relative_to(layout.masks)} or move the image away"
+            f"is {without[0].name}; add {missing.relative_to(layout.masks)}, move the image away, "
+            f"or say how label maps end (benchmark.mask_suffix={layout.mask_suffix})"
         )
-    short = _file_names(names)
-    return [Pair(short[name], images[name], masks[name]) for name in names]
+    return [Pair(name, images[name], masks[name]) for name in names]
 
 
 def check_pairs(
@@ -101,8 +102,9 @@ def check_pairs(
         if size[0] * size[1] > max_pixels:
             raise DataError(
                 f"{pair.image}: {size[0]}x{size[1]} pixels, more than benchmark.max_pixels="
-                f"{max_pixels}; scale the image and its label map down, or raise that key (a "
-                "pixel takes about 60 bytes of memory)"
+                f"{max_pixels}; scale the image and its label map down, or raise that key (a pixel "
+                "takes about 60 bytes of memory, with pictures=1 or more 170; batch_size images "
+                "are held at once)"
             )
         advance(done, len(pairs))
 
@@ -115,7 +117,7 @@ def check_size(mask: tuple[int, int], image: tuple[int, int], pair: Pair) -> Non
     """
     if mask == image:
         return
-    turned = "; the image is turned upright by its EXIF tag" if mask == image[::-1] else ""
+    turned = "; it is turned upright by an EXIF tag" if is_turned(pair.image) else ""
     raise DataError(
         f"{pair.mask}: {mask} rows and columns, its image {pair.image.name} has {image}{turned}; "
         "export the label map at the image's size"
@@ -124,10 +126,9 @@ def check_size(mask: tuple[int, int], image: tuple[int, int], pair: Pair) -> Non
 
 def _listed(folder: Path, suffix: str | None, recursive: bool, key: str) -> dict[str, Path]:
     """Files by their path below the folder without suffix."""
-    ends = (suffix.lower(),) if suffix else SUFFIXES
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(ends):
+        if not (_has_suffix(path, suffix) if suffix else is_picture(path)):
             continue
         relative = path.relative_to(folder).as_posix()
         name = relative[: -len(suffix or path.suffix)]
@@ -141,6 +142,11 @@ def _listed(folder: Path, suffix: str | None, recursive: bool, key: str) -> dict
         wanted = f"no file ends in {suffix}" if suffix else "no images in this folder"
         raise DataError(f"benchmark.{key}={folder}: {wanted}")
     return found
+
+
+def _has_suffix(path: Path, suffix: str) -> bool:
+    named = path.name.lower().endswith(suffix.lower()) and not path.name.startswith(".")
+    return named and path.is_file()
 
 
 def _name(image: Path, layout: Layout) -> str:
@@ -198,11 +204,3 @@ def _belongs(name: str, images: Container[str]) -> bool:
         if not underscore:
             return False
     return True
-
-
-def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """Last parts if they are unique, else whole paths with `-` for `/`."""
-    last = {name: name.rpartition("/")[2] for name in names}
-    if len(set(last.values())) == len(last):
-        return last
-    return {name: name.replace("/", "-") for name in names}

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from talk2dino.errors import DataError
-from talk2dino.features.pictures import read_picture
+from talk2dino.features.pictures import orientation, read_picture
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
-_SWAPPED = 5  # EXIF orientations from here on swap rows and columns
+_SWAPS = (  # these turns exchange rows and columns
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
+    *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+)
 
 
 def read_image(path: Path) -> Tensor:
@@ -36,7 +38,9 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_values(path: Path) -> NDArray[Any]:
-    """Read a label file as stored: [H, W] values; of a palette file the indices, not the colours.
+    """Read the values of a label file, [H, W]; of a palette file the indices, not the colours.
+
+    An EXIF tag turns it like a picture.
 
     Raises:
         DataError: not a picture, truncated, or with colour channels.
@@ -47,7 +51,7 @@ def read_values(path: Path) -> NDArray[Any]:
                 f"{path}: a {file.mode} picture, not a label map; save the class values as one "
                 "8-bit channel, or give the classes' colours as benchmark.palette"
             )
-        return np.asarray(file)
+        return np.asarray(_upright(file))
 
 
 def read_colors(path: Path) -> NDArray[np.uint8]:
@@ -57,26 +61,30 @@ def read_colors(path: Path) -> NDArray[np.uint8]:
         DataError: not a picture, or truncated.
     """
     with _readable(path), _open(path) as file:
-        return np.asarray(file.convert("RGB"))
+        return np.asarray(_upright(file.convert("RGB")))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Rows and columns of a picture as `read_image` gives it, from the header alone.
+    """Rows and columns of a picture or label file as it is read, from the header alone.
 
     Raises:
         DataError: not a picture.
     """
     with _readable(path), _open(path) as file:
         columns, rows = file.size
-        turned = _orientation(file) >= _SWAPPED
-    return (columns, rows) if turned else (rows, columns)
+        swapped = orientation(file) in _SWAPS
+    return (columns, rows) if swapped else (rows, columns)
 
 
-def _orientation(file: Image.Image) -> int:
-    try:
-        return int(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged tags raise all sorts of errors; `upright_rgb` overlooks them too
-        return 1
+def is_turned(path: Path) -> bool:
+    """Whether an EXIF tag turns a picture or label file."""
+    with _readable(path), _open(path) as file:
+        return orientation(file) is not None
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    turn = orientation(file)
+    return file if turn is None else file.transpose(turn)
 
 
 @contextmanager
@@ -91,5 +99,11 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(
+            f"{path}: more than {most} pixels, which Pillow does not open; scale the image and "
+            "its label map down"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -16,6 +16,7 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.features import FeatureStore
+from talk2dino.features.pictures import is_picture
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.report import save_picture
 
@@ -108,13 +109,10 @@ def picture_files(images: str | Sequence[str]) -> list[Path]:
     Raises:
         DataError: missing, or a folder without pictures.
     """
-    from PIL import Image
-
     named = [Path(images)] if isinstance(images, str) else [Path(name) for name in images]
     files = named
     if len(named) == 1 and named[0].is_dir():
-        known = Image.registered_extensions()
-        files = sorted(path for path in named[0].iterdir() if path.suffix.lower() in known)
+        files = sorted(path for path in named[0].iterdir() if is_picture(path))
     missing = next((path for path in files if not path.is_file()), None)
     if missing or not files:
         raise DataError(f"sample_segmentations.images={missing or named[0]}: no such picture")

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from talk2dino.errors import DataError
+from talk2dino.features.pictures import is_picture
 from talk2dino.features.sources.base import Entry, FileSource
 
 _TABLES = ("captions.csv", "captions.jsonl", "captions.txt")
@@ -63,8 +62,7 @@ class CaptionFolder(FileSource):
         pairs = [
             (image.name, line.strip())
             for image in sorted(self.images.iterdir())
-            if image.suffix.lower() in Image.registered_extensions()
-            and image.with_suffix(".txt").is_file()
+            if is_picture(image) and image.with_suffix(".txt").is_file()
             for line in _read_text(image.with_suffix(".txt")).splitlines()
             if line.strip()
         ]
