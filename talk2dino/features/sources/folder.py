@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.errors import DataError
-from talk2dino.features.pictures import is_picture
+from talk2dino.features.pictures import SUFFIXES
 from talk2dino.features.sources.base import Entry, FileSource
 
 _TABLES = ("captions.csv", "captions.jsonl", "captions.txt")
@@ -62,7 +62,7 @@ class CaptionFolder(FileSource):
         pairs = [
             (image.name, line.strip())
             for image in sorted(self.images.iterdir())
-            if is_picture(image) and image.with_suffix(".txt").is_file()
+            if image.suffix.lower() in SUFFIXES and image.with_suffix(".txt").is_file()
             for line in _read_text(image.with_suffix(".txt")).splitlines()
             if line.strip()
         ]
