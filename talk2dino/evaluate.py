@@ -96,10 +96,16 @@ def check_counts(config: DictConfig) -> None:
     Raises:
         ConfigError: the first of them.
     """
-    least = {"batch_size": 1, "window_batch_size": 1}
-    for key in (*least, "num_workers", "pictures", "examples"):
-        if config[key] < least.get(key, 0):
-            raise ConfigError(f"{key}={config[key]}: use {least.get(key, 0)} or more")
+    least = {
+        "batch_size": 1,
+        "window_batch_size": 1,
+        "num_workers": 0,
+        "pictures": 0,
+        "examples": 0,
+    }
+    for key, value in least.items():
+        if config[key] < value:
+            raise ConfigError(f"{key}={config[key]}: use {value} or more")
 
 
 def check_precision(precision: str) -> None:
@@ -249,7 +255,7 @@ def _specs(model: Talk2DINO) -> dict[str, Any]:
         f"{side}.{key}": value
         for side, spec in specs.items()
         for key, value in (spec or {}).items()
-        if key not in ("weights", "batch_size", "compile")
+        if key not in ("weights", "batch_size", "image_size")
     }
 
 
@@ -278,7 +284,7 @@ def how_to_go_on(folder: Path) -> str:
         where = f"sweep.dir={HydraConfig.get().sweep.dir}"
     return (
         f"{done} images are finished and kept: mend the file and run the same command with "
-        f"hydra.{where}; other settings begin anew"
+        f"hydra.{where}, and with resume=false if its settings change"
     )
 
 

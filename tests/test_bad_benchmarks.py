@@ -22,7 +22,7 @@ from talk2dino.segmentation.cityscapes import CityscapesBenchmark
 from talk2dino.segmentation.class_files import read_classes
 from talk2dino.segmentation.coco_stuff import CocoStuffBenchmark
 from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.pictures import picture_size, read_image, read_values
+from talk2dino.segmentation.pictures import picture_size, read_colors, read_image, read_values
 from tests.pipeline import TRAIN, HashText, fails
 from tests.test_benchmarks import Named, directions
 from tests.test_segmenter import MeanColourEncoder
@@ -386,6 +386,13 @@ def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     assert picture_size(tmp_path / "a.png") == (6, 4)
     assert np.array_equal(read_values(tmp_path / "a.png"), np.rot90(stored, -1))
+    for kind in ("png", "tif"):
+        coloured = np.stack([stored] * 3, -1)
+        Image.fromarray(coloured).save(tmp_path / f"b.{kind}", exif=exif)
+        upright = np.rot90(coloured, -1)
+        assert picture_size(tmp_path / f"b.{kind}") == (6, 4)
+        assert np.array_equal(read_colors(tmp_path / f"b.{kind}"), upright)
+        assert np.array_equal(read_image(tmp_path / f"b.{kind}").permute(1, 2, 0), upright)
 
 
 def test_numbers_with_fractions_are_no_picture(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def test_colours_are_mixed_with_the_picture() -> None:
     assert image.getpixel((20, 30)) == (100, 100, 100)
 
 
+def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    labels = torch.randint(0, 3, (60, 80))
+    whole = overlay(image, labels, ["a", "background", "c"])
+    monkeypatch.setattr("talk2dino.segmentation.overlay.STRIP", 500)
+    assert np.array_equal(overlay(image, labels, ["a", "background", "c"]), whole)
+
+
 def test_no_opacity_is_the_picture() -> None:
     image, labels = scene()
     picture = overlay(image.convert("L"), labels, ["a", "b"], alpha=0.0, legend=False)

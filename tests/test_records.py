@@ -132,7 +132,8 @@ def test_a_broken_image_does_not_lose_the_others(tmp_path: Path) -> None:
     ) as error:
         evaluate(folder, benchmark(root))
     assert str(error.value).endswith(
-        f"run the same command with hydra.run.dir={folder}; other settings begin anew)"
+        f"run the same command with hydra.run.dir={folder}, and with resume=false "
+        "if its settings change)"
     )
     mask.write_bytes(good)
     assert evaluate(folder, benchmark(root))["per_class"] == whole["per_class"]

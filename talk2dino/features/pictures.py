@@ -59,6 +59,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("pixels are numbers with fractions; save it with 8 or 16 bits a channel")
+    image.load()  # a TIFF is turned by Pillow itself
     turn = orientation(image)
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)

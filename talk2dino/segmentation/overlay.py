@@ -17,6 +17,7 @@ Colour = tuple[int, int, int]
 IGNORED = 255
 BACKGROUND = "background"  # this class keeps the picture as it is, unless a palette colours it
 FIRST = (230, 70, 60)
+STRIP = 1 << 20  # pixels of an overlay that are mixed at once: 100 MB
 HEAT = ((20, 20, 70), (110, 30, 120), (210, 60, 80), (250, 150, 50), (252, 245, 150))
 PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
 
@@ -101,21 +102,38 @@ def overlay(
     if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
         raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
     colours = np.array(class_colours(classes, palette))
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    plain = index == IGNORED
+    pixels = np.array(image.convert("RGB"))
+    plain = [IGNORED]
     if palette is None and BACKGROUND in classes:
-        plain |= index == list(classes).index(BACKGROUND)
-    tint = colours[np.where(plain, 0, index)]
-    mixed = np.where(plain[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
-    edge = (_outline(index, max(1, min(index.shape) // 400)) & (alpha > 0))[..., None]
-    mixed = np.where(edge, 0.25 * mixed + 0.75 * 255, mixed)
-    picture = Image.fromarray(mixed.round().astype(np.uint8))
+        plain.append(list(classes).index(BACKGROUND))
+    edge = _outline(index, max(1, min(index.shape) // 400)) & (alpha > 0)
+    for part in np.array_split(np.arange(len(index)), -(-index.size // STRIP)):
+        rows = slice(part[0], part[-1] + 1)
+        pixels[rows] = _mixed(pixels[rows], index[rows], edge[rows], plain, colours, alpha)
+    picture = Image.fromarray(pixels)
     if not legend or not shown:
         return picture
     shares = [(k, float((index == k).mean())) for k in shown]
     shares.sort(key=lambda pair: -pair[1])
     entries = [(classes[k], share, tuple(colours[k].tolist())) for k, share in shares]
     return _add_legend(picture, entries)
+
+
+def _mixed(
+    pixels: npt.NDArray[np.uint8],
+    index: npt.NDArray[np.int64],
+    edge: npt.NDArray[np.bool_],
+    plain: list[int],
+    colours: npt.NDArray[np.int64],
+    alpha: float,
+) -> npt.NDArray[np.uint8]:
+    """Some rows of an overlay; labels in `plain` stay uncoloured."""
+    uncoloured = np.isin(index, plain)
+    tint = colours[np.where(uncoloured, 0, index)]
+    mixed = np.where(uncoloured[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
+    mixed = np.where(edge[..., None], 0.25 * mixed + 0.75 * 255, mixed)
+    rounded: npt.NDArray[np.uint8] = mixed.round().astype(np.uint8)
+    return rounded
 
 
 def heat_overlay(

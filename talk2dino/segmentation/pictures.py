@@ -61,7 +61,7 @@ def read_colors(path: Path) -> NDArray[np.uint8]:
         DataError: not a picture, or truncated.
     """
     with _readable(path), _open(path) as file:
-        return np.asarray(_upright(file.convert("RGB")))
+        return np.asarray(_upright(file).convert("RGB"))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -71,6 +71,8 @@ def picture_size(path: Path) -> tuple[int, int]:
         DataError: not a picture.
     """
     with _readable(path), _open(path) as file:
+        if file.format == "TIFF" and orientation(file) in _SWAPS:
+            file.load()  # Pillow turns it by itself, and its size sooner or later, by version
         columns, rows = file.size
         swapped = orientation(file) in _SWAPS
     return (columns, rows) if swapped else (rows, columns)
@@ -83,6 +85,7 @@ def is_turned(path: Path) -> bool:
 
 
 def _upright(file: Image.Image) -> Image.Image:
+    file.load()  # a TIFF is turned by Pillow itself
     turn = orientation(file)
     return file if turn is None else file.transpose(turn)
 
