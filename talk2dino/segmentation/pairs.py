@@ -102,9 +102,8 @@ def check_pairs(
         if size[0] * size[1] > max_pixels:
             raise DataError(
                 f"{pair.image}: {size[0]}x{size[1]} pixels, more than benchmark.max_pixels="
-                f"{max_pixels}; scale the image and its label map down, or raise that key (a pixel "
-                "takes about 60 bytes of memory, with pictures=1 or more 170; batch_size images "
-                "are held at once)"
+                f"{max_pixels}; scale the image and its label map down, or raise that key (a "
+                "pixel takes about 70 bytes of memory)"
             )
         advance(done, len(pairs))
 
