@@ -27,20 +27,17 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from talk2dino.atomic import file_digest
-from talk2dino.encoders.device import choose_device
-from talk2dino.encoders.precision import autocast
+from talk2dino.datasets.captions import CocoCaptions, Source
+from talk2dino.datasets.captions.base import Entry, ImageBatches
+from talk2dino.datasets.mosaic import Mosaic
+from talk2dino.encoders.devices import autocast, choose_device
 from talk2dino.encoders.text import SentenceTransformerTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.features.caption_encoding import CaptionEncoding
-from talk2dino.features.extraction import Extraction
-from talk2dino.features.image_batches import ImageBatches
-from talk2dino.features.image_encoding import ImageEncoding
-from talk2dino.features.image_fields import EXTRACTED, select_fields
-from talk2dino.features.shard_rows import ShardRows
-from talk2dino.features.shard_writer import prepare, write_hdf5
-from talk2dino.features.sources import CocoCaptions, Mosaic, Source
-from talk2dino.features.sources.base import Entry
+from talk2dino.features.extraction.encoding import CaptionEncoding, ImageEncoding
+from talk2dino.features.extraction.fields import EXTRACTED, select_fields
+from talk2dino.features.extraction.job import Extraction
+from talk2dino.features.store.shard_writer import ShardRows, prepare, write_hdf5
+from talk2dino.files import file_digest
 
 FIELDS = {
     "all": EXTRACTED,

@@ -26,8 +26,8 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from talk2dino import Talk2DINO
-from talk2dino.segmentation.classes import embed_classes
-from talk2dino.segmentation.folder import FolderBenchmark
+from talk2dino.alignment.class_embeddings import embed_classes
+from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 
 BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}
 VOC = (

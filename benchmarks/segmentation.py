@@ -27,18 +27,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.mosaic import MosaicScenes
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.features.mosaic import MosaicScenes
+from talk2dino.evaluation.metrics import mean_iou_metric
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import KNN, PAMR, Segmenter, clean_background
-from talk2dino.segmentation.best_class import label_map
-from talk2dino.segmentation.class_files import read_classes
-from talk2dino.segmentation.contenders import contender_labels
-from talk2dino.segmentation.metrics import mean_iou_metric
+from talk2dino.segmentation.labels import contender_labels, label_map
 from talk2dino.segmentation.scores import class_scores
 from talk2dino.segmentation.segmenter import EncodedImage
-from talk2dino.segmentation.separable import SeparableScores
-from talk2dino.segmentation.windows import coverage, resize_image, stitch
+from talk2dino.segmentation.windows import SeparableScores, coverage, resize_image, stitch
 
 LIMITS = {21: 0.25, 171: 1.0}  # share of the encoder's time
 STAGES = {  # what each way to labels consists of

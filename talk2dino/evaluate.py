@@ -20,37 +20,36 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from talk2dino import cli
 from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.projection import Projection
-from talk2dino.alignment.projection_base import visual_side
-from talk2dino.atomic import write_json
-from talk2dino.encoders.bundled import cache_dir
-from talk2dino.encoders.cache import CachedTextEncoder
-from talk2dino.encoders.identity import state_dict_digest
+from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.config import command
+from talk2dino.datasets.benchmarks.base import Benchmark
+from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.text.base import CachedTextEncoder
+from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.evaluation.datamodule import SegmentationDataModule
+from talk2dino.evaluation.module import Keep, SegmentationModule
+from talk2dino.evaluation.progress import EvaluationProgress
+from talk2dino.evaluation.records import Records
+from talk2dino.files import write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import PAMR, Segmenter
-from talk2dino.segmentation.benchmarks import Benchmark
-from talk2dino.segmentation.classes import embed_classes
-from talk2dino.segmentation.datamodule import SegmentationDataModule
 from talk2dino.segmentation.html_report import ENVIRONMENT, write_report
-from talk2dino.segmentation.module import Keep, SegmentationModule
-from talk2dino.segmentation.progress import EvaluationProgress
-from talk2dino.segmentation.records import Records
 from talk2dino.segmentation.report import table
 
 
 def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
-    cli.refuse_ddp_in_sweep(config)
+    command.refuse_ddp_in_sweep(config)
     check_counts(config)
     check_precision(str(config.trainer.get("precision", "32-true")))
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
-    benchmark: Benchmark = cli.build(config.benchmark)
+    benchmark: Benchmark = command.build(config.benchmark)
     check_files(benchmark)
     model = load_model(config)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -127,8 +126,8 @@ def load_model(config: DictConfig) -> Talk2DINO:
     return Talk2DINO.from_pretrained(
         config.checkpoint,
         device="cpu",  # the trainer moves it
-        vision=cli.build(config.vision) if config.vision else None,
-        text=cli.build(config.text) if config.text else None,
+        vision=command.build(config.vision) if config.vision else None,
+        text=command.build(config.text) if config.text else None,
     )
 
 
@@ -178,7 +177,7 @@ def predict(
         results_file=file,
     )
     extra = {"callbacks": [EvaluationProgress()]} if config.trainer.enable_progress_bar else {}
-    trainer: L.Trainer = cli.build(
+    trainer: L.Trainer = command.build(
         config.trainer, default_root_dir=str(folder), logger=False, **extra
     )
     data = SegmentationDataModule(
@@ -187,7 +186,7 @@ def predict(
     try:
         trainer.predict(module, data, return_predictions=False)
     except Exception as error:
-        message = cli.user_message(error)
+        message = command.user_message(error)
         if message is None or isinstance(error, ConfigError):
             raise
         raise DataError(f"{message} ({how_to_go_on(folder)})") from error
@@ -219,7 +218,7 @@ def build_segmenter(
         pamr=PAMR() if config.pamr else None,
         window_batch_size=config.window_batch_size,
         project_patches=visual_side(projection),
-        knn=cli.build(config.refinement) if config.refinement else None,
+        knn=command.build(config.refinement) if config.refinement else None,
         pamr_whole_image=config.pamr_whole_image,
     )
 
@@ -289,4 +288,4 @@ def how_to_go_on(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run("evaluate", evaluate)
+    command.run("evaluate", evaluate)

@@ -7,17 +7,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from talk2dino import cli
+from talk2dino.config import command
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.segment import HOW, class_words
-from talk2dino.segmentation.onnx_export import (
+from talk2dino.inference.onnx_export import (
     ExportedFile,
     export_dense,
     export_projection,
     require_packages,
     sorted_rows,
 )
+from talk2dino.segment import HOW, class_words
 
 
 def require(config: DictConfig) -> None:
@@ -42,12 +42,12 @@ def export(config: DictConfig) -> None:
     output = Path(config.output).expanduser()
     single = output.suffix == ".onnx"
     words = class_words(config.classes) if config.classes is not None else {}
-    cli.require_output_folder(output.parent if single else output, "output")
+    command.require_output_folder(output.parent if single else output, "output")
     model = Talk2DINO.from_pretrained(
         config.checkpoint,
         device="cpu",
-        vision=cli.build(config.vision) if config.vision else None,
-        text=cli.build(config.text) if config.text else None,
+        vision=command.build(config.vision) if config.vision else None,
+        text=command.build(config.text) if config.text else None,
     )
     facts = _facts(model)
     if not single:
@@ -87,4 +87,4 @@ def _say(done: ExportedFile) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("export", export, require)
+    command.run("export", export, require)

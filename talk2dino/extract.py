@@ -20,12 +20,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from talk2dino import cli
-from talk2dino.encoders.device import choose_device
-from talk2dino.encoders.ranks import process_rank
+from talk2dino.config import command
+from talk2dino.encoders.devices import choose_device, process_rank
 from talk2dino.errors import StoreError
-from talk2dino.features.extraction import Extraction
-from talk2dino.features.schema import Manifest
+from talk2dino.features.extraction.job import Extraction
+from talk2dino.features.store.schema import Manifest
 
 
 def extract(config: DictConfig) -> None:
@@ -47,13 +46,13 @@ def extract(config: DictConfig) -> None:
 
 def extraction(config: DictConfig) -> Extraction:
     """Build source and encoders of a config; under torchrun or srun for this rank."""
-    store = cli.require_output_folder(Path(config.store), "store")
+    store = command.require_output_folder(Path(config.store), "store")
     place = process_rank()
     device = choose_device(config.accelerator)
     return Extraction(
-        source=cli.build(config.source),
-        vision=cli.build(config.vision).to(device),
-        text=cli.build(config.text).to(device),
+        source=command.build(config.source),
+        vision=command.build(config.vision).to(device),
+        text=command.build(config.text).to(device),
         store=store,
         split=config.split,
         image_fields=list(config.features.image_fields),
@@ -156,4 +155,4 @@ def progress_bar(console: Console, enabled: bool = True) -> Progress:
 
 
 if __name__ == "__main__":
-    cli.run("extract", extract)
+    command.run("extract", extract)

@@ -13,14 +13,14 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from talk2dino import cli
-from talk2dino.encoders.device import choose_device
+from talk2dino.config import command
+from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
+from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.inference.files import Job, plan, write
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.inference.outputs import Job, plan, write
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
-from talk2dino.segmentation.class_files import read_classes, shipped_lists
 from talk2dino.segmentation.overlay import class_colours
 
 # what makes two results differ; kept with each result, so that `resume=true` can compare
@@ -49,7 +49,7 @@ def segment(config: DictConfig) -> None:
     background_threshold(config.background)  # refuses it before the model is loaded
     output = Path(config.output).expanduser()
     jobs = plan(str(config.image), output)
-    cli.require_output_folder(jobs[0].overlay.parent, "output")
+    command.require_output_folder(jobs[0].overlay.parent, "output")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings = {key: settings[key] for key in SETTINGS}
     left = [job for job in jobs if not (config.resume and job.done_with(settings))]
@@ -65,8 +65,8 @@ def open_vocabulary(config: DictConfig, classes: dict[str, tuple[str, ...]]) -> 
     model = Talk2DINO.from_pretrained(
         config.checkpoint,
         device=choose_device(config.accelerator),
-        vision=cli.build(config.vision) if config.vision else None,
-        text=cli.build(config.text) if config.text else None,
+        vision=command.build(config.vision) if config.vision else None,
+        text=command.build(config.text) if config.text else None,
     )
     return model.open_vocabulary(
         classes,
@@ -163,4 +163,4 @@ def _listed(given: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    cli.run("segment", segment, require)
+    command.run("segment", segment, require)

@@ -11,21 +11,27 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from talk2dino import cli
-from talk2dino.alignment.exact_resume import AtomicCheckpointIO
 from talk2dino.alignment.inputs import caption_fields, check_combination, image_fields
 from talk2dino.alignment.module import AlignmentModule
-from talk2dino.alignment.trackers import close_loggers
+from talk2dino.config import command
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
-from talk2dino.sweeps.pruning import PruneTrial
-from talk2dino.training.callbacks import callbacks, check_metric, check_mode
-from talk2dino.training.from_store import build_projection, encoder_specs, fill_widths
+from talk2dino.sweeps.study import PruneTrial
+from talk2dino.training.results import close_loggers
+from talk2dino.training.resume import AtomicCheckpointIO
+from talk2dino.training.setup import (
+    build_projection,
+    callbacks,
+    check_metric,
+    check_mode,
+    encoder_specs,
+    fill_widths,
+)
 
 
 def train(config: DictConfig) -> None:
     """Train the projection that the config describes."""
-    cli.refuse_ddp_in_sweep(config)
+    command.refuse_ddp_in_sweep(config)
     check_sweep(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
@@ -35,11 +41,11 @@ def train(config: DictConfig) -> None:
     checkpoint = checkpoint_to_resume(config, folder)
     if checkpoint is not None:
         keep_logs(folder)
-    trainer: L.Trainer = cli.build(
+    trainer: L.Trainer = command.build(
         config.trainer,
         default_root_dir=str(folder),
         plugins=[AtomicCheckpointIO()],
-        logger=cli.build(config.logger) if config.logger else False,
+        logger=command.build(config.logger) if config.logger else False,
         callbacks=callbacks(config, folder, store, module.similarity, len(data.val_rows) > 0),
     )
     if trainer.is_global_zero:
@@ -56,17 +62,17 @@ def train(config: DictConfig) -> None:
 
 def build_module(config: DictConfig, store: FeatureStore) -> AlignmentModule:
     """Projection, similarities, loss and optimizer of the config."""
-    similarity = cli.build(config.similarity)
-    val_similarity = cli.build(config.val_similarity)
+    similarity = command.build(config.similarity)
+    val_similarity = command.build(config.val_similarity)
     projection = build_projection(config, store)
     check_combination(projection, similarity)
     check_combination(projection, val_similarity, "val_similarity")
     return AlignmentModule(
         projection=projection,
         similarity=similarity,
-        loss=cli.build(config.loss),
+        loss=command.build(config.loss),
         optimizer=build_optimizer(config),
-        scheduler=cli.build(config.scheduler) if config.scheduler else None,
+        scheduler=command.build(config.scheduler) if config.scheduler else None,
         val_similarity=val_similarity,
         encoders=encoder_specs(store),
     )
@@ -125,7 +131,7 @@ def build_optimizer(config: DictConfig) -> Any:
         ConfigError: `fused: true` there.
     """
     if "fused" not in config.optimizer:
-        return cli.build(config.optimizer)
+        return command.build(config.optimizer)
     precision, fused = str(config.trainer.get("precision")), config.optimizer.fused
     mixed = "mixed" in precision or precision in ("16", "bf16")
     clips_mixed = mixed and bool(config.trainer.get("gradient_clip_val"))
@@ -134,7 +140,7 @@ def build_optimizer(config: DictConfig) -> Any:
             f"optimizer.fused=true: cannot clip gradients with trainer.precision={precision}; use "
             "optimizer.fused=null"
         )
-    return cli.build(config.optimizer, fused=not clips_mixed if fused is None else fused)
+    return command.build(config.optimizer, fused=not clips_mixed if fused is None else fused)
 
 
 def check_sweep(config: DictConfig) -> None:
@@ -173,5 +179,5 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.require_common_folder()
-    cli.run("train", train, complete=fill_widths)
+    command.require_common_folder()
+    command.run("train", train, complete=fill_widths)

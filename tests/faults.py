@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from talk2dino.datasets.captions import CaptionFolder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.features import FeatureStore
-from talk2dino.features.extraction import Extraction
-from talk2dino.features.sources import CaptionFolder
+from talk2dino.features.extraction.job import Extraction
 from tests.pipeline import HashText, files_below
 from tests.ranks import PRELOAD
 

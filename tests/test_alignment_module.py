@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from talk2dino import load_projection
-from talk2dino.alignment.ema import AverageWeights
+from talk2dino.alignment.inputs import stored_fields, visual_feature
 from talk2dino.alignment.losses import InfoNCE, TripletLoss
 from talk2dino.alignment.module import AlignmentModule, first_occurrences, gather_rows
-from talk2dino.alignment.pooling import stored_fields, visual_feature
 from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
 from talk2dino.alignment.similarity import (
     Dense,
@@ -35,6 +34,7 @@ from talk2dino.alignment.similarity import (
 )
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.features import write_store
+from talk2dino.training.weight_average import AverageWeights
 from tests.pipeline import TRAIN, fails, run
 from tests.ranks import two_ranks
 

@@ -16,10 +16,10 @@ from PIL import Image
 import talk2dino
 from talk2dino import Talk2DINO, load_projection
 from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
-from talk2dino.inference.inputs import to_pixels
-from talk2dino.inference.words import TextCache
+from talk2dino.inference.vocabulary import TextCache
 from tests.pipeline import HashText
 
 

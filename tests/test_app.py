@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from talk2dino.datasets.mosaic import MosaicScenes
 from talk2dino.errors import DataError
-from talk2dino.features.mosaic import MosaicScenes
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import Wishes, answer, open_picture, python_call, scores_at
 from tests.pipeline import fails, need

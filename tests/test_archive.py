@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.features import FeatureStore, archive, write_store
-from talk2dino.features.archive import archive_store
+from talk2dino.features import FeatureStore, write_store
+from talk2dino.features.store import archive
+from talk2dino.features.store.archive import archive_store
 from tests.pipeline import fails, files_below, need, run
 
 IMAGES = 10

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from talk2dino.encoders.attention import cls_row_logits, pool_attention
-from talk2dino.encoders.text_tokens import average_text_tokens
+from talk2dino.encoders.text.base import average_text_tokens
 from tests.parity import ParityRecord
 
 HEADS = 4

@@ -15,14 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.datasets.benchmarks.public_datasets import CityscapesBenchmark, CocoStuffBenchmark
+from talk2dino.datasets.pictures import picture_size, read_colors, read_image, read_values
 from talk2dino.errors import UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
-from talk2dino.segmentation.cityscapes import CityscapesBenchmark
-from talk2dino.segmentation.class_files import read_classes
-from talk2dino.segmentation.coco_stuff import CocoStuffBenchmark
-from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.pictures import picture_size, read_colors, read_image, read_values
 from tests.pipeline import TRAIN, HashText, fails
 from tests.test_benchmarks import Named, directions
 from tests.test_segmenter import MeanColourEncoder

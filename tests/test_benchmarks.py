@@ -17,17 +17,18 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from talk2dino import cli
+from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.projection import Projection
-from talk2dino.config_errors import config_folder
-from talk2dino.config_schema import check_targets, register_schemas
+from talk2dino.config import command
+from talk2dino.config.checks import check_targets
+from talk2dino.config.messages import config_folder
+from talk2dino.config.schemas import register_schemas
+from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
+from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object
+from talk2dino.evaluation.metrics import mean_iou_metric, per_class_iou
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
-from talk2dino.segmentation.class_files import read_classes, shipped_lists
-from talk2dino.segmentation.classes import embed_classes
-from talk2dino.segmentation.coco_object import convert_coco_object
-from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.metrics import mean_iou_metric, per_class_iou
 from tests.layouts import IGNORED, LAYOUTS, write_layout
 from tests.pipeline import TRAIN, HashText, run
 from tests.test_segmenter import MeanColourEncoder
@@ -66,7 +67,7 @@ def compose(name: str, *overrides: str) -> DictConfig:
 def build(name: str, root: Path, *overrides: str) -> FolderBenchmark:
     small = [f"benchmark.{key}={value}" for key, value in SMALL.items()]
     config = compose(name, f"benchmark.root={root}", *small, *overrides)
-    made: FolderBenchmark = cli.build(config.benchmark)
+    made: FolderBenchmark = command.build(config.benchmark)
     return made
 
 

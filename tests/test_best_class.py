@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from talk2dino.segmentation.best_class import BestClass, best_class, label_map
+from talk2dino.segmentation.labels import BestClass, best_class, label_map
 from talk2dino.segmentation.scores import resize_scores, with_background
 
 Way = Callable[..., BestClass]

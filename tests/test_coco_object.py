@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object, object_labels
 from talk2dino.errors import ConfigError, DataError, UserError
-from talk2dino.segmentation.coco_object import convert_coco_object, object_labels
 from tests.pipeline import files_below
 
 Golden = Callable[[str], dict[str, Tensor]]

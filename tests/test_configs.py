@@ -14,11 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from talk2dino import cli, load_projection
+from talk2dino import load_projection
 from talk2dino.alignment import ProjectionLayer
-from talk2dino.cli import user_message
-from talk2dino.config_errors import config_folder
-from talk2dino.config_schema import check_given, check_targets, register_schemas
+from talk2dino.config import command
+from talk2dino.config.checks import check_given, check_targets
+from talk2dino.config.command import user_message
+from talk2dino.config.messages import config_folder
+from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import DataError
 from talk2dino.evaluate import build_segmenter
 from talk2dino.features import write_store
@@ -111,7 +113,7 @@ def test_the_refinements_reach_the_segmenter() -> None:
     given = ["refinement=knn", "refinement.k=8", "pamr=true", "pamr_whole_image=true"]
     config = compose("evaluate", *given, "checkpoint=c", "benchmark=mosaic")
     made = build_segmenter(
-        config, nn.Identity(), ProjectionLayer(8, 8), cli.build(config.benchmark)
+        config, nn.Identity(), ProjectionLayer(8, 8), command.build(config.benchmark)
     )
     assert made.knn is not None and made.knn.k == 8
     assert made.pamr is not None and made.pamr_whole_image

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.segmentation import PAMR
-from talk2dino.segmentation.best_class import label_map
-from talk2dino.segmentation.contenders import contender_labels
+from talk2dino.segmentation.labels import contender_labels, label_map
 from talk2dino.segmentation.windows import Window, stitch
 
 WINDOWS = [Window(0, 0, 28, 28), Window(0, 14, 28, 42)]

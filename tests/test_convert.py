@@ -20,8 +20,8 @@ from talk2dino.alignment.checkpoint import describe_projection, read_checkpoint,
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
 from talk2dino.alignment.visual_projection import VisualProjectionLayer
-from talk2dino.cli import quote_ranges
-from talk2dino.config_schema import ConvertConfig
+from talk2dino.config.command import quote_ranges
+from talk2dino.config.schemas import ConvertConfig
 from talk2dino.convert import TASKS, task_first
 from talk2dino.features import write_store
 from tests.pipeline import fails, run

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from talk2dino.alignment.dense import dense_scores, sample_patches
 from talk2dino.alignment.similarity import Dense, DotProduct
+from talk2dino.alignment.similarity.dense import dense_scores, sample_patches
 from talk2dino.errors import ConfigError
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from talk2dino import doctor_checks
+from talk2dino import doctor
 from talk2dino.__main__ import commands, main
-from talk2dino.doctor import show
-from talk2dino.doctor_checks import TASKS, Diagnosis, Task, Weights, configured_weights, diagnose
-from talk2dino.encoders.offline import constants, find_weights
+from talk2dino.doctor import TASKS, Diagnosis, Task, Weights, configured_weights, diagnose, show
+from talk2dino.encoders.hub import constants, find_weights
 from tests.pipeline import run
 
-PACKAGE = Path(doctor_checks.__file__).parent
+PACKAGE = Path(doctor.__file__).parent
 
 
 def test_the_list_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,12 +107,12 @@ def test_weights_of_every_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_wrong_versions_and_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     stated = ["numpy>=999", "nosuchpackage>=1", "wandb>=999; extra == 'tracking'"]
-    monkeypatch.setattr(doctor_checks, "requires", lambda _: stated)
-    problems = doctor_checks._wrong_versions()
+    monkeypatch.setattr(doctor, "requires", lambda _: stated)
+    problems = doctor._wrong_versions()
     assert len(problems) == 2
     assert "pip install 'numpy>=999'" in problems[0]
     assert problems[1].startswith("nosuchpackage is not installed")
-    assert doctor_checks._full({"cache /x": 0.1, "here /": 50.0}) == [
+    assert doctor._full({"cache /x": 0.1, "here /": 50.0}) == [
         "cache /x: 0.1 GB free; extraction needs more, see store=DIR and HF_HOME"
     ]
 

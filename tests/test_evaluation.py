@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import Projection, ProjectionLayer
+from talk2dino.datasets.benchmarks.base import Benchmark
+from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.datasets.mosaic import MosaicBenchmark
+from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.evaluate import check_precision, predict
-from talk2dino.segmentation.benchmarks import Benchmark
-from talk2dino.segmentation.class_files import read_classes
-from talk2dino.segmentation.datamodule import SegmentationDataModule
-from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.mosaic import MosaicBenchmark
-from talk2dino.segmentation.pictures import read_image
+from talk2dino.evaluation.datamodule import SegmentationDataModule
 from tests.pipeline import TRAIN, HashText, fails, need, run
 from tests.ranks import two_ranks
 from tests.test_segmenter import MeanColourEncoder
@@ -380,9 +380,9 @@ def test_images_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_the_miou_so_far(root: Path, tmp_path: Path, terminal: bool) -> None:
+    from talk2dino.evaluation.module import SegmentationModule
+    from talk2dino.evaluation.progress import EvaluationProgress
     from talk2dino.segmentation import Segmenter
-    from talk2dino.segmentation.module import SegmentationModule
-    from talk2dino.segmentation.progress import EvaluationProgress
 
     bench = benchmark(root)
     text = torch.nn.functional.normalize(Colours().colours, dim=-1)
@@ -440,7 +440,7 @@ def evaluate_mosaic(checkpoint: Path, folder: Path, *overrides: object) -> list[
 def test_prompts_are_embedded_once(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from talk2dino.encoders.sentence_text import SentenceTransformerTextEncoder
+    from talk2dino.encoders.text.sentence import SentenceTransformerTextEncoder
 
     run(*evaluate_mosaic(trained_run, tmp_path / "first"))
     monkeypatch.setattr(SentenceTransformerTextEncoder, "encode", None)  # calling it would fail
@@ -470,8 +470,8 @@ def test_the_mosaic_benchmark_end_to_end(trained_run: Path, tmp_path: Path) -> N
     assert len(list((tmp_path / "pictures").iterdir())) == 1
 
     from talk2dino import Talk2DINO
+    from talk2dino.alignment.class_embeddings import embed_classes
     from talk2dino.segmentation import Segmenter
-    from talk2dino.segmentation.classes import embed_classes
 
     model = Talk2DINO.from_pretrained(trained_run, device="cpu")
     size: dict[str, Any] = {"short_side": 112, "window": 112, "stride": 56, "input_size": 112}
@@ -535,8 +535,8 @@ def test_a_checkpoint_of_another_shape_is_one_line(
 
 
 def test_a_module_can_predict_twice(root: Path, tmp_path: Path) -> None:
+    from talk2dino.evaluation.module import SegmentationModule
     from talk2dino.segmentation import Segmenter
-    from talk2dino.segmentation.module import SegmentationModule
 
     bench = benchmark(root)
     text = torch.nn.functional.normalize(Colours().colours, dim=-1)

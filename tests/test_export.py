@@ -13,17 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from talk2dino import Talk2DINO
-from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
-from talk2dino.alignment.projection_base import visual_side
+from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, EncoderError
-from talk2dino.segmentation import onnx_export
-from talk2dino.segmentation.onnx_export import (
-    DensePath,
-    export_dense,
-    export_projection,
-    sorted_rows,
-)
+from talk2dino.inference import onnx_export
+from talk2dino.inference.onnx_export import DensePath, export_dense, export_projection, sorted_rows
 from talk2dino.segmentation.segmenter import Segmenter
 from tests.pipeline import fails, need, run
 

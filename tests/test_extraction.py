@@ -19,16 +19,15 @@ from PIL import Image
 from rich.console import Console
 
 from talk2dino import extract
-from talk2dino.alignment.pooling import DENSE, stored_fields
-from talk2dino.encoders.ranks import process_rank
+from talk2dino.alignment.inputs import DENSE, stored_fields
+from talk2dino.datasets.captions import CaptionFolder, Source
+from talk2dino.datasets.captions.base import crop_square
+from talk2dino.encoders.devices import process_rank
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureStore
-from talk2dino.features.extraction import Extraction
-from talk2dino.features.image_batches import crop_square
-from talk2dino.features.image_fields import EXTRACTED
-from talk2dino.features.patch_subset import patch_subset
-from talk2dino.features.sources import CaptionFolder, Source
+from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
+from talk2dino.features.extraction.job import Extraction
 from tests.pipeline import TRAIN, HashText, files_below, run
 from tests.ranks import two_ranks
 from tests.token_stores import ENCODERS

@@ -15,7 +15,7 @@ import pytest
 
 from talk2dino.errors import StoreError
 from talk2dino.features import FeatureStore
-from talk2dino.features.writer import finished_shards, open_for_append
+from talk2dino.features.store.writer import finished_shards, open_for_append
 from tests.faults import (
     SHARD,
     extraction,

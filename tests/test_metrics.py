@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import ClassList, ClassSpec
+from talk2dino.datasets.benchmarks.label_values import LabelValues
 from talk2dino.errors import DataError
-from talk2dino.segmentation.classes import ClassList, ClassSpec
-from talk2dino.segmentation.labels import LabelValues
-from talk2dino.segmentation.metrics import (
-    mean_iou,
-    mean_iou_metric,
-    per_class_iou,
-    pixel_accuracy,
-)
+from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric, per_class_iou, pixel_accuracy
 from tests.parity import ParityRecord
 
 Golden = Callable[[str], dict[str, Tensor]]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from talk2dino.datasets import mosaic
+from talk2dino.datasets.mosaic import CONCEPTS, MosaicScenes, open_photo, split_canvas
 from talk2dino.errors import DataError
-from talk2dino.features import mosaic
-from talk2dino.features.mosaic import CONCEPTS, MosaicScenes, open_photo, split_canvas
 from tests.pipeline import need
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino.features.image_batches import crop_square
-from talk2dino.features.pictures import middle_strip, read_picture
+from talk2dino.datasets.captions.base import crop_square
+from talk2dino.datasets.pictures import middle_strip, read_picture
 
 RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17  # 0, 17, ... 255
 GREY = np.repeat(RAMP[..., None], 3, axis=2)

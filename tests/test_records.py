@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from talk2dino.datasets.benchmarks.base import Sample
+from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.benchmarks import Sample
-from talk2dino.segmentation.folder import FolderBenchmark
-from talk2dino.segmentation.records import Record, Records
+from talk2dino.evaluation.records import Record, Records
 from tests.pipeline import files_below
 from tests.ranks import PRELOAD, two_ranks
 from tests.test_evaluation import benchmark, evaluate, settings, write_benchmark
@@ -95,7 +95,7 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
 def test_finished_images_are_not_segmented_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from talk2dino.segmentation.module import SegmentationModule
+    from talk2dino.evaluation.module import SegmentationModule
 
     seen: list[str] = []
     label = SegmentationModule._label

@@ -15,15 +15,10 @@ import torch
 import yaml
 
 from talk2dino.errors import DataError
+from talk2dino.evaluation.metrics import extremes, read_ious, score_image, write_scores
+from talk2dino.evaluation.records import Record
 from talk2dino.segmentation.charts import class_bars, heat_map, histogram, top_confusions
 from talk2dino.segmentation.html_report import write_report, write_sweep_report
-from talk2dino.segmentation.per_image import (
-    extremes,
-    read_ious,
-    score_image,
-    write_scores,
-)
-from talk2dino.segmentation.records import Record
 from talk2dino.segmentation.runs import Run, read_runs
 from talk2dino.segmentation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarise
 from tests.pipeline import run

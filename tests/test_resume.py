@@ -12,15 +12,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from talk2dino.alignment.callbacks import LossCurve
-from talk2dino.alignment.ema import AverageWeights
-from talk2dino.alignment.exact_resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
 from talk2dino.alignment.losses import InfoNCE
 from talk2dino.alignment.module import AlignmentModule
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
 from talk2dino.features import FeatureDataModule, write_store
+from talk2dino.training.results import LossCurve
+from talk2dino.training.resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
+from talk2dino.training.weight_average import AverageWeights
 from tests.ranks import two_ranks
 
 IMAGES, BATCH, EPOCHS = 14, 4, 2  # two images held out: six steps per epoch

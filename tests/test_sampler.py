@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureStore, write_store
-from talk2dino.features.dataset import CaptionBatches
-from talk2dino.features.loader import StoreLoader
+from talk2dino.features.batches import CaptionBatches, StoreLoader
 from talk2dino.features.sampler import EpochBatchSampler
 
 ROWS = np.repeat(np.arange(10), 5)  # ten images of five captions

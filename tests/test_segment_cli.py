@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.inference.files import Job, plan
+from talk2dino.inference.outputs import Job, plan
 from talk2dino.segment import class_words
 from tests.pipeline import fails, run
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from talk2dino.segmentation.scores import resize_scores, upsample, with_background
-from talk2dino.segmentation.separable import SeparableScores
-from talk2dino.segmentation.windows import sliding_windows, stitch
+from talk2dino.segmentation.windows import SeparableScores, sliding_windows, stitch
 
 # working size, window, stride, size of the picture
 CASES = {
@@ -49,7 +48,7 @@ def test_two_matrices_do_what_the_steps_do(case: str) -> None:
 def test_labels_are_the_argmax_in_strips_and_chunks(
     threshold: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("talk2dino.segmentation.separable.STRIP", 5000)  # 6 strips
+    monkeypatch.setattr("talk2dino.segmentation.windows.STRIP", 5000)  # 6 strips
     scores, want = both("grid with a last window shifted back", classes=37)
     labels = scores.labels(threshold)
     assert labels.dtype == torch.int64

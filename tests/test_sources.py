@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from talk2dino.datasets.captions import CaptionFolder, CocoCaptions, Entry
+from talk2dino.datasets.mosaic import Mosaic
 from talk2dino.errors import ConfigError, DataError, UserError
-from talk2dino.features.sources import CaptionFolder, CocoCaptions, Entry, Mosaic
 from tests.pipeline import need
 
 

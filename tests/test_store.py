@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from talk2dino.errors import StoreError
-from talk2dino.features import FeatureStore, residency, shard_reader, store, write_store
-from talk2dino.features.finite import all_finite, nonfinite_rows
-from talk2dino.features.verify import verify_store
+from talk2dino.features import FeatureStore, write_store
+from talk2dino.features.store import reader, shard_reader
+from talk2dino.features.store.verify import all_finite, nonfinite_rows, verify_store
 
 Arrays = dict[str, np.ndarray]
 IMAGES, CAPTIONS = 11, 30
@@ -186,7 +186,7 @@ def test_reads_in_another_process(folder: Path, method: str) -> None:
 
 
 def test_few_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_room_for", lambda shards: 1)
+    monkeypatch.setattr(reader, "_room_for", lambda shards: 1)
     opened = FeatureStore(folder)
     want = arrays()[0]["cls_token"].astype(np.float16)
     np.testing.assert_array_equal(opened.images["cls_token"][:], want)
@@ -389,8 +389,8 @@ def test_mapped_pages_are_given_back(folder: Path, monkeypatch: pytest.MonkeyPat
         release(reader)
 
     monkeypatch.setattr(shard_reader.ShardReader, "release", noted)
-    monkeypatch.setattr(residency, "_CHECK_BYTES", 1)
-    monkeypatch.setattr(residency, "mapped_bytes", iter([0, *range(100, 200)]).__next__)
+    monkeypatch.setattr(shard_reader, "_CHECK_BYTES", 1)
+    monkeypatch.setattr(shard_reader, "mapped_bytes", iter([0, *range(100, 200)]).__next__)
     opened = FeatureStore(folder)
     opened._residency.limit = 50
     want = arrays()[0]["cls_token"].astype(np.float16)

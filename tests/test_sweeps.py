@@ -13,12 +13,11 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from talk2dino.config_errors import explain
+from talk2dino.config.messages import explain
 from talk2dino.errors import ConfigError
 from talk2dino.features import write_store
-from talk2dino.sweeps.runs import Run, ordered, read_runs, varied
 from talk2dino.sweeps.study import as_override, distributions, require_optuna
-from talk2dino.sweeps.table import draw_sweep, table
+from talk2dino.sweeps.table import Run, draw_sweep, ordered, read_runs, table, varied
 from tests.pipeline import TRAIN, fails, need, run
 
 METRIC = "val/text_to_image/recall@1"
@@ -274,7 +273,7 @@ def test_order_and_columns(tmp_path: Path) -> None:
 def test_a_common_run_folder_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from talk2dino.cli import require_common_folder
+    from talk2dino.config.command import require_common_folder
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["train", "store=x"])

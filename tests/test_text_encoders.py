@@ -16,15 +16,14 @@ from torch import Tensor
 
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.encoders.build import build_text
-from talk2dino.encoders.bundled import minilm_folder
-from talk2dino.encoders.cache import CachedTextEncoder
+from talk2dino.encoders.hub import minilm_folder
 from talk2dino.encoders.text import (
     BertTextEncoder,
     OpenClipTextEncoder,
     SentenceTransformerTextEncoder,
     TextFeatures,
 )
-from talk2dino.encoders.text_tokens import average_text_tokens
+from talk2dino.encoders.text.base import CachedTextEncoder, average_text_tokens
 from talk2dino.errors import ConfigError, EncoderError
 
 SMALL_CLIP = "ViT-S-32-alt"  # the smallest text tower that open_clip has

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from talk2dino import Talk2DINO, load_projection
+from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.inputs import caption_fields, projected_text, projected_visual
-from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
-from talk2dino.alignment.projection_base import visual_side
+from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
 from talk2dino.alignment.similarity import (
     DotProduct,
     MaxRowSum,
@@ -25,15 +25,14 @@ from talk2dino.alignment.similarity import (
     SumHeads,
 )
 from talk2dino.alignment.visual_projection import VisualProjectionLayer
+from talk2dino.datasets.captions import CaptionFolder
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.errors import ConfigError
 from talk2dino.evaluate import fresh_projection
 from talk2dino.features import FeatureDataModule, FeatureStore
-from talk2dino.features.extraction import Extraction
-from talk2dino.features.shard_reader import MappedRows
-from talk2dino.features.sources import CaptionFolder
+from talk2dino.features.extraction.job import Extraction
+from talk2dino.features.store.shard_reader import MappedRows
 from talk2dino.segmentation import Segmenter
-from talk2dino.segmentation.classes import embed_classes
 from tests.pipeline import BUNDLED, TRAIN, HashText, fails, need, run
 from tests.test_evaluation import write_benchmark
 from tests.token_stores import CAPTION_FIELDS, IMAGE_FIELDS, IMAGES, caption, extract

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino.alignment.trackers import markdown_table
+from talk2dino.training.results import markdown_table
 from tests.pipeline import TRAIN, fails, need, run
 
 EVERY_SECOND = ("sample_segmentations.every_n_epochs=2",)

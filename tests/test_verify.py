@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from talk2dino.features import write_store
-from talk2dino.features.verify import verify_store
+from talk2dino.features.store.verify import verify_store
 
 BAD = "train-00001.h5"
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from talk2dino.datasets.captions import Entry, WebDataset, webdataset
+from talk2dino.datasets.captions.base import ImageBatch, ImageBatches
+from talk2dino.datasets.mosaic import Mosaic
+from talk2dino.datasets.tars import TarReader, expand_tars, tar_members
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.features import FeatureStore
-from talk2dino.features.image_batches import ImageBatch, ImageBatches
-from talk2dino.features.sources import Entry, Mosaic, WebDataset, webdataset_index
-from talk2dino.features.tar_files import TarReader, expand_tars, tar_members
 from tests.pipeline import BUNDLED, TRAIN, need, run
 
 Files = dict[str, bytes]
@@ -202,7 +203,7 @@ def test_index_is_kept_until_the_tar_changes(
         listed.append(path)
         return tar_members(path)
 
-    monkeypatch.setattr(webdataset_index, "tar_members", members)
+    monkeypatch.setattr(webdataset, "tar_members", members)
     first = WebDataset(str(tars))
     assert len(listed) == 2
     again = WebDataset(str(tars))
@@ -253,7 +254,7 @@ def test_workers(tars: Path) -> None:
 
 
 def test_few_files_stay_open(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("talk2dino.features.tar_files._MAX_OPEN", 1)
+    monkeypatch.setattr("talk2dino.datasets.tars._MAX_OPEN", 1)
     source = WebDataset(str(tars))
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert [red(source, n) for n in (0, 4, 0, 4)] == [0, 4, 0, 4]

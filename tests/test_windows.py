@@ -10,7 +10,7 @@ from torch import Tensor
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import sliding_windows
-from talk2dino.segmentation.best_class import label_map
+from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import resize_scores, with_background
 from talk2dino.segmentation.windows import (
     Window,

@@ -13,11 +13,12 @@ import h5py
 import numpy as np
 import pytest
 
-from talk2dino import atomic
+from talk2dino import files
 from talk2dino.errors import StoreError
-from talk2dino.features import FeatureStore, shard_writer, write_store
-from talk2dino.features.schema import Manifest
-from talk2dino.features.writer import finish_manifest, open_for_append, write_shard
+from talk2dino.features import FeatureStore, write_store
+from talk2dino.features.store import shard_writer
+from talk2dino.features.store.schema import Manifest
+from talk2dino.features.store.writer import finish_manifest, open_for_append, write_shard
 
 Arrays = dict[str, np.ndarray]
 
@@ -148,7 +149,7 @@ def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "Can't write data\n(file write failed)")
 
-    monkeypatch.setattr("talk2dino.features.writer.write_hdf5", full)
+    monkeypatch.setattr("talk2dino.features.store.writer.write_hdf5", full)
     with pytest.raises(StoreError) as error:
         write_shard(tmp_path, 1, *shard_arrays())
     one_line(error, "train-00001.h5", "No space left", "free some space")
@@ -261,9 +262,9 @@ def test_record_of_a_shard_is_checked(tmp_path: Path) -> None:
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "manifest.json"
-    atomic.write_json(target, {"a": 1})
+    files.write_json(target, {"a": 1})
     with pytest.raises(TypeError):
-        atomic.write_json(target, {"a": object()})
+        files.write_json(target, {"a": object()})
     assert json.loads(target.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -287,7 +288,7 @@ def test_a_created_file_appears_once(
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     target = tmp_path / "settings.json"
-    assert atomic.create_json(target, {"a": 1})
-    assert atomic.create_json(target, {"a": 2}) is not links
+    assert files.create_json(target, {"a": 1})
+    assert files.create_json(target, {"a": 2}) is not links
     assert json.loads(target.read_text()) == {"a": 1 if links else 2}
     assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]

@@ -83,8 +83,8 @@ class OptunaSweeper(Sweeper):
         """Launch trials together, and tell the study what came out of each."""
         from optuna.trial import TrialState
 
-        from talk2dino.sweeps.runs import read_run
         from talk2dino.sweeps.study import as_override
+        from talk2dino.sweeps.table import read_run
 
         assert self.launcher is not None and self.config is not None
         folder, metric = Path(self.config.hydra.sweep.dir).absolute(), self.config.sweep.metric
@@ -169,7 +169,7 @@ def write_best(study: Study, folder: Path, fixed: list[str]) -> None:
     """Write the best trial's values as `best.yaml`; its first line is a command line."""
     from optuna.trial import TrialState
 
-    from talk2dino.atomic import replacing
+    from talk2dino.files import replacing
     from talk2dino.sweeps.study import as_override
 
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):

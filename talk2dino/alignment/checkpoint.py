@@ -23,11 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
-from talk2dino.alignment.projection_base import Activation
+from talk2dino.alignment.projection import Activation, DoubleMLP, Projection, ProjectionLayer
 from talk2dino.alignment.visual_projection import VisualProjectionLayer
-from talk2dino.atomic import replacing
 from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.files import replacing
 
 _KEY = "talk2dino"
 _PREFIX = "projection."

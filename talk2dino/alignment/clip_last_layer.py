@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talk2dino.alignment.projection import Projection, ProjectionLayer
-from talk2dino.alignment.projection_base import Activation, check_width
+from talk2dino.alignment.projection import Activation, Projection, ProjectionLayer, check_width
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import ConfigError
 

@@ -12,11 +12,39 @@ from typing import Any
 
 from torch import Tensor
 
-from talk2dino.alignment.pooling import stored_fields, visual_feature
-from talk2dino.alignment.projection_base import Projection
-from talk2dino.alignment.similarity_base import Similarity
-from talk2dino.encoders.text_tokens import average_text_tokens
+from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.similarity.base import Similarity
+from talk2dino.encoders.attention import pool_attention
+from talk2dino.encoders.text.base import average_text_tokens
 from talk2dino.errors import ConfigError
+
+POOLABLE = ("avg_self_attn_out", "disentangled_self_attn")
+DENSE = ("patch_tokens", "self_attn_maps")
+
+
+def stored_fields(wanted: str, stored: Iterable[str]) -> tuple[str, ...]:
+    """Return the fields to read for `wanted`: itself, or the dense ones it can be pooled from.
+
+    A store with `patch_index` holds some patches only, and nothing is pooled from those.
+    """
+    present = set(stored)
+    whole = present.issuperset(DENSE) and "patch_index" not in present
+    if wanted not in present and wanted in POOLABLE and whole:
+        return DENSE
+    return (wanted,)
+
+
+def visual_feature(batch: Mapping[str, Any], wanted: str) -> Tensor:
+    """Return a visual feature of a batch, [B, …]; pools it where only dense features were read."""
+    if wanted in batch:
+        feature: Tensor = batch[wanted]
+        return feature
+    return pool_attention(
+        batch["patch_tokens"],
+        batch["self_attn_maps"],
+        head_average=wanted == "avg_self_attn_out",
+    )
+
 
 POOLED = ("embedding",)
 TOKENS = ("token_embeddings", "token_mask")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from talk2dino.alignment.projection_base import (
+from talk2dino.alignment.projection import (
     Activation,
     Projection,
     activate,

@@ -1,7 +1,6 @@
 """Frozen encoders: images to patch tokens and attention, texts to embeddings."""
 
 from talk2dino.encoders.attention import pool_attention
-from talk2dino.encoders.cache import CachedTextEncoder
 from talk2dino.encoders.text import (
     BertTextEncoder,
     OpenClipTextEncoder,
@@ -10,7 +9,7 @@ from talk2dino.encoders.text import (
     TextFeatures,
     TokenTextEncoder,
 )
-from talk2dino.encoders.text_tokens import average_text_tokens
+from talk2dino.encoders.text.base import CachedTextEncoder, average_text_tokens
 from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
 
 __all__ = [

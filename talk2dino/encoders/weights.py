@@ -1,7 +1,8 @@
-"""Weights of an encoder: seeded at random, or read from a local file and loaded strictly."""
+"""Weights of an encoder: drawn from a seed, or read from a local file and loaded strictly."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talk2dino.errors import EncoderError
+
+
+def state_dict_digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters and persistent buffers, hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

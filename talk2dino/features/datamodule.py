@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.features.dataset import CaptionBatches
-from talk2dino.features.loader import StoreLoader
+from talk2dino.features.batches import CaptionBatches, StoreLoader
 from talk2dino.features.sampler import EpochBatchSampler, Mode, Shuffle
-from talk2dino.features.store import FeatureStore
+from talk2dino.features.store.reader import FeatureStore
 
 
 class FeatureDataModule(L.LightningDataModule):

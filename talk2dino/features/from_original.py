@@ -6,19 +6,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from talk2dino.datasets.captions import Entry
 from talk2dino.errors import ConfigError, DataError, StoreError
-from talk2dino.features.original_fields import (
+from talk2dino.features.original_files import (
     CAPTION_NAMES,
     IMAGE_NAMES,
     OriginalFields,
+    OriginalSamples,
     Row,
 )
-from talk2dino.features.original_samples import OriginalSamples
-from talk2dino.features.schema import MANIFEST, EncoderInfo, Manifest, VisionInfo
-from talk2dino.features.shard_rows import ShardRows
-from talk2dino.features.skipped import merge_skipped, write_skipped
-from talk2dino.features.sources import Entry
-from talk2dino.features.writer import finish_manifest, open_for_append, write_shard
+from talk2dino.features.store.schema import MANIFEST, EncoderInfo, Manifest, VisionInfo
+from talk2dino.features.store.shard_writer import ShardRows
+from talk2dino.features.store.writer import (
+    finish_manifest,
+    merge_skipped,
+    open_for_append,
+    write_shard,
+    write_skipped,
+)
 
 Spec = Mapping[str, Any]
 

@@ -14,23 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
-from talk2dino.alignment.projection import Projection
-from talk2dino.alignment.projection_base import visual_side
-from talk2dino.alignment.texts import embed_texts
+from talk2dino.alignment.class_embeddings import embed_prompts, embed_texts
+from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.datasets.captions.base import crop_square
+from talk2dino.datasets.pictures import ImageLike, as_list, to_picture, to_pixels
 from talk2dino.encoders.build import build_text, build_vision
-from talk2dino.encoders.device import choose_device
+from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
 from talk2dino.encoders.hub import WEIGHTS, resolve_checkpoint, upload_folder
-from talk2dino.encoders.precision import PRECISIONS, autocast
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.features.image_batches import crop_square
-from talk2dino.inference.inputs import ImageLike, as_list, to_picture, to_pixels
 from talk2dino.inference.model_card import write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
-from talk2dino.inference.words import Classes, Sentences, TextCache, read_words
-from talk2dino.segmentation.classes import BACKGROUND, embed_prompts
+from talk2dino.inference.vocabulary import (
+    Classes,
+    EncodedPicture,
+    OpenVocabulary,
+    Sentences,
+    TextCache,
+    read_words,
+)
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmenter
 

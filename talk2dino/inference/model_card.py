@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.projection import Projection
-from talk2dino.atomic import replacing, write_json
 from talk2dino.errors import DataError
+from talk2dino.files import replacing, write_json
 
 LICENSE = "other"  # the owner of the weights decides; the card says so
 # what of a run's config says how it was trained, and nothing of the machine it was trained on

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError
-from talk2dino.inference.inputs import to_picture
-from talk2dino.segmentation.best_class import label_map
-from talk2dino.segmentation.classes import BACKGROUND
+from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.overlay import Colour, heat_overlay, overlay, save_label_map
 from talk2dino.segmentation.scores import resize_scores
 

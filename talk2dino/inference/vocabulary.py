@@ -1,18 +1,161 @@
-"""`OpenVocabulary`: a list of classes bound to a model, for one picture or a million."""
+"""`OpenVocabulary`: class names, synonyms and prompts bound to a model, for one picture or many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from threading import RLock
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from talk2dino.inference.inputs import ImageLike, as_list
+from talk2dino.datasets.pictures import ImageLike, as_list
+from talk2dino.encoders.text.prompts import prompts as named_prompts
+from talk2dino.errors import ConfigError
 from talk2dino.inference.segmented import SegmentedImage, decide
-from talk2dino.inference.words import Words
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
+
+Classes: TypeAlias = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+Sentences: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What to look for, and what to look past.
+
+    Attributes:
+        names: of the K classes.
+        rows: the sentences of every text row, negatives first; their embeddings are averaged.
+        row_classes: class of every row; with negatives, class 0 is all of them.
+        has_negatives: whether it is.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[Sentences, ...]
+    row_classes: tuple[int, ...]
+    has_negatives: bool
+
+
+def read_words(
+    classes: Classes,
+    negatives: Sequence[str] = (),
+    prompts: Mapping[str, str | Sequence[str]] | None = None,
+    templates: str | Sequence[str] = "plain",
+) -> Words:
+    """Bring the arguments of `Talk2DINO.segment` into one form.
+
+    Args:
+        classes: names; a list inside the list is a name and its synonyms; or a mapping of a name
+            to the words that stand for it.
+        negatives: words whose pixels count as background.
+        prompts: by class name, whole sentences in place of templates and synonyms.
+        templates: name of a set of `encoders.prompts`, or sentences with `{}` for the name.
+
+    Raises:
+        ConfigError: no class, an empty or repeated name, or prompts for no class.
+    """
+    groups = _groups(classes)
+    names = list(groups)
+    own = {name: _words(sentences) for name, sentences in (prompts or {}).items()}
+    for name in own:
+        if name not in groups:
+            raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
+    past = _words(negatives)
+    rows = [(0, sentences) for sentences in _sentences(past, templates)]
+    for number, (name, synonyms) in enumerate(groups.items(), start=1 if past else 0):
+        given = [own[name]] if name in own else _sentences(synonyms, templates)
+        rows += [(number, sentences) for sentences in given]
+    return Words(
+        tuple(names),
+        tuple(sentences for _, sentences in rows),
+        tuple(number for number, _ in rows),
+        bool(past),
+    )
+
+
+def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
+    """Names and their synonyms, in order."""
+    if isinstance(classes, str):
+        raise ConfigError(f"classes={classes!r}: give a list of names: [{classes!r}]")
+    if isinstance(classes, Mapping):
+        pairs = [(name, _words(words)) for name, words in classes.items()]
+    else:
+        pairs = [(words[0] if words else "", words) for words in map(_words, classes)]
+    if not pairs or not all(name.strip() and words for name, words in pairs):
+        raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"classes: {twice!r} is named twice; leave one out")
+    return dict(pairs)
+
+
+def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+    words = (given,) if isinstance(given, str) else tuple(given)
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ConfigError(
+                "classes: the list is empty or has an empty name; use ['cat', 'sofa'], "
+                f"not {word!r}"
+            )
+    return words
+
+
+def _sentences(names: Sequence[str], templates: str | Sequence[str]) -> list[Sentences]:
+    if isinstance(templates, str):
+        return [tuple(group) for group in named_prompts(names, templates)]
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(f"templates: {template!r} has no {{}} for the name of the class")
+    if not templates:
+        raise ConfigError("templates: the list is empty; give a sentence with {} for the name")
+    return [tuple(t.replace("{}", name) for t in templates) for name in names]
+
+
+@dataclass
+class TextCache:
+    """The latest text rows by their sentences; safe to share among threads.
+
+    Attributes:
+        size: rows to keep; 4096 rows of ViT-L are 16 MB.
+        rows: by sentences, the least recently used first.
+    """
+
+    size: int = 4096
+    rows: OrderedDict[tuple[object, Sentences], Tensor] = field(default_factory=OrderedDict)
+    lock: RLock = field(default_factory=RLock, repr=False)
+
+    def get(
+        self,
+        wanted: Sequence[Sentences],
+        state: object,
+        compute: Callable[[Sequence[Sentences]], Tensor],
+    ) -> Tensor:
+        """`[N, D]` of N rows; those that are new are computed together.
+
+        Args:
+            wanted: the sentences of every row.
+            state: of the model; rows of another state are computed anew.
+            compute: `[M, D]` of M rows.
+        """
+        with self.lock:
+            known = {s: self.rows[state, s] for s in wanted if (state, s) in self.rows}
+            new = [s for s in dict.fromkeys(wanted) if s not in known]
+            if new:
+                computed = (row.clone() for row in compute(new))  # a view would keep all of them
+                known |= dict(zip(new, computed, strict=True))
+            for sentences in wanted:
+                self.rows[state, sentences] = known[sentences]
+                self.rows.move_to_end((state, sentences))
+            while len(self.rows) > self.size:
+                self.rows.popitem(last=False)
+            return torch.stack([known[sentences] for sentences in wanted])
+
+    def __reduce__(self) -> tuple[type[TextCache], tuple[int]]:
+        """Copies and pickles start empty: a lock cannot travel, and rows are soon computed."""
+        return TextCache, (self.size,)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from talk2dino.segmentation.best_class import BestClass
 from talk2dino.segmentation.compiled import RowThreads, compiled
+from talk2dino.segmentation.labels import BestClass
 
 ROWS = 4  # resized together: their columns share the places they come from
 ONE = np.float32(1)

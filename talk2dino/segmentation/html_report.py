@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from talk2dino.atomic import replacing
+from talk2dino.evaluation.images import Example, read_examples
+from talk2dino.evaluation.metrics import FILE as IMAGES
+from talk2dino.evaluation.metrics import read_ious
+from talk2dino.files import replacing
 from talk2dino.segmentation import page
 from talk2dino.segmentation.charts import class_bars, heat_map, histogram, top_confusions
-from talk2dino.segmentation.examples import Example, read_examples
-from talk2dino.segmentation.per_image import FILE as IMAGES
-from talk2dino.segmentation.per_image import read_ious
 from talk2dino.segmentation.runs import RESULTS, Run, read_runs
 from talk2dino.segmentation.summary import FAILED, Row, Summary, published, summarise
 

@@ -1,193 +1,225 @@
-"""From what a label file stores, values or colours, to class indices.
-
-mmsegmentation does it in three steps (`LoadAnnotations`: `label_map`, then `reduce_zero_label`;
-then `ignore_index` in the metric). Here they are one table, looked up once per image. Values that
-are no class are refused: mmsegmentation lets them add to the union of what was predicted there,
-which only ever means a wrong class list or unconverted files.
-"""
+"""From scores to labels: the best class of a pixel, without refining classes that cannot win."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import ceil
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.class_files import MAX_VALUE, read_color
-from talk2dino.segmentation.classes import ClassList, Color
+from talk2dino.segmentation.parts import equal_parts
+from talk2dino.segmentation.scores import resize_scores
 
-_NONE = -1
+MAPS = 1 << 25  # scores at the size of the picture held at once: 134 MB
+CHUNK = 4  # classes resized at once: they stay in the cache until they are compared
 
 
-class LabelValues:
-    """Single-channel label files: pixel values are classes.
+def label_map(
+    scores: Tensor,
+    height: int,
+    width: int,
+    background_threshold: float | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Resize scores and take the best class, a few classes at a time.
+
+    The same labels as `with_background(resize_scores(...)).argmax(0)`, without ever holding all
+    classes at the size of the picture. The first of equal scores wins. (The original takes a
+    softmax first, which changes no argmax.)
 
     Args:
-        classes: names and values.
-        ignore_index: stored value that does not count, and its value in the result.
-        reduce_zero_label: stored 0 does not count, and all other values are one higher than in
-            the class list (ADE20K, VOC and Pascal Context without background).
-        label_map: stored value to the value meant, applied first; None refuses a value, and values
-            that are not named stay as they are.
+        scores: `[K, h, w]`.
+        height: rows of the label map.
+        width: columns of the label map.
+        background_threshold: score of the background, which becomes label 0 and shifts the
+            classes to `1..K`; `None` for no background.
+        compiled: see `best_class`.
 
-    Raises:
-        ConfigError: the ignored value is also a class, or an impossible map.
+    Returns:
+        `[height, width]` int64.
+    """
+    best = best_class(height, width, background_threshold, scores.device, compiled)
+    best.add(scores, range(len(scores)))
+    return best.labels
+
+
+def best_class(
+    height: int,
+    width: int,
+    background_threshold: float | None = None,
+    device: torch.device | None = None,
+    compiled: bool = False,
+) -> BestClass:
+    """A `BestClass`.
+
+    Args:
+        height: rows of the picture.
+        width: columns of the picture.
+        background_threshold: see `BestClass`.
+        device: where the scores are.
+        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`):
+            about three times as fast, but ready half a second later; scores agree to 1e-6.
+    """
+    if compiled and (device is None or device.type == "cpu"):
+        try:
+            from talk2dino.segmentation.best_class_kernel import CompiledBestClass
+
+            return CompiledBestClass(height, width, background_threshold)
+        except ImportError:  # without Numba
+            pass
+    return BestClass(height, width, background_threshold, device)
+
+
+class BestClass:
+    """The best class of every pixel among those added so far; of equal scores the first class's.
+
+    Args:
+        height: rows of the picture.
+        width: columns of the picture.
+        background_threshold: score of the background, which becomes label 0 and shifts the
+            classes by 1; `None` for no background.
+        device: where the scores are.
     """
 
     def __init__(
         self,
-        classes: ClassList,
-        ignore_index: int = 255,
-        reduce_zero_label: bool = False,
-        label_map: Mapping[int, int | None] | None = None,
+        height: int,
+        width: int,
+        background_threshold: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        shift = int(reduce_zero_label)
-        table = np.full(MAX_VALUE + 2, _NONE, np.int64)
-        values = [spec.value + shift for spec in classes.classes]
-        if ignore_index in values or not len(classes.classes) <= ignore_index <= MAX_VALUE:
-            raise ConfigError(
-                f"benchmark.ignore_index={ignore_index} is also a class; choose a value above the "
-                f"{len(classes.classes)} classes and none of their label values"
-            )
-        table[ignore_index] = ignore_index
-        table[[value + shift for value in classes.unlabelled]] = ignore_index
-        if reduce_zero_label:
-            table[0] = ignore_index
-        table[values] = np.arange(len(values))
-        before = table.copy()
-        for stored, meant in dict(label_map or {}).items():
-            table[_value(stored)] = _NONE if meant is None else before[_value(meant)]
-        self._table = table
+        lowest = -torch.inf if background_threshold is None else background_threshold
+        self._labels = torch.zeros(height, width, dtype=torch.int32, device=device)
+        self._best = torch.full((height, width), lowest, device=device)
+        self._first = 0 if background_threshold is None else 1
+        self._chunk = max(1, min(CHUNK, MAPS // (height * width)))
 
-    def targets(self, stored: NDArray[Any], name: str = "label map") -> Tensor:
-        """Class indices of a label map.
+    @property
+    def labels(self) -> Tensor:
+        """`[height, width]` int64."""
+        return self._labels.long()
 
-        Args:
-            stored: [H, W] of any integer type, or bool; not written to.
-            name: file, for the message.
+    def add(self, scores: Tensor, classes: Sequence[int]) -> None:
+        """Let more classes compete: `[n, h, w]` and their n indices."""
+        names = iter(classes)
+        for part in self._resized(scores):
+            for values, name in zip(part, names, strict=False):
+                label = name + self._first
+                better = values > self._best
+                better |= (values == self._best) & (self._labels > label)
+                torch.maximum(self._best, values, out=self._best)
+                self._labels.masked_fill_(better, label)
 
-        Returns:
-            [H, W] int64, `0..K-1` and `ignore_index`.
+    def reached_by(self, scores: Tensor) -> list[bool]:
+        """Whether each of `[n, h, w]` is as good as the best somewhere."""
+        reached: list[bool] = []
+        for part in self._resized(scores):
+            reached += (part >= self._best).flatten(1).any(1).tolist()
+        return reached
 
-        Raises:
-            DataError: a value is neither a class nor ignored.
-        """
-        if stored.dtype in (np.uint8, np.uint16, np.bool_):
-            target = self._table[stored.astype(np.int32)]
-        else:  # signed and 32-bit files may hold anything
-            inside = np.clip(stored, 0, MAX_VALUE)
-            target = np.where(stored == inside, self._table[inside], _NONE)
-        foreign = target == _NONE
-        if foreign.any():
-            found = [int(value) for value in np.unique(stored[foreign])]
-            listed = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-            raise DataError(
-                f"{name}: label value {listed} is no class of benchmark.classes; add the class, "
-                "list it under unlabeled, or convert the file (benchmark.label_map, "
-                "benchmark.reduce_zero_label)"
-            )
-        return torch.from_numpy(target)
+    def _resized(self, scores: Tensor) -> Iterator[Tensor]:
+        """A few of `[n, h, w]` at a time, at the size of the picture."""
+        for start in range(0, len(scores), self._chunk):
+            yield resize_scores(scores[start : start + self._chunk], *self._best.shape)
 
 
-class LabelColors:
-    """Coloured label files: every class has a colour.
+LANES = 4  # maps refined together in any case: up to 4 are as fast as one
+TOGETHER = 32  # maps refined before they compete: they and the buffers stay in a shared cache
+FEW = 16  # maps that cost less than a round more
+SMOOTHING = (1, 3, 7)  # tokens a side; what a refinement may average away
+FIRST, LATER = 6, 3  # this many uncertain classes a group, on average
+
+
+def contender_labels(
+    token_scores: Tensor,
+    refine: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    background_threshold: float | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """The labels of `label_map(refine(token_scores), *size, background_threshold, compiled)`.
+
+    Exactly those if `refine` rounds every class alike, else where no two classes are equal to
+    rounding.
 
     Args:
-        colors: of the classes, in index order.
-        ignored: colours that do not count.
-        ignore_index: their value in the result.
+        token_scores: `[B, K, r, c]`, one per window.
+        refine: `[B, n, r, c]` to `[n, h, w]` for any n; maps of a larger input may nowhere be
+            smaller, and no map may depend on another.
+        size: rows and columns of the picture.
+        background_threshold: see `label_map`.
+        compiled: see `best_class`.
 
-    Raises:
-        ConfigError: one colour stands for two things.
+    Returns:
+        `[*size]` int64.
     """
-
-    def __init__(
-        self, colors: Sequence[Color], ignored: Sequence[Color] = (), ignore_index: int = 255
-    ) -> None:
-        known = [*colors, *ignored]
-        twice = next((color for color in known if known.count(color) > 1), None)
-        if twice is not None:
-            raise ConfigError(
-                f"benchmark.palette: the colour {list(twice)} stands for two classes; give every "
-                "class and every ignored colour its own"
-            )
-        packed = _pack(np.array(known, np.uint8))
-        meaning = np.array([*range(len(colors)), *[ignore_index] * len(ignored)], np.int64)
-        order = np.argsort(packed)
-        self._packed, self._meaning = packed[order], meaning[order]
-
-    def targets(self, stored: NDArray[np.uint8], name: str = "label map") -> Tensor:
-        """Class indices [H, W] int64 of a label picture [H, W, 3] uint8 RGB.
-
-        Raises:
-            DataError: a colour that is neither a class's nor ignored.
-        """
-        pixels = _pack(stored)
-        place = np.searchsorted(self._packed, pixels).clip(max=len(self._packed) - 1)
-        foreign = self._packed[place] != pixels
-        if foreign.any():
-            raise DataError(
-                f"{name}: the colour {stored[foreign][0].tolist()} is no class of "
-                "benchmark.palette; add it there, or under benchmark.ignore_colors"
-            )
-        return torch.from_numpy(self._meaning[place])
+    best = best_class(*size, background_threshold, token_scores.device, compiled)
+    ahead = _lead(token_scores, background_threshold)
+    order = ahead.argsort(descending=True, stable=True).tolist()
+    groups = _groups(order, int((ahead >= 0).sum()), FIRST)
+    while groups:
+        groups = _compete(groups, token_scores, refine, best)
+        groups = _groups([member for group in groups for member in group], 0, LATER)
+    return best.labels
 
 
-def class_colors(classes: ClassList, palette: Any) -> list[Color]:
-    """The colours of the classes, in index order.
+def _lead(scores: Tensor, threshold: float | None) -> Tensor:
+    """By how much every class is ahead of all others, where that is most: `[K]`.
 
-    Args:
-        classes: the class list.
-        palette: `"classes"` takes the list's own colours, else a colour per class: `[r, g, b]` or
-            `"#rrggbb"`.
-
-    Raises:
-        ConfigError: a class without colour, or another number of colours than classes.
+    Zero for the best class of a token or of the mean around one, else negative.
     """
-    if palette == "classes":
-        without = [spec.name for spec in classes.classes if spec.color is None]
-        if without:
-            raise ConfigError(
-                f"benchmark.palette=classes: {len(without)} classes have no colour, the first is "
-                f"{without[0]}; add one in benchmark.classes or list all in benchmark.palette"
-            )
-        return [spec.color for spec in classes.classes if spec.color is not None]
-    colors = list_colors(palette, "benchmark.palette")
-    if len(colors) != len(classes.classes):
-        raise ConfigError(
-            f"benchmark.palette: {len(colors)} colours for {len(classes.classes)} classes; give "
-            "one per class, in the order of benchmark.classes"
-        )
-    return colors
+    lead = scores.new_full(scores.shape[1:2], -torch.inf)
+    rows, columns = scores.shape[-2:]
+    for side in SMOOTHING:
+        smooth = _means(rows, side).to(scores) @ scores @ _means(columns, side).to(scores).t()
+        best = smooth.amax(1, keepdim=True)
+        if threshold is not None:
+            best = best.clamp(min=threshold)
+        lead = torch.maximum(lead, (smooth - best).amax((0, 2, 3)))
+    return lead
 
 
-def list_colors(given: Any, key: str) -> list[Color]:
-    """A list of colours, see `read_color`.
+def _means(cells: int, side: int) -> Tensor:
+    """`[cells, cells]`: the mean of `side` cells around each; of those there are at the border."""
+    place = torch.arange(cells)
+    near = ((place[:, None] - place).abs() <= side // 2).float()
+    return near / near.sum(1, keepdim=True)
 
-    Raises:
-        ConfigError: no list.
-        DataError: something in it is no colour.
+
+def _groups(order: Sequence[int], alone: int, size: int) -> list[list[int]]:
+    """The first `alone` classes by themselves, the rest in groups that grow along the order.
+
+    About one group for `size` classes, at least `FEW` maps in all, as many as fill the lanes.
     """
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ConfigError(f'{key}={given!r}: give a list of colours [r, g, b] or "#rrggbb"')
-    return [read_color(color, f"{key}: entry {number}") for number, color in enumerate(given)]
+    rest = len(order) - alone
+    maps = max(alone + ceil(rest / size), FEW)
+    maps = min(-(-maps // LANES) * LANES, len(order))
+    grouped = maps - alone
+    edges = [max(n, ceil(rest * (n / grouped) ** 2)) for n in range(grouped + 1)] if rest else [0]
+    return [
+        *([one] for one in order[:alone]),
+        *(list(order[alone + start : alone + stop]) for start, stop in pairwise(edges)),
+    ]
 
 
-def _pack(colors: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """[…, 3] to […], one number per colour."""
-    wide = colors.astype(np.int32)
-    packed: NDArray[np.int32] = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
-    return packed
-
-
-def _value(given: Any) -> int:
-    if type(given) is not int or not 0 <= given <= MAX_VALUE:
-        raise ConfigError(
-            f"benchmark.label_map holds {given!r}; give whole numbers 0..{MAX_VALUE}, as in "
-            "{7: 0, 8: 1}"
-        )
-    return given
+def _compete(
+    groups: list[list[int]],
+    scores: Tensor,
+    refine: Callable[[Tensor], Tensor],
+    best: BestClass,
+) -> list[list[int]]:
+    """Let single classes into `best`; returns the larger groups that may hold a winner."""
+    single = sorted(group for group in groups if len(group) == 1)
+    several = [group for group in groups if len(group) > 1]
+    left: list[list[int]] = []
+    groups = single + several
+    for start, stop in equal_parts(len(groups), TOGETHER):
+        part = groups[start:stop]
+        refined = refine(torch.stack([scores[:, group].amax(1) for group in part], 1))
+        alone = [group[0] for group in part if len(group) == 1]
+        best.add(refined[: len(alone)], alone)
+        reached = best.reached_by(refined[len(alone) :])
+        left += [group for group, one in zip(part[len(alone) :], reached, strict=True) if one]
+    return left

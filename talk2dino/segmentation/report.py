@@ -10,8 +10,8 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from talk2dino.atomic import replacing
-from talk2dino.segmentation.benchmarks import Sample
+from talk2dino.datasets.benchmarks.base import Sample
+from talk2dino.files import replacing
 from talk2dino.segmentation.overlay import overlay
 from talk2dino.segmentation.summary import published
 

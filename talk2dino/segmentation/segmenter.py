@@ -17,20 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.background import clean_background
-from talk2dino.segmentation.best_class import label_map
-from talk2dino.segmentation.contenders import contender_labels
 from talk2dino.segmentation.knn import KNN
+from talk2dino.segmentation.labels import contender_labels, label_map
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
+    clean_background,
     merge_synonyms,
     resize_scores,
     upsample,
     with_background,
 )
-from talk2dino.segmentation.separable import SeparableScores
 from talk2dino.segmentation.windows import (
+    SeparableScores,
     Window,
     coverage,
     resize_image,

@@ -1,7 +1,4 @@
-"""An Optuna study in the sweep folder, and the search space as a config says it.
-
-Optuna (4 or later) is an optional dependency and imported only when a search runs.
-"""
+"""A search with Optuna: the study in the sweep folder, its space, and the end of bad runs."""
 
 from __future__ import annotations
 
@@ -17,6 +14,11 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+from pathlib import Path
+
+import lightning as L
+
+from talk2dino.files import write_json
 
 STUDY = "sweep"  # the study's name in its storage
 RANGE_KEYS = ("low", "high", "step", "log")
@@ -130,3 +132,54 @@ def as_override(key: str, value: Any) -> str:
         raise ConfigError(f"sweep.space.{key}: {value!r} holds a quote or a backslash")
     plain = str(value).replace("_", "").replace(".", "").replace("/", "").isalnum()
     return f"{key}={value}" if plain or not isinstance(value, str) else f"{key}='{value}'"
+
+
+PRUNED = "pruned.json"  # in the run folder of a trial that was stopped
+
+
+class PruneTrial(L.Callback):
+    """Reports the metric after every validation and ends training when the pruner says so.
+
+    The study is reached through its storage, so this works in whatever process a launcher starts.
+    Only the first rank talks to it. A pruned run leaves all its files, and `pruned.json`.
+
+    Args:
+        folder: run folder.
+        metric: what is reported.
+        mode: max or min.
+        storage: URL of the study's storage.
+        trial: id of this run's trial there.
+        pruner: of the study.
+    """
+
+    def __init__(
+        self, folder: Path, metric: str, mode: str, storage: str, trial: int, pruner: Any
+    ) -> None:
+        self.folder, self.metric = folder, metric
+        self.mode, self.storage, self.trial_id, self.pruner = mode, storage, trial, pruner
+        self.pruned = False
+        self._trial: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Open the study."""
+        (self.folder / PRUNED).unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            from optuna.trial import Trial
+
+            study = open_study(self.storage, self.mode, None, self.pruner)
+            self._trial = Trial(study, self.trial_id)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Report, and stop if this trial is worse than others were at the same epoch."""
+        value = trainer.callback_metrics.get(self.metric)
+        if trainer.sanity_checking or value is None:
+            return
+        stop = False
+        if self._trial is not None:
+            self._trial.report(float(value), step=trainer.current_epoch)
+            stop = self._trial.should_prune()
+        if trainer.strategy.broadcast(stop):
+            self.pruned = trainer.should_stop = True
+            if trainer.is_global_zero:
+                found = {"epoch": trainer.current_epoch, self.metric: float(value)}
+                write_json(self.folder / PRUNED, found)

@@ -10,15 +10,15 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from talk2dino.alignment.module import AlignmentModule
-from talk2dino.alignment.trackers import show_picture
+from talk2dino.datasets.pictures import is_picture
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.features import FeatureStore
-from talk2dino.features.pictures import is_picture
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.report import save_picture
+from talk2dino.training.results import show_picture
 
 FOLDER = "pictures"  # in the run folder
 

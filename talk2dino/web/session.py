@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
-from talk2dino.features.pictures import read_picture
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import EncodedPicture
-from talk2dino.segmentation.class_files import read_classes
 
 MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
 

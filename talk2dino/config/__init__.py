@@ -1,0 +1,1 @@
+"""Composing a command's config, checking it, and errors as one line."""

@@ -1,0 +1,210 @@
+"""What all commands share: compose, check, run, and report errors as one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from talk2dino.config.checks import check_given, check_targets
+from talk2dino.config.messages import config_folder, config_groups, explain
+from talk2dino.config.schemas import register_schemas
+from talk2dino.errors import ConfigError, UserError
+from talk2dino.files import write_json
+
+FAILED = "failed.json"  # in the run folder of a sweep's job that failed
+
+
+def run(
+    command: str,
+    task: Callable[[DictConfig], Any],
+    complete: Callable[[DictConfig], None] = lambda config: None,
+) -> None:
+    """Compose `<command>.yaml` from the command line and call `task` with the checked config.
+
+    `complete` fills in the values that the config leaves to the data, before they are checked.
+    An error that is the user's to mend is printed as one line and exits with status 2. In a sweep
+    (-m) any error ends its own job only: a line is printed, `failed.json` in the job's run folder
+    says why, the other jobs run, and the command exits with status 1 at its end.
+    """
+    register_schemas()
+    sys.argv[1:] = quote_ranges(sys.argv[1:])
+
+    def checked(config: DictConfig) -> Any:
+        check_given(config)
+        complete(config)
+        check_targets(config)
+        return task(config)
+
+    def guarded(config: DictConfig) -> Any:
+        quiet_libraries()
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        if sweep:
+            failure_file().unlink(missing_ok=True)  # of an earlier try
+        try:
+            return checked(config)
+        except Exception as error:
+            message = user_message(error)
+            if sweep:
+                return note_failure(error, message)
+            if message is None:
+                raise
+            stop(message)
+
+    for group in config_groups():
+        if f"{group}=null" in sys.argv[1:]:  # Hydra answers with a ValueError
+            stop(f"{group}=null: to leave out a group, write ~{group}")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
+    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)
+    try:
+        main(guarded)()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        stop(explain(error, command))
+    except UserError as error:  # of a sweeper
+        stop(str(error))
+
+
+def require_common_folder() -> None:
+    """Refuse to start under torchrun or srun without a run folder that all processes share.
+
+    The default has a clock in its name, and two processes may read different times.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    named = any(a.startswith(("hydra.run.dir=", "--help", "--cfg")) for a in sys.argv[1:])
+    if rank is None or size == "1" or named:
+        return
+    if rank != "0":
+        raise SystemExit(2)
+    stop(f"{size} processes would each name their own run folder; give hydra.run.dir=DIR")
+
+
+class ExitStatus(Callback):
+    """Ends a sweep with status 1 if a job of its folder failed; a Hydra callback of all commands.
+
+    It stands first among the callbacks, so that at the end, in reverse order, it comes last.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Count the `failed.json` files, which jobs in other processes write as well."""
+        failed = len(failures(Path(config.hydra.sweep.dir)))
+        if failed:
+            print(f"{failed} failed; see {FAILED} in their run folders", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def failures(sweep: Path) -> list[Path]:
+    """The `failed.json` files of a sweep's run folders."""
+    return sorted(sweep.rglob(FAILED))
+
+
+def note_failure(error: Exception, message: str | None) -> None:
+    """Print a sweep's failed job as one line and write `failed.json` into its run folder.
+
+    The file holds `error`, the line, and `traceback` where the error is not the user's to mend.
+    """
+    job = HydraConfig.get().job
+    described = {"error": message or f"{type(error).__name__}: {error}"}
+    if message is None:
+        described["traceback"] = "".join(traceback.format_exception(error))
+    write_json(failure_file(), described)
+    line = " ".join(described["error"].split())
+    print(f"error: run {job.num}: {line}", file=sys.stderr)
+
+
+def failure_file() -> Path:
+    """Where the running job of a sweep notes its failure."""
+    return Path(HydraConfig.get().runtime.output_dir) / FAILED
+
+
+def user_message(error: Exception) -> str | None:
+    """Return the line for the user; None if the error is not his to mend.
+
+    A loader worker or a spawned rank hands its error over as the text of a traceback.
+    """
+    relayed = re.findall(r"^talk2dino\.errors\.\w+: (.*)$", str(error), re.M)
+    if relayed:
+        return str(relayed[-1])
+    return str(error) if isinstance(error, UserError) else None
+
+
+def quiet_libraries() -> None:
+    """Keep advertisements and inner affairs of libraries out of the terminal."""
+    for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch's pytree in a way that torch 2.14 no longer likes: not ours to mend.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # A resumed run has moved its metrics.csv aside; its checkpoints are meant to be there.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # Memory-mapped features need no loader processes, and short runs log rarely: both are chosen.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # Every rank validates on everything, so its figures are already those of all ranks.
+    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist.*")
+    # Evaluation counts into one confusion matrix and hands out nothing per image.
+    warnings.filterwarnings("ignore", message=".*predict returned None.*")
+    # The val loader's length is known; batches have their own sizes.
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a node; a UserError from inside comes out as itself."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def stop(message: str) -> NoReturn:
+    """Print one line for the user and end with status 2; a sweep ends as well."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def quote_ranges(arguments: list[str]) -> list[str]:
+    """Quote values with a brace range (`cc3m/{00000..00331}.tar`), which Hydra cannot parse."""
+    plain = re.compile(r"([^=]+)=((?!['\"\[]).*\{\d+\.\.\d+\}.*)")
+    found = [(plain.fullmatch(argument), argument) for argument in arguments]
+    return [f"{match[1]}='{match[2]}'" if match else argument for match, argument in found]
+
+
+def require_output_folder(path: Path, key: str) -> Path:
+    """Create a folder to write into, or say why that is impossible.
+
+    Raises:
+        ConfigError: the path is a file or cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot create this folder ({error.strerror})") from error
+    return path
+
+
+def refuse_ddp_in_sweep(config: DictConfig) -> None:
+    """End a sweep that would start its jobs again in every DDP process."""
+    strategy = str(config.trainer.get("strategy", ""))
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and strategy.startswith("ddp") and "spawn" not in strategy:
+        stop(
+            f"trainer.strategy={strategy} inside a sweep (-m): each process would start the sweep "
+            "anew; use one device per job, trainer.strategy=ddp_spawn, or torchrun"
+        )

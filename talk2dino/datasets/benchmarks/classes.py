@@ -1,0 +1,215 @@
+"""Class lists: names, synonyms, label values and colors, and the files they are read from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from talk2dino.errors import DataError
+
+BACKGROUND = "background"
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """One class of a benchmark.
+
+    Attributes:
+        name: as reported.
+        synonyms: what is put into the prompts; the best one counts.
+        value: its pixels' value in the label files.
+        color: its pixels' colour in coloured label files, 0..255 RGB; None if not known.
+    """
+
+    name: str
+    synonyms: tuple[str, ...]
+    value: int
+    color: Color | None = None
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The classes of a benchmark, index order.
+
+    A first class called "background" has no prompt: it is what no class claims.
+
+    Attributes:
+        classes: in the order of the confusion matrix.
+        unlabelled: label values that do not count, besides the benchmark's `ignore_index`.
+    """
+
+    classes: tuple[ClassSpec, ...]
+    unlabelled: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Names in index order."""
+        return [spec.name for spec in self.classes]
+
+    @property
+    def has_background(self) -> bool:
+        """Whether class 0 is the background."""
+        return self.classes[0].name == BACKGROUND
+
+    @property
+    def prompted(self) -> tuple[ClassSpec, ...]:
+        """The classes that have a prompt."""
+        return self.classes[1:] if self.has_background else self.classes
+
+
+MAX_VALUE = 65535  # of a 16-bit label map
+_SHIPPED = Path(__file__).parent / "class_lists"
+
+
+def shipped_lists() -> list[str]:
+    """Names of the class lists that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.txt"))
+
+
+def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
+    """Read a class list.
+
+    Args:
+        source: one of
+
+            * names, `[cat, dog]`, or entries `{"name", "id", "synonyms", "color"}`;
+            * a shipped list, or several joined by `+`: `voc`, `background+coco_things`;
+            * a `.txt` file with a class per line, `name; synonym; …; #rrggbb` (the colour is
+              optional), or a `.json` file: a list of names or entries, or
+              `{"classes": […], "unlabeled": 0}`.
+
+            Without `id` a class's label value is its place in the list, from 0.
+
+    Raises:
+        DataError: missing file, no class, an entry without name, a name or value used twice, a
+            background that is not the first class, or nothing besides it.
+    """
+    if isinstance(source, (str, Path)):
+        origin = str(source)
+        entries, unlabelled = _read(origin)
+    else:
+        origin, entries, unlabelled = "benchmark.classes", list(source), ()
+    if not entries:
+        raise DataError(f"{origin}: the class list is empty; name at least one class")
+    classes = ClassList(
+        tuple(_spec(entry, number, origin) for number, entry in enumerate(entries)), unlabelled
+    )
+    _check(classes, origin)
+    return classes
+
+
+def read_color(given: Any, where: str) -> Color:
+    """A colour `[r, g, b]` of 0..255, or `"#rrggbb"`.
+
+    Raises:
+        DataError: neither of them.
+    """
+    if isinstance(given, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", given.strip()):
+        text = given.strip()
+        return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 3:
+        red, green, blue = given
+        if all(type(part) is int and 0 <= part <= 255 for part in (red, green, blue)):
+            return red, green, blue
+    raise DataError(f'{where} is {given!r}; give a colour as [r, g, b] of 0..255 or "#rrggbb"')
+
+
+def _check(classes: ClassList, origin: str) -> None:
+    values = [spec.value for spec in classes.classes]
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise DataError(f"{origin}: two classes have the label value {twice}")
+    names = classes.names
+    same = next((name for name in names if names.count(name) > 1), None)
+    if same is not None:
+        raise DataError(
+            f"{origin}: two classes are called {same!r}; results are told apart by name"
+        )
+    if BACKGROUND in names[1:]:
+        raise DataError(
+            f"{origin}: {BACKGROUND} is class {names.index(BACKGROUND)}; only the first class may "
+            "be the background, which has no prompt"
+        )
+    if not classes.prompted:
+        raise DataError(f"{origin}: background is the only class; name what to look for")
+
+
+def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
+    parts = source.split("+")
+    if all(part in shipped_lists() for part in parts):
+        return [line for part in parts for line in _lines(_SHIPPED / f"{part}.txt")], ()
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"benchmark.classes={source}: no such file; give a .txt or .json file, names as "
+            f"[cat,dog], or a list that comes with the package: {', '.join(shipped_lists())}"
+        )
+    return _read_json(path) if path.suffix.lower() == ".json" else (_lines(path), ())
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in map(str.strip, _text(path).splitlines()) if line]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text file in UTF-8 ({error})") from error
+
+
+def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not a json file ({error})") from error
+    ignored: list[int] = []
+    if isinstance(content, dict):
+        given = content.get("unlabeled", [])
+        values = given if isinstance(given, list) else [given]
+        ignored = [_label_value(value, f"{path}: unlabeled") for value in values]
+        content = content.get("classes", [])
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of classes, found {type(content).__name__}")
+    return content, tuple(ignored)
+
+
+def _label_value(value: Any, where: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_VALUE:
+        raise DataError(f"{where} is {value!r}; give a label value, a whole number 0..{MAX_VALUE}")
+    return value
+
+
+def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
+    if isinstance(entry, str):
+        parts = [part.strip() for part in entry.split(";") if part.strip()]
+        colors = [part for part in parts if part.startswith("#")]
+        names = tuple(part for part in parts if not part.startswith("#"))
+        if names and len(colors) < 2:
+            where = f"{origin}: class {number} ({names[0]}): colour"
+            color = read_color(colors[0], where) if colors else None
+            return ClassSpec(names[0], names, number, color)
+    elif isinstance(entry, Mapping) and str(entry.get("name") or "").strip():
+        return _from_mapping(entry, number, origin)
+    raise DataError(f"{origin}: class {number} is {entry!r}; give it a name")
+
+
+def _from_mapping(entry: Mapping[str, Any], number: int, origin: str) -> ClassSpec:
+    name = str(entry["name"]).strip()
+    where = f"{origin}: class {number} ({name})"
+    given = entry.get("synonyms") or (name,)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(f"{where}: synonyms is {given!r}; give a list of names")
+    synonyms = tuple(str(synonym).strip() for synonym in given)
+    if not all(synonyms):
+        raise DataError(f"{where}: a synonym is empty; remove it")
+    value = _label_value(entry.get("id", number), f"{where}: id")
+    color = entry.get("color")
+    return ClassSpec(
+        name, synonyms, value, None if color is None else read_color(color, f"{where}: color")
+    )

@@ -1,0 +1,190 @@
+"""What extraction expects of a source of captioned images, and its images batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from talk2dino.datasets.pictures import middle_strip, read_picture
+from talk2dino.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image and its captions, before the image is read.
+
+    Attributes:
+        image_id: the dataset's number of the image.
+        file_name: relative to the image folder, or to the folder of the tars.
+        captions: (caption id, text) pairs.
+    """
+
+    image_id: int
+    file_name: str
+    captions: tuple[tuple[int, str], ...]
+
+
+class Source:
+    """Captioned images by position.
+
+    Reading an image happens in worker processes, so a source pickles.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def entry(self, index: int) -> Entry:
+        """The captions and the name of image `index`."""
+        raise NotImplementedError
+
+    def caption_count(self) -> int:
+        """Number of captions of all images."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image:
+        """Read image `index` as RGB.
+
+        Raises:
+            OSError: unreadable or truncated; extraction skips and lists such images.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that tell this source from another; a resumed extraction compares them."""
+        raise NotImplementedError
+
+
+class FileSource(Source):
+    """Images as files below one folder; a subclass calls `keep` with what it found.
+
+    Attributes:
+        images: the folder.
+        entries: in the order of the store.
+    """
+
+    entries: Sequence[Entry]
+
+    def __init__(self, images: Path) -> None:
+        self.images = images
+        if not images.is_dir():
+            raise DataError(f"source.images={images}: no such folder")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def entry(self, index: int) -> Entry:
+        """The captions and the name of image `index`."""
+        return self.entries[index]
+
+    def caption_count(self) -> int:
+        """Number of captions of all images."""
+        return sum(len(entry.captions) for entry in self.entries)
+
+    def image(self, index: int) -> Image.Image:
+        """Read image `index` as upright RGB."""
+        return read_picture(self.images / self.entries[index].file_name)
+
+    def keep(self, entries: Sequence[Entry], limit: int | None, origin: Path) -> None:
+        """Set `entries` after the checks that every source of files needs.
+
+        Raises:
+            DataError: no entry, or none of the first sixteen files is there.
+        """
+        if not entries:
+            raise DataError(f"{origin}: no captioned images in it")
+        self.entries = entries[: check_limit(limit)]
+        first = self.entries[: min(16, len(self.entries))]
+        if not any((self.images / entry.file_name).is_file() for entry in first):
+            raise DataError(
+                f"source.images={self.images}: {first[0].file_name}, named by {origin}, is not "
+                "there, nor are the next ones; point source.images at the folder of the images"
+            )
+
+
+def check_limit(limit: int | None, key: str = "source.limit") -> int | None:
+    """Return the limit; a ConfigError that names `key` unless it is None or positive."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"{key}={limit}: use 1 or more, or null for all images")
+    return limit
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images on their way to the encoder.
+
+    Attributes:
+        positions: of all images of the batch in the source, ascending.
+        entries: B readable images.
+        pixels: [B, 3, S, S] uint8 RGB.
+        skipped: the unreadable ones, as dicts with index, file_name and reason.
+    """
+
+    positions: Sequence[int]
+    entries: Sequence[Entry]
+    pixels: Tensor
+    skipped: Sequence[dict[str, Any]]
+
+    def pin_memory(self) -> ImageBatch:
+        """Called by the loader: a copy from which a GPU reads while it computes."""
+        return ImageBatch(self.positions, self.entries, self.pixels.pin_memory(), self.skipped)
+
+
+class ImageBatches(Dataset[ImageBatch]):
+    """Batches of a source's images: short side resized to `size` pixels (bicubic), centre kept."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __getitem__(self, positions: Sequence[int]) -> ImageBatch:
+        # One tensor for the whole batch: one block of shared memory instead of many.
+        pixels = torch.empty((len(positions), 3, self.size, self.size), dtype=torch.uint8)
+        entries: list[Entry] = []
+        skipped: list[dict[str, Any]] = []
+        for index in positions:
+            entry = self.source.entry(index)
+            try:
+                pixels[len(entries)] = crop_square(self.source.image(index), self.size)
+            except Exception as error:  # broken files make decoders raise anything
+                reason = f"{type(error).__name__}: {error}"
+                skipped.append({"index": index, "file_name": entry.file_name, "reason": reason})
+            else:
+                entries.append(entry)
+        return ImageBatch(positions, entries, pixels[: len(entries)], skipped)
+
+
+def load_batches(
+    source: Source, size: int, plan: Sequence[Sequence[int]], num_workers: int, pin_memory: bool
+) -> Iterator[ImageBatch]:
+    """Decode the batches of `plan`, in its order, in `num_workers` processes (0: in this one)."""
+    yield from DataLoader(
+        ImageBatches(source, size),
+        sampler=plan,  # its items are whole batches
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def crop_square(image: Image.Image, size: int) -> Tensor:
+    """Resize the short side to `size` (bicubic), crop the centre: [3, size, size] uint8."""
+    image = middle_strip(image)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    cropped = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(cropped.copy()).permute(2, 0, 1)

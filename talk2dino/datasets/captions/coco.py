@@ -1,0 +1,197 @@
+"""A captions json and its image folder: COCO 2014 and 2017, Flickr8k, Karpathy's splits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from talk2dino.datasets.captions.base import Entry, FileSource
+from talk2dino.errors import ConfigError, DataError
+
+
+def is_karpathy(data: Any) -> bool:
+    """Whether a parsed json has the captions inside its images, as Karpathy's files do."""
+    images = data.get("images") if isinstance(data, dict) else None
+    return isinstance(images, list) and bool(images) and "sentences" in images[0]
+
+
+def karpathy_entries(
+    path: Path, images: list[Any], split: Sequence[str] | None, folder: Path
+) -> list[Entry]:
+    """Entries of the images of the named splits, in the order of the file.
+
+    Args:
+        path: the file, for messages.
+        images: its rows with `filename`, `filepath` (COCO only), `imgid`, `cocoid` (COCO only),
+            `split` and `sentences` (`raw`, `sentid`).
+        split: `train`, `restval`, `val`, `test`; None for all.
+        folder: of the images; `filepath` is a sub-folder of it, if that is there.
+
+    Raises:
+        DataError: a row lacks a key; no image is of a named split.
+    """
+    _check_splits(path, images, split)
+    below = {
+        sub: (folder / sub).is_dir() for sub in {str(row.get("filepath", "")) for row in images}
+    }
+    entries: list[Entry] = []
+    for number, row in enumerate(images):
+        if split is not None and row.get("split") not in split:
+            continue
+        try:
+            sub, name = str(row.get("filepath", "")), str(row["filename"])
+            captions = tuple((int(s["sentid"]), str(s["raw"])) for s in row["sentences"])
+            image_id = int(row.get("cocoid", row["imgid"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: images[{number}] needs filename, imgid and sentences with raw and "
+                f"sentid ({error!r})"
+            ) from error
+        if captions:
+            entries.append(
+                Entry(image_id, f"{sub}/{name}" if sub and below[sub] else name, captions)
+            )
+    return entries
+
+
+def _check_splits(path: Path, images: list[Any], split: Sequence[str] | None) -> None:
+    for number, row in enumerate(images):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: images[{number}] is {row!r:.60}, expected an object")
+    known = {str(row.get("split")) for row in images}
+    for name in split or ():
+        if name not in known:
+            raise DataError(f"{path}: no split {name!r}; it has {', '.join(sorted(known))}")
+
+
+_SPLIT_2014 = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
+
+
+class CocoCaptions(FileSource):
+    """A COCO captions json and its image folder (2014 and 2017 layouts, Flickr8k and alike).
+
+    `images` is the folder of the files, or the one above it: `coco` with `train2014` and
+    `val2014`, or with `train2017`, in it. The sub-folder comes from the name
+    (`COCO_train2014_…`) or from the json's `coco_url`. Images without a caption are left out.
+
+    Args:
+        annotations: json with `images` (id, file_name) and `annotations` (id, image_id, caption),
+            or Karpathy's `dataset_coco.json`.
+        images: folder of the image files, or the one above.
+        split: of Karpathy's file, one of its names or a list of them; None for all its images.
+        limit: take only the first images, in the order of the json.
+
+    Raises:
+        DataError: missing file or folder, no json, a missing key, an id that occurs twice, a
+            caption without its image, an unknown split.
+    """
+
+    def __init__(
+        self,
+        annotations: str,
+        images: str,
+        split: str | list[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(Path(images))
+        self.annotations = Path(annotations)
+        self.split = [split] if isinstance(split, str) else split
+        data = _read_json(self.annotations, "source.annotations")
+        if is_karpathy(data):
+            entries = karpathy_entries(self.annotations, data["images"], self.split, self.images)
+        elif self.split is not None:
+            raise ConfigError(
+                f"source.split={split}: {self.annotations} has no splits; write source.split=null, "
+                "or give Karpathy's dataset_coco.json"
+            )
+        else:
+            entries = self._coco_entries(data)
+        self.keep(entries, limit, self.annotations)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name and size of the annotation file, its split if it has any, number of images."""
+        plain = {
+            "annotations": self.annotations.name,
+            "bytes": self.annotations.stat().st_size,
+            "images": len(self),
+        }
+        return plain if self.split is None else plain | {"split": self.split}
+
+    def _coco_entries(self, data: Any) -> list[Entry]:
+        path = self.annotations
+        for key in ("images", "annotations"):
+            if not isinstance(data, dict) or not isinstance(data.get(key), list):
+                raise DataError(f"{path}: no list {key!r}; expected a COCO captions json")
+        captions = _captions_by_image(path, data["annotations"])
+        names = _file_names(path, data["images"], self.images)
+        for image_id, texts in captions.items():
+            if image_id not in names:
+                raise DataError(
+                    f"{path}: caption {texts[0][0]} names image {image_id}, which is not in its "
+                    "images; remove the caption or add the image"
+                )
+        return [
+            Entry(image_id, name, tuple(captions[image_id]))
+            for image_id, name in names.items()
+            if image_id in captions
+        ]
+
+
+def _read_json(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise DataError(f"{key}={path}: no such file")
+    try:
+        return json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a json file ({error})") from error
+
+
+def _file_names(path: Path, images: list[Any], folder: Path) -> dict[int, str]:
+    """File name below `folder` by image id."""
+    names: dict[int, str] = {}
+    below: dict[str, bool] = {}  # sub-folder -> whether it is there; a stat per image is too slow
+    for number, row in enumerate(images):
+        try:
+            image_id, name = int(row["id"]), str(row["file_name"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: images[{number}] needs id and file_name ({error!r})"
+            ) from error
+        if image_id in names:
+            raise DataError(f"{path}: images[{number}] has id {image_id}, as an image before it")
+        sub = _sub_folder(name, row)
+        if sub not in below:
+            below[sub] = bool(sub) and (folder / sub).is_dir()
+        names[image_id] = f"{sub}/{name}" if below[sub] else name
+    return names
+
+
+def _sub_folder(name: str, row: dict[str, Any]) -> str:
+    """`train2014`, `val2017`, …: where COCO's own zip files put this image; empty if untold."""
+    if found := _SPLIT_2014.match(name):
+        return found.group(1)
+    url = row.get("coco_url")  # http://images.cocodataset.org/train2017/000000391895.jpg
+    return PurePosixPath(url).parent.name if isinstance(url, str) and "/" not in name else ""
+
+
+def _captions_by_image(path: Path, annotations: list[Any]) -> dict[int, list[tuple[int, str]]]:
+    grouped: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    seen: set[int] = set()
+    for number, row in enumerate(annotations):
+        try:
+            caption_id, text = int(row["id"]), str(row["caption"])
+            grouped[int(row["image_id"])].append((caption_id, text))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: annotations[{number}] needs id, image_id and caption ({error!r})"
+            ) from error
+        if caption_id in seen:
+            raise DataError(
+                f"{path}: annotations[{number}] has id {caption_id}, as a caption before it"
+            )
+        seen.add(caption_id)
+    return grouped

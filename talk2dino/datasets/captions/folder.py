@@ -1,0 +1,131 @@
+"""A folder of images with a table of captions, or a text file beside each image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from talk2dino.datasets.captions.base import Entry, FileSource
+from talk2dino.datasets.pictures import SUFFIXES
+from talk2dino.errors import DataError
+
+_TABLES = ("captions.csv", "captions.jsonl", "captions.txt")
+
+
+class CaptionFolder(FileSource):
+    """A folder of images with `captions.csv|jsonl|txt`, or one `.txt` beside each image.
+
+    The csv has the columns, the jsonl the keys `file_name` and `caption`, a row per caption; a
+    line of `captions.txt` is the file name, a tab and the caption (Flickr's `name.jpg#0` loses its
+    number). The file beside an image has a caption per line. Names are relative to the folder.
+
+    Args:
+        images: the folder.
+        limit: take only the first images, in alphabetical order.
+
+    Raises:
+        DataError: no captions, two tables, a line without file or caption, text that is not UTF-8.
+    """
+
+    def __init__(self, images: str, limit: int | None = None) -> None:
+        super().__init__(Path(images))
+        grouped: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for number, (name, text) in enumerate(self._pairs()):
+            grouped[name].append((number, text))
+        entries = [
+            Entry(number, name, tuple(grouped[name])) for number, name in enumerate(sorted(grouped))
+        ]
+        self.keep(entries, limit, self.images)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name of the folder and its number of images and captions."""
+        return {
+            "folder": self.images.name,
+            "images": len(self),
+            "captions": self.caption_count(),
+        }
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        tables = [self.images / name for name in _TABLES if (self.images / name).is_file()]
+        if len(tables) > 1:
+            raise DataError(
+                f"source.images={self.images}: {tables[0].name} and {tables[1].name} are both "
+                "there; keep one of them"
+            )
+        if tables:
+            return list(_table(tables[0]))
+        pairs = [
+            (image.name, line.strip())
+            for image in sorted(self.images.iterdir())
+            if image.suffix.lower() in SUFFIXES and image.with_suffix(".txt").is_file()
+            for line in _read_text(image.with_suffix(".txt")).splitlines()
+            if line.strip()
+        ]
+        if not pairs:
+            raise DataError(
+                f"source.images={self.images}: no captions.csv, captions.jsonl or captions.txt and "
+                "no .txt beside an image; add one of them"
+            )
+        return pairs
+
+
+def _table(path: Path) -> Iterator[tuple[str, str]]:
+    """(file name, caption) of every row."""
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".txt": _tab_rows}
+    for line, row in readers[path.suffix](path, _read_text(path)):
+        name, text = row.get("file_name"), row.get("caption")
+        if not (isinstance(name, str) and name.strip() and isinstance(text, str) and text.strip()):
+            raise DataError(f"{path}: line {line} needs file_name and caption")
+        yield name, text
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = reader.fieldnames or []
+    if not {"file_name", "caption"} <= set(columns):
+        raise DataError(f"{path}: line 1 must name the columns file_name and caption: {columns}")
+    try:
+        for row in reader:
+            yield reader.line_num, row  # the last line of the row, if a caption has several
+    except csv.Error as error:
+        raise DataError(f"{path}: after line {reader.line_num}: not csv ({error})") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number} is not json ({error})") from error
+        yield number, row if isinstance(row, dict) else {}
+
+
+def _tab_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise DataError(f"{path}: line {number} has no tab between file name and caption")
+        head, mark, count = name.rpartition("#")
+        yield (
+            number,
+            {
+                "file_name": head if mark and count.isdigit() else name,
+                "caption": caption.strip(),
+            },
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error

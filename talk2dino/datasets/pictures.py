@@ -1,0 +1,300 @@
+"""Any picture to pixels: files, bytes, PIL images, arrays and tensors as upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from talk2dino.errors import DataError
+
+SUFFIXES = frozenset(  # of files that are taken for pictures, where only a folder is named
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"),
+        *(".bmp", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm"),
+    )
+)
+_TURN = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file of a folder is taken for a picture: by its suffix, unless it is hidden."""
+    known = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return known and path.is_file()
+
+
+def read_picture(file: Path | BinaryIO) -> Image.Image:
+    """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
+
+    Pillow warns of more than 89 million pixels and refuses twice as many: large photographs are
+    read without the warning, what is beyond stays refused.
+
+    Raises:
+        OSError: the file is truncated or no picture; a broken decoder may raise anything else.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture upright by its EXIF tag and bring it to 8-bit RGB.
+
+    Pillow cuts 16-bit grey off at 255, which makes nearly all of it white; here the full range
+    0..65535 becomes 0..255. An alpha channel is dropped, as the original's `convert("RGB")` does.
+
+    Raises:
+        OSError: the file is truncated; a broken decoder may raise anything else.
+        ValueError: numbers with fractions, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise ValueError("pixels are numbers with fractions; save it with 8 or 16 bits a channel")
+    image.load()  # a TIFF is turned by Pillow itself
+    turn = orientation(image)
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
+        grey = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
+    rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
+    """Cut a very long picture to its middle part, at most `ratio` times as long as it is wide.
+
+    Enlarging a line of 1 x 5000 pixels to a side of 448 would take three gigabytes, of which a
+    centre crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
+    both sides, so the middle stays where it was to half a pixel.
+    """
+    long, short = max(image.size), min(image.size)
+    excess = (long - ratio * short) // 2
+    if excess <= 0:
+        return image
+    width, height = image.size
+    if width > height:
+        return image.crop((excess, 0, width - excess, height))
+    return image.crop((0, excess, width, height - excess))
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright by its EXIF tag; None if it is."""
+    try:
+        return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged tags raise all sorts of errors; the picture itself may be sound
+        return None
+
+
+_SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
+_SWAPS = (  # these turns exchange rows and columns
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
+    *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+)
+
+
+def read_image(path: Path) -> Tensor:
+    """Read a picture as [3, H, W] uint8 RGB, turned upright by its EXIF tag.
+
+    Raises:
+        DataError: not a picture, or truncated.
+    """
+    try:
+        pixels = np.array(read_picture(path))
+    except Exception as error:  # broken files make decoders raise anything
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_values(path: Path) -> NDArray[Any]:
+    """Read the values of a label file, [H, W]; of a palette file the indices, not the colours.
+
+    An EXIF tag turns it like a picture.
+
+    Raises:
+        DataError: not a picture, truncated, or with colour channels.
+    """
+    with _readable(path), _open(path) as file:
+        if file.mode not in _SINGLE_CHANNEL:
+            raise DataError(
+                f"{path}: a {file.mode} picture, not a label map; save the class values as one "
+                "8-bit channel, or give the classes' colours as benchmark.palette"
+            )
+        return np.asarray(_upright(file))
+
+
+def read_colors(path: Path) -> NDArray[np.uint8]:
+    """Read a coloured label file as [H, W, 3] uint8 RGB; a palette file by its colours.
+
+    Raises:
+        DataError: not a picture, or truncated.
+    """
+    with _readable(path), _open(path) as file:
+        return np.asarray(_upright(file).convert("RGB"))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Rows and columns of a picture or label file as it is read, from the header alone.
+
+    Raises:
+        DataError: not a picture.
+    """
+    with _readable(path), _open(path) as file:
+        if file.format == "TIFF" and orientation(file) in _SWAPS:
+            file.load()  # Pillow turns it by itself, and its size sooner or later, by version
+        columns, rows = file.size
+        swapped = orientation(file) in _SWAPS
+    return (columns, rows) if swapped else (rows, columns)
+
+
+def is_turned(path: Path) -> bool:
+    """Whether an EXIF tag turns a picture or label file."""
+    with _readable(path), _open(path) as file:
+        return orientation(file) is not None
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    file.load()  # a TIFF is turned by Pillow itself
+    turn = orientation(file)
+    return file if turn is None else file.transpose(turn)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():  # size is checked in pairs.py, by name and before the work
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(
+            f"{path}: more than {most} pixels, which Pillow does not open; scale the image and "
+            "its label map down"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+ImageLike: TypeAlias = "Image.Image | str | Path | bytes | Tensor | np.ndarray[Any, Any]"
+
+
+def to_pixels(image: ImageLike) -> Tensor:
+    """Bring a picture to `[3, H, W]` uint8 RGB on the CPU.
+
+    Args:
+        image: PIL image; path; bytes of a picture file; tensor `[3, H, W]`; array `[H, W, 3]` or
+            `[H, W]`. Tensors and arrays are RGB, uint8 or float within 0..1. Files and PIL images
+            are turned upright by their EXIF tag.
+
+    Raises:
+        DataError: unreadable file, or another shape, type or range. Addresses are not opened.
+    """
+    if isinstance(image, (str, Path)):
+        return _from_path(str(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _from_bytes(bytes(image))
+    if isinstance(image, Image.Image):
+        return _from_upright(upright_rgb(image))
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        return _to_bytes(image.detach().cpu(), image.numel())
+    shape = tuple(getattr(image, "shape", ()))
+    raise DataError(
+        f"image: {type(image).__name__} {shape}; give a PIL image, a path, bytes of a file, "
+        "a tensor [3, H, W] or an array [H, W, 3]"
+    )
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike] | None:
+    """The pictures of a list, tuple or `[B, 3, H, W]` tensor; None if it is a single picture.
+
+    Raises:
+        DataError: an empty list.
+    """
+    batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
+    if not batch and not isinstance(images, (list, tuple)):
+        return None
+    several: list[ImageLike] = list(images)  # type: ignore[arg-type]
+    if not several:
+        raise DataError("images: the list is empty; give at least one picture")
+    return several
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """`[3, H, W]` uint8 as a PIL image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _from_path(path: str) -> Tensor:
+    if path.startswith(("http://", "https://")):
+        raise DataError(f"image={path}: addresses are not opened; download the picture first")
+    if not Path(path).expanduser().is_file():
+        raise DataError(f"image={path}: no such file")
+    try:
+        return _from_upright(read_picture(Path(path).expanduser()))
+    except Exception as error:  # broken files make decoders raise anything
+        raise DataError(f"image={path}: cannot be read as an image ({error})") from error
+
+
+def _from_bytes(content: bytes) -> Tensor:
+    try:
+        return _from_upright(read_picture(BytesIO(content)))
+    except Exception as error:  # broken files make decoders raise anything
+        raise DataError(f"image: {len(content)} bytes that are no picture ({error})") from error
+
+
+def _from_upright(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
+    """`[H, W, 3]` or `[H, W]`; a channel axis in front would be a tensor's."""
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] grey")
+    if image.dtype.kind not in "uf":
+        raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
+    if image.dtype.kind == "u" and image.dtype != np.uint8:
+        raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
+    # a tensor has no negative strides (a flipped view) and may be written to
+    pixels = np.array(image, order="C")
+    return _to_bytes(torch.from_numpy(pixels).permute(2, 0, 1), image.size)
+
+
+def _to_bytes(image: Tensor, count: int) -> Tensor:
+    """uint8 as it is, floats 0..1 times 255; `count` values, at least one."""
+    if not count:
+        raise DataError(f"image: {tuple(image.shape)} holds no pixel")
+    if image.dtype == torch.uint8:
+        return image.clone()
+    lowest, highest = (float(x) for x in image.aminmax()) if image.is_floating_point() else (0, 2)
+    if not 0 <= lowest <= highest <= 1:  # NaN fails too
+        raise DataError(f"image: {image.dtype} in {lowest:.3g}..{highest:.3g}; give uint8, or 0..1")
+    return (image.float() * 255).round().to(torch.uint8)

@@ -1,0 +1,98 @@
+"""Where and how encoders run: the device, the process rank, the arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from talk2dino.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """Number of this process, of all processes, and its number on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def process_rank(environment: Mapping[str, str] | None = None) -> ProcessRank:
+    """Read the place of this process among all: torchrun's variables, else those of srun.
+
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID, SLURM_LOCALID and
+    SLURM_STEP_NUM_TASKS (older ones SLURM_NTASKS). Without any of them there is one process.
+
+    Raises:
+        ConfigError: a variable that is no number, or a rank beyond the number of processes.
+    """
+    given = os.environ if environment is None else environment
+    if "RANK" in given:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in given and "WORLD_SIZE" not in given:
+        # SLURM_NTASKS is that of the whole job, of which srun may start a part.
+        step = "SLURM_STEP_NUM_TASKS" in given
+        tasks = "SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
+    else:
+        return ProcessRank(local_rank=_number(given, "LOCAL_RANK", 0))
+    rank = _number(given, names[0], 0)
+    world_size = _number(given, names[1], 1)
+    if rank >= world_size:
+        raise ConfigError(
+            f"{names[0]}={rank} with {names[1]}={world_size}: a rank lies below their number; "
+            "start through torchrun or srun, or unset both"
+        )
+    return ProcessRank(rank, world_size, _number(given, names[2], 0))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value!r} in the environment is no number; unset it")
+    return int(value)
+
+
+def choose_device(accelerator: str = "auto") -> torch.device:
+    """Return the device for `auto`, `cpu`, `gpu` or `mps`.
+
+    Under torchrun or srun each local rank takes its own GPU; more ranks than visible GPUs share
+    them (srun may show every task one GPU only).
+
+    Raises:
+        ConfigError: unknown name, or no such device here.
+    """
+    available = {
+        "gpu": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if accelerator == "auto":
+        accelerator = next(name for name, here in available.items() if here)
+    if accelerator not in available:
+        raise ConfigError(f"accelerator={accelerator!r}; choose auto, {', '.join(available)}")
+    if not available[accelerator]:
+        raise ConfigError(f"accelerator={accelerator}: there is none here; use accelerator=auto")
+    if accelerator == "gpu":
+        return torch.device("cuda", process_rank().local_rank % torch.cuda.device_count())
+    return torch.device(accelerator)
+
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def check_precision(precision: str, key: str = "precision") -> None:
+    """Refuse a name that is not in `PRECISIONS` with a ConfigError that names `key`."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"{key}={precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a new context for forward passes on `device`."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

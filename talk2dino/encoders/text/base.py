@@ -1,0 +1,205 @@
+"""What the package expects of a text encoder, whatever library it comes from, and a cached one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from talk2dino.errors import ConfigError
+from talk2dino.files import replacing
+
+
+class TextEncoder(Protocol):
+    """What extraction and segmentation need of a text encoder.
+
+    Attributes:
+        embed_dim: width C of an embedding.
+        templates: name of the prompt templates that suit it, see `encoders.prompts`.
+    """
+
+    embed_dim: int
+    templates: str
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the feature store's manifest keeps of the encoder."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Everything that can be kept of N captions, float32 on the CPU.
+
+    Attributes:
+        embedding: [N, C] pooled, the same as `encode` gives.
+        token_embeddings: [N, L, C] last layer; for CLIP behind the final norm and the text
+            projection, token by token (original `clip_txt_out_tokens`).
+        token_mask: [N, L] bool, true for everything but padding, start and end tokens included.
+        second_last_tokens: [N, L, W] output of the block before the last (original
+            `clip_second_last_out`), or None if the library does not show it.
+        eot_index: [N] int64, position of the token that CLIP reads, or of the last real token.
+    """
+
+    embedding: Tensor
+    token_embeddings: Tensor
+    token_mask: Tensor
+    second_last_tokens: Tensor | None
+    eot_index: Tensor
+
+
+class TokenTextEncoder(TextEncoder, Protocol):
+    """A text encoder that also gives token-level outputs."""
+
+    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
+        """Return pooled and token-level outputs; all texts are padded to the same L."""
+
+
+def join(parts: Sequence[TextFeatures]) -> TextFeatures:
+    """Put batches of features, at least one, behind each other."""
+    earlier = [part.second_last_tokens for part in parts if part.second_last_tokens is not None]
+    return TextFeatures(
+        embedding=torch.cat([part.embedding for part in parts]),
+        token_embeddings=torch.cat([part.token_embeddings for part in parts]),
+        token_mask=torch.cat([part.token_mask for part in parts]),
+        second_last_tokens=torch.cat(earlier) if earlier else None,
+        eot_index=torch.cat([part.eot_index for part in parts]),
+    )
+
+
+def encode_fields(
+    text: TextEncoder, texts: Sequence[str], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The named fields of `TextFeatures`, each [N, ...] on the CPU.
+
+    Asks for the pooled embedding alone if that is all, since token-level outputs cost memory.
+
+    Raises:
+        ConfigError: the encoder does not give one of them.
+    """
+    if list(names) == ["embedding"]:
+        return {"embedding": text.encode(texts)}
+    encode_tokens = getattr(text, "encode_tokens", None)
+    if encode_tokens is None:
+        raise _no_field(text, next(name for name in names if name != "embedding"))
+    features: TextFeatures = encode_tokens(texts)
+    fields: dict[str, Tensor | None] = {name: getattr(features, name) for name in names}
+    found = {name: values for name, values in fields.items() if values is not None}
+    if missing := sorted(fields.keys() - found.keys()):
+        raise _no_field(text, missing[0])
+    return found
+
+
+def _no_field(text: TextEncoder, name: str) -> ConfigError:
+    return ConfigError(
+        f"text: {type(text).__name__} does not give {name}; choose text=clip_vitb16, or features "
+        "and a projection that need the embedding only"
+    )
+
+
+def average_text_tokens(
+    tokens: Tensor, mask: Tensor, keep_cls: bool = False, keep_end_seq: bool = False
+) -> Tensor:
+    """Average the embeddings of a caption's tokens (original `src/hooks.py`).
+
+    Unlike the original, the mask is not changed, and a caption without any token left gives zeros
+    instead of NaN, so one empty caption cannot spoil a batch.
+
+    Args:
+        tokens: [B, L, C].
+        mask: [B, L] bool or 0/1, true for real tokens, which stand before the padding.
+        keep_cls: count the first token.
+        keep_end_seq: count the last real token.
+
+    Returns:
+        [B, C] in the dtype of `tokens`.
+
+    Raises:
+        ValueError: the two shapes do not belong together.
+    """
+    if mask.shape != tokens.shape[:-1]:
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} do not belong together"
+        )
+    position = torch.arange(mask.shape[1], device=mask.device)
+    length = mask.bool().sum(dim=1, keepdim=True)  # [B, 1]
+    keep = mask.bool()
+    if not keep_end_seq:
+        keep = keep & (position != length - 1)
+    if not keep_cls:
+        keep = keep & (position != 0)
+    weights = keep.to(tokens.dtype)  # [B, L]
+    total = torch.einsum("bl,blc->bc", weights, tokens)
+    return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+# of the spec, what cannot change an embedding of given weights
+_IRRELEVANT = ("weights", "batch_size", "templates")
+
+
+class CachedTextEncoder(nn.Module):
+    """A text encoder that looks into a folder before it computes.
+
+    A file's name is the digest of the encoder (class, name, weights, pooling) and of the sentences
+    in their order, so another encoder or another list of classes never finds a wrong entry. An
+    unreadable file is computed again. The encoder's spec and manifest are those of the encoder
+    inside: a checkpoint does not depend on the cache.
+
+    Args:
+        encoder: does the work.
+        folder: holds one `.safetensors` per list of sentences; created when needed.
+    """
+
+    def __init__(self, encoder: TextEncoder, folder: str | Path) -> None:
+        super().__init__()
+        self.encoder, self.folder = encoder, Path(folder).expanduser()
+        self.embed_dim: int = encoder.embed_dim
+        self.templates: str = encoder.templates
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        if not texts:
+            return self.encoder.encode(texts)
+        path = self.folder / f"{self._key(texts)}.safetensors"
+        stored = self._read(path, len(texts))
+        if stored is not None:
+            return stored
+        embeddings = self.encoder.encode(texts)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path, shared=True) as temporary:
+            save_file({"embedding": embeddings.contiguous()}, temporary)
+        return embeddings
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the feature store's manifest keeps of the encoder inside."""
+        return self.encoder.describe()
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        described = self.encoder.describe()
+        spec = {k: v for k, v in described["spec"].items() if k not in _IRRELEVANT}
+        return {"weights_sha256": described["weights_sha256"], "spec": spec}
+
+    def _key(self, texts: Sequence[str]) -> str:
+        content = json.dumps([self._identity, list(texts)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _read(self, path: Path, count: int) -> Tensor | None:
+        if not path.is_file():
+            return None
+        try:
+            embeddings = load_file(path).get("embedding")
+        except (SafetensorError, OSError):
+            return None
+        fits = embeddings is not None and embeddings.shape == torch.Size((count, self.embed_dim))
+        return embeddings if fits else None

@@ -1,0 +1,175 @@
+"""Text towers of CLIP models, through open_clip."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talk2dino.encoders.hub import cached_if_unreachable
+from talk2dino.encoders.text.base import TextFeatures, join
+from talk2dino.encoders.weights import first_line, quiet, seeded, state_dict_digest
+from talk2dino.errors import EncoderError
+
+
+class OpenClipTextEncoder(nn.Module):
+    """The text tower of a CLIP model.
+
+    Args:
+        name: open_clip architecture; OpenAI's ViT-B/16 is `ViT-B-16-quickgelu`.
+        weights: an open_clip pretrained tag (downloaded), `random` (always the same ones), or a
+            local checkpoint of the whole model.
+        batch_size: captions per forward pass.
+        templates: prompt templates for class names.
+
+    Raises:
+        EncoderError: unknown architecture, or weights that are not available.
+    """
+
+    def __init__(
+        self,
+        name: str = "ViT-B-16-quickgelu",
+        weights: str = "openai",
+        batch_size: int = 256,
+        templates: str = "imagenet80",
+    ) -> None:
+        super().__init__()
+        import open_clip
+
+        self.name, self.weights = name, weights
+        self.batch_size, self.templates = batch_size, templates
+        _check_source(name, weights)
+        pretrained = None if weights == "random" else weights
+        try:
+            with seeded(), quiet(), cached_if_unreachable():  # some towers come from the Hub
+                model = open_clip.create_model(name, pretrained, force_custom_text=True)
+                self.tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:  # a file of something else fails in any way at all
+            raise EncoderError(
+                f"text.weights={weights!r}: cannot get the weights of {name} "
+                f"({first_line(error)}); give a local file with text.weights=FILE, or use "
+                "text=minilm, which needs no download"
+            ) from error
+        self.tower: Any = model.text.requires_grad_(False).eval()
+        self.embed_dim: int = int(open_clip.get_model_config(name)["embed_dim"])
+
+    def train(self, mode: bool = True) -> OpenClipTextEncoder:
+        """Stay in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        parts = [self.tower(ids).float().cpu() for ids in self._batches(texts)]
+        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
+
+    @torch.no_grad()
+    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
+        """Return pooled and token-level outputs; L is the context length (77), W the tower's width.
+
+        Raises:
+            EncoderError: a tower that is not CLIP's, or that appends a token of its own (CoCa).
+        """
+        tower = self.tower
+        if not hasattr(tower, "ln_final") or getattr(tower, "cls_emb", None) is not None:
+            raise EncoderError(
+                f"text.name={self.name}: token-level outputs need CLIP's own text tower, this is "
+                f"{type(tower).__name__}; choose text=clip_vitb16"
+            )
+        parts = [self._tokens_of(ids) for ids in self._batches(texts)]
+        return join(parts) if parts else self._no_tokens()
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        """Token ids [b, L] on the tower's device; long captions are cut and still end with EOT."""
+        device = next(self.tower.parameters()).device
+        for start in range(0, len(texts), self.batch_size):
+            yield self.tokenizer(list(texts[start : start + self.batch_size])).to(device)
+
+    def _tokens_of(self, ids: Tensor) -> TextFeatures:
+        seen: dict[str, Tensor] = {}
+        blocks, norm = self.tower.transformer.resblocks, self.tower.ln_final
+        hooks = [
+            blocks[-2].register_forward_hook(lambda _m, _i, out: seen.update(earlier=out)),
+            norm.register_forward_hook(lambda _m, _i, out: seen.update(normed=out)),
+        ]
+        try:
+            pooled = self.tower(ids)  # [b, C]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        earlier = seen["earlier"]
+        if not getattr(self.tower.transformer, "batch_first", True):
+            earlier = earlier.transpose(0, 1)  # [L, b, W] -> [b, L, W]
+        return TextFeatures(
+            embedding=pooled.float().cpu(),
+            token_embeddings=self._project(seen["normed"]).float().cpu(),
+            token_mask=(ids != getattr(self.tower, "pad_id", 0)).cpu(),
+            second_last_tokens=earlier.float().cpu(),
+            eot_index=self._pooled_position(ids).cpu(),
+        )
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        projection = self.tower.text_projection
+        if projection is None:
+            return tokens
+        out: Tensor = (
+            projection(tokens) if isinstance(projection, nn.Module) else tokens @ projection
+        )
+        return out
+
+    def _pooled_position(self, ids: Tensor) -> Tensor:
+        """[b] index of the token that the tower pools."""
+        pool = getattr(self.tower, "pool_type", "argmax")
+        if pool == "argmax":  # the end token has the highest id
+            return ids.argmax(dim=-1)
+        if pool == "eos":
+            found: Tensor = ids == self.tower.eos_id
+            return found.int().argmax(dim=-1)
+        return torch.full_like(ids[:, 0], 0 if pool == "first" else ids.shape[1] - 1)
+
+    def _no_tokens(self) -> TextFeatures:
+        length, width = self.tower.positional_embedding.shape
+        return TextFeatures(
+            embedding=torch.empty(0, self.embed_dim),
+            token_embeddings=torch.empty(0, length, self.embed_dim),
+            token_mask=torch.empty(0, length, dtype=torch.bool),
+            second_last_tokens=torch.empty(0, length, width),
+            eot_index=torch.empty(0, dtype=torch.int64),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the feature store's manifest keeps of the encoder."""
+        return {
+            "name": self.name,
+            "weights_sha256": state_dict_digest(self.tower),
+            "embed_dim": self.embed_dim,
+            "spec": {
+                "_target_": "talk2dino.encoders.text.OpenClipTextEncoder",
+                "name": self.name,
+                "weights": self.weights,
+                "batch_size": self.batch_size,
+                "templates": self.templates,
+            },
+        }
+
+
+def _check_source(name: str, weights: str) -> None:
+    """Refuse what open_clip would log at length."""
+    import open_clip
+
+    if open_clip.get_model_config(name) is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        raise EncoderError(
+            f"text.name={name!r} is not an open_clip architecture"
+            + (f"; near it: {', '.join(near)}" if near else "")
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights != "random" and weights not in tags and not Path(weights).is_file():
+        raise EncoderError(
+            f"text.weights={weights!r} is neither a file nor a pretrained tag of {name}; "
+            f"choose random, a file, or one of: {', '.join(tags) or 'none exists'}"
+        )

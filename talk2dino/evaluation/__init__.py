@@ -1,0 +1,1 @@
+"""Running a benchmark, counting, and reporting: `trainer.predict` to mIoU."""

@@ -1,0 +1,182 @@
+"""The pictures that an evaluation writes: image by image, and the best and worst of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from torch import Tensor
+
+from talk2dino.datasets.benchmarks.base import Benchmark, Sample
+from talk2dino.errors import ConfigError
+from talk2dino.evaluation.metrics import ImageScore, extremes
+from talk2dino.files import replacing, write_json
+from talk2dino.segmentation.overlay import IGNORED, Colour, class_colours, overlay, save_label_map
+from talk2dino.segmentation.report import panel, save_picture
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Which files an image leaves behind.
+
+    Attributes:
+        folder: of the run; files go to `pictures`, `label_maps` and `overlays` in it.
+        names: of the K classes.
+        ignore_index: label value that does not count.
+        pictures: the first so many images get a sheet of image, truth and prediction.
+        label_maps: every image gets its label map, an indexed PNG of class indices, and an overlay.
+        palette: the dataset's colours for the label maps; None takes those of the overlays.
+
+    Raises:
+        ConfigError: label maps of more than 256 classes, which a PNG palette cannot hold.
+    """
+
+    folder: Path
+    names: Sequence[str]
+    ignore_index: int = 255
+    pictures: int = 0
+    label_maps: bool = False
+    palette: Sequence[Colour] | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_maps and len(self.names) > 256:
+            raise ConfigError(
+                f"label_maps=true: {len(self.names)} classes do not fit the 256 values of an "
+                "indexed PNG; use label_maps=false"
+            )
+
+    def paths(self, index: int, name: str) -> list[Path]:
+        """Files that image `index` has when it is finished."""
+        return list(self._places(index, name).values())
+
+    def _places(self, index: int, name: str) -> dict[str, Path]:
+        wanted = {
+            "pictures": index < self.pictures,
+            "label_maps": self.label_maps,
+            "overlays": self.label_maps,
+        }
+        kinds = [kind for kind, wished in wanted.items() if wished]
+        return {kind: self.folder / kind / f"{name}.png" for kind in kinds}
+
+    def write(self, index: int, sample: Sample, labels: Tensor) -> None:
+        """Write the image's files; each appears complete or not at all."""
+        places = self._places(index, sample.name)
+        labels = labels.cpu() if places else labels
+        for kind, path in places.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "label_maps":
+                save_label_map(labels, path, self.palette or class_colours(self.names))
+            elif kind == "overlays":
+                save_picture(overlay(pixels(sample), labels, self.names), path)
+            else:
+                save_picture(panel(sample, labels, self.names, self.ignore_index), path)
+
+
+def pixels(sample: Sample) -> Image.Image:
+    """The picture of a sample."""
+    return Image.fromarray(sample.image.cpu().permute(1, 2, 0).contiguous().numpy())
+
+
+FILE = "examples.json"
+HEIGHT, WIDTH = 240, 420  # of a panel, in pixels at most: a report holds dozens
+GAP = 4  # pixels between panels
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of the report.
+
+    Attributes:
+        kind: best or worst.
+        name: of the image.
+        iou: mean over the classes in its label map, percent.
+        file: JPEG with image, truth and prediction side by side, relative to the run folder.
+        classes: name, RGB colour, share of the truth and of the prediction in percent; the ones
+            that occur, largest first.
+    """
+
+    kind: Literal["best", "worst"]
+    name: str
+    iou: float
+    file: str
+    classes: list[tuple[str, Colour, float, float]]
+
+
+def write_examples(
+    scores: Sequence[ImageScore],
+    count: int,
+    benchmark: Benchmark,
+    segment: Callable[[Sample], Tensor],
+    folder: Path,
+) -> None:
+    """Segment the `count` best and worst images once more and write their panels.
+
+    That costs a few images and needs no memory of label maps during the run, and so an evaluation
+    that was interrupted shows the same as one that was not.
+
+    Args:
+        scores: of all images.
+        count: 0 writes nothing.
+        benchmark: gives images and names.
+        segment: sample to labels [H, W].
+        folder: of the run; `examples.json` and `examples/*.jpg` go there.
+    """
+    best, worst = extremes(scores, count)
+    chosen = [("best", s) for s in best] + [("worst", s) for s in worst]
+    names = benchmark.class_list.names
+    examples = []
+    for number, (kind, score) in enumerate(chosen):
+        sample = benchmark.sample(score.index)
+        labels = segment(sample).cpu()
+        truth = sample.target.cpu()
+        truth = truth.masked_fill(truth == benchmark.ignore_index, IGNORED)
+        file = f"examples/{number:02d}-{kind}.jpg"
+        _save(_strip(pixels(sample), truth, labels, names), folder / file)
+        classes = _areas(truth, labels, names)
+        examples.append(
+            Example("best" if kind == "best" else "worst", score.name, score.iou, file, classes)
+        )
+    if count:
+        write_json(folder / FILE, [asdict(example) for example in examples])
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """The examples of a run folder; none if it has no such file."""
+    if not (folder / FILE).is_file():
+        return []
+    found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return [Example(**entry) for entry in found]
+
+
+def _strip(
+    picture: Image.Image, truth: Tensor, labels: Tensor, names: Sequence[str]
+) -> Image.Image:
+    parts = [picture, *(overlay(picture, m, names, legend=False) for m in (truth, labels))]
+    factor = min(HEIGHT / picture.height, WIDTH / picture.width, 1.0)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    sheet = Image.new("RGB", (3 * size[0] + 2 * GAP, size[1]), "white")
+    for place, part in enumerate(parts):
+        sheet.paste(part.resize(size, Image.Resampling.LANCZOS), (place * (size[0] + GAP), 0))
+    return sheet
+
+
+def _areas(
+    truth: Tensor, labels: Tensor, names: Sequence[str]
+) -> list[tuple[str, Colour, float, float]]:
+    colours = class_colours(names)
+    found = []
+    for k, name in enumerate(names):
+        shares = [100 * float((m == k).float().mean()) for m in (truth, labels)]
+        if any(shares):
+            found.append((name, colours[k], shares[0], shares[1]))
+    return sorted(found, key=lambda entry: -max(entry[2:]))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="JPEG", quality=82)

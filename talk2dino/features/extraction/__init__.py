@@ -1,0 +1,1 @@
+"""From captioned images to the shards of a feature store."""

@@ -1,0 +1,257 @@
+"""Images and captions of a source through both encoders, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from talk2dino.datasets.captions import Source
+from talk2dino.datasets.captions.base import ImageBatch, load_batches
+from talk2dino.encoders.devices import autocast
+from talk2dino.encoders.text import TextEncoder, encode_fields
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.encoders.weights import first_line
+from talk2dino.errors import ConfigError
+from talk2dino.features.extraction.fields import select_fields
+from talk2dino.features.store.schema import FIXED_DTYPES
+from talk2dino.features.store.shard_writer import ShardRows
+
+
+class Background:
+    """Runs one call at a time in a thread; the next one waits for the last.
+
+    Leaving the context waits too, so that nothing is cut off by an error of the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Start `call` after the last one; raises what the last one raised."""
+        self.wait()
+        self._last = self._pool.submit(call)
+
+    def wait(self) -> None:
+        """Wait for the last call; raises what it raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+# Captions that are encoded together: text encoders sort them by length, so that little is padding.
+# Counted from the shard's first caption, so that the same ones meet whoever writes the shard.
+BLOCK = 1024
+
+
+class CaptionEncoding:
+    """The text encoder with everything that decides what is kept of a caption.
+
+    Args:
+        text: the encoder.
+        names: fields to keep, out of `EXTRACTED_CAPTIONS`.
+        dtype: of the kept features, `float16` or `float32`.
+        precision: of the forward pass, a key of `PRECISIONS`.
+        device: where the encoder computes.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        names: Sequence[str],
+        dtype: str,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.text, self.names, self.dtype = text, names, dtype
+        self.precision, self.device = precision, device
+
+    def fill(self, rows: ShardRows, at_least: int = BLOCK) -> None:
+        """Encode the captions that wait in `rows` until fewer than `at_least` are left."""
+        while rows.waiting() >= at_least:
+            rows.add_caption_fields(self.encode(rows.waiting_texts(BLOCK)))
+
+    def encode(self, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Fields of at least one text, each [m, ...] in stored types."""
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            fields = encode_fields(self.text, texts, self.names)
+        with np.errstate(over="ignore"):  # reported when the shard is written, with the row
+            return {name: self._stored(name, values.numpy()) for name, values in fields.items()}
+
+    def nothing(self) -> dict[str, NDArray[Any]]:
+        """Every field with its shape and no row."""
+        return {name: values[:0] for name, values in self.encode([""]).items()}
+
+    def _stored(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        return values if name in FIXED_DTYPES else values.astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class HostFields:
+    """Fields of a batch on the host, complete once `ready` has happened."""
+
+    tensors: dict[str, Tensor]
+    ready: torch.cuda.Event | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Wait for the copies; each field [B, ...]."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+
+class ImageEncoding:
+    """The vision encoder with everything that decides what is kept of an image.
+
+    Args:
+        vision: the encoder on its device.
+        names: fields to keep, out of `IMAGE_CHOICES`.
+        dtype: of the kept features, `float16` or `float32`; the device converts, so that half as
+            much travels to the host.
+        precision: of the forward pass, a key of `PRECISIONS`.
+        patches_per_image: keep so many patches of each image; None keeps all.
+        compiled: translate the encoder with `torch.compile`; every batch is then filled up to the
+            encoder's batch size.
+
+    Raises:
+        ConfigError: `compiled` where torch finds no compiler.
+    """
+
+    def __init__(
+        self,
+        vision: TimmVisionEncoder,
+        names: Sequence[str],
+        dtype: str,
+        precision: str = "32",
+        patches_per_image: int | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.vision, self.names, self.precision = vision, names, precision
+        self.dtype = {"float16": torch.float16, "float32": torch.float32}[dtype]
+        self.patches_per_image, self.compiled = patches_per_image, compiled
+        self.device: torch.device = next(vision.parameters()).device
+        if compiled:
+            self._compile()
+
+    def start(self, pixels: Tensor, image_ids: Sequence[int]) -> HostFields:
+        """Encode [B, 3, S, S] uint8 images; a GPU may still be at work when this returns."""
+        count = len(pixels)
+        if self.compiled and count < self.vision.batch_size:  # a new size is translated anew
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self.vision.batch_size - count))
+            image_ids = [*image_ids, *[0] * (self.vision.batch_size - count)]
+        with torch.inference_mode():
+            images = pixels.to(self.device, non_blocking=True).float().div_(255)
+            with autocast(self.precision, self.device):
+                features = self.vision(images)
+            fields = select_fields(features, self.names, image_ids, self.patches_per_image)
+            # Asynchronous copies from CUDA land in pinned memory; other devices have no event here.
+            host = {
+                name: self._stored(values[:count]).to("cpu", non_blocking=images.is_cuda)
+                for name, values in fields.items()
+            }
+        if not images.is_cuda:
+            return HostFields(host)
+        return HostFields(host, torch.cuda.current_stream(self.device).record_event())
+
+    def nothing(self) -> dict[str, NDArray[Any]]:
+        """Every field with its shape and no row."""
+        side = self.vision.image_size
+        blank = self.start(torch.zeros(1, 3, side, side, dtype=torch.uint8), [0])
+        return {name: values[:0] for name, values in blank.arrays().items()}
+
+    def _stored(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype) if values.is_floating_point() else values
+
+    def _compile(self) -> None:
+        """Translate now, so that a missing compiler is reported before anything is decoded."""
+        self.vision.compile_blocks()
+        try:
+            self.nothing()
+        except Exception as error:  # torch wraps whatever its compiler said
+            raise ConfigError(
+                f"compile=true: torch cannot compile the encoder here ({first_line(error)}); "
+                "install a C++ compiler or use compile=false"
+            ) from error
+
+
+_Encoded = tuple[ImageBatch, HostFields | None]
+
+
+def encode_shards(
+    source: Source,
+    shards: Sequence[range],
+    images: ImageEncoding,
+    captions: CaptionEncoding,
+    num_workers: int,
+    advance: Callable[[int], None],
+) -> Iterator[ShardRows]:
+    """Encode `shards`, given as positions in the source, and hand out each one when it is complete.
+
+    Args:
+        source: captioned images.
+        shards: ascending positions of each shard's images; none is empty.
+        images: the vision side.
+        captions: the text side.
+        num_workers: processes that decode while the encoders run.
+        advance: called with the number of images of every batch that is done.
+    """
+    size = images.vision.batch_size
+    # No batch crosses from one shard to the next, so that batches do not depend on the ranks.
+    plan = [shard[at : at + size] for shard in shards for at in range(0, len(shard), size)]
+    on_gpu = images.device.type != "cpu"
+    batches = load_batches(source, images.vision.image_size, plan, num_workers, pin_memory=on_gpu)
+    encoded = _one_ahead(_start(batches, images))
+    for shard in shards:
+        rows = ShardRows(len(shard))
+        for batch, fields in encoded:
+            if fields is not None:
+                rows.add_images(batch.entries, fields.arrays())
+            rows.skipped += batch.skipped
+            captions.fill(rows)
+            advance(len(batch.positions))
+            if batch.positions[-1] == shard[-1]:
+                break
+        captions.fill(rows, at_least=1)
+        # A shard without readable image, or without caption, has the fields of the others.
+        if not rows.ids:
+            rows.add_images([], images.nothing())
+        if not rows.captions:
+            rows.add_caption_fields(captions.nothing())
+        yield rows
+
+
+def _start(batches: Iterator[ImageBatch], images: ImageEncoding) -> Iterator[_Encoded]:
+    for batch in batches:
+        ids = [entry.image_id for entry in batch.entries]
+        yield batch, images.start(batch.pixels, ids) if ids else None
+
+
+def _one_ahead(items: Iterator[_Encoded]) -> Iterator[_Encoded]:
+    """Ask for the next item before handing out the last, so that a GPU always has work."""
+    last: list[_Encoded] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last

@@ -1,0 +1,218 @@
+"""Extraction: images and captions through the frozen encoders into the shards of a store.
+
+Shard k holds the source's images k·n … (k+1)·n − 1, whoever writes it and whenever. So the store is
+the same for any number of ranks, and a run that was stopped continues after its finished shards.
+Images decode in worker processes and shards are written by a thread while the encoder runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from talk2dino.datasets.captions import Source
+from talk2dino.encoders.devices import check_precision
+from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import ConfigError
+from talk2dino.features.extraction.encoding import (
+    Background,
+    CaptionEncoding,
+    ImageEncoding,
+    encode_shards,
+)
+from talk2dino.features.extraction.fields import (
+    EXTRACTED,
+    caption_bytes,
+    check_caption_fields,
+    check_image_fields,
+    image_bytes,
+    stored_patches,
+)
+from talk2dino.features.store.schema import EncoderInfo, Manifest, VisionInfo
+from talk2dino.features.store.shard_writer import ShardRows, shard_lock
+from talk2dino.features.store.writer import (
+    PARTS,
+    finish_manifest,
+    finished_shards,
+    is_finished,
+    merge_skipped,
+    open_for_append,
+    write_shard,
+    write_skipped,
+)
+
+
+@dataclass
+class Extraction:
+    """A run of feature extraction.
+
+    Attributes:
+        source: captioned images.
+        vision: vision encoder on its device.
+        text: text encoder.
+        store: folder to fill; created if absent.
+        split: first part of the shards' names.
+        image_fields: what to keep of an image, out of `IMAGE_CHOICES`.
+        caption_fields: what to keep of a caption, out of `EXTRACTED_CAPTIONS`.
+        dtype: of the stored features, `float16` or `float32`.
+        patches_per_image: keep a random subset of so many patches of each image; None keeps all.
+        images_per_shard: images per shard; two shards are in memory at a time.
+        num_workers: processes that decode images.
+        precision: of the vision encoder's forward pass, a key of `PRECISIONS`.
+        text_precision: of the text encoder's.
+        compiled: translate the vision encoder with `torch.compile`.
+        rank: this process writes the shards k with k mod world_size = rank.
+        world_size: number of processes.
+        skipped: images that this run could not read, filled by `run`.
+    """
+
+    source: Source
+    vision: TimmVisionEncoder
+    text: TextEncoder
+    store: Path
+    split: str = "train"
+    image_fields: Sequence[str] = EXTRACTED
+    caption_fields: Sequence[str] = ("embedding",)
+    dtype: str = "float16"
+    patches_per_image: int | None = None
+    images_per_shard: int = 1024
+    num_workers: int = 2
+    precision: str = "32"
+    text_precision: str = "32"
+    compiled: bool = False
+    rank: int = 0
+    world_size: int = 1
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_image_fields(self.image_fields, self.patches_per_image)
+        check_caption_fields(self.caption_fields, self.text)
+        check_precision(self.precision)
+        check_precision(self.text_precision, "text_precision")
+        if self.dtype not in ("float16", "float32"):
+            raise ConfigError(f"features.dtype={self.dtype!r}; choose float16 or float32")
+        if self.images_per_shard < 1:
+            raise ConfigError(f"images_per_shard={self.images_per_shard}; use 1 or more")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers}; use 0 or more")
+        if self.patches_per_image is not None:
+            stored_patches(self.vision, self.patches_per_image)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the finished store."""
+        return -(-len(self.source) // self.images_per_shard)
+
+    @property
+    def num_images(self) -> int:
+        """Images of this rank's shards."""
+        return sum(len(self._images_of(k)) for k in self._own_shards())
+
+    def expected_bytes(self) -> int:
+        """Size of the features of the whole store; ids, names and texts come on top."""
+        per_image = image_bytes(self.vision, self.image_fields, self.dtype, self.patches_per_image)
+        per_caption = caption_bytes(self.text, self.caption_fields, self.dtype)
+        return len(self.source) * per_image + self.source.caption_count() * per_caption
+
+    def run(self, advance: Callable[[int], None] = lambda images: None) -> Manifest | None:
+        """Write this rank's missing shards, then the manifest if all shards are there.
+
+        Args:
+            advance: called with numbers of images that are done: once with those of all finished
+                shards (0 in a new store), then after every batch.
+
+        Returns:
+            The manifest, or None while other ranks still write.
+
+        Raises:
+            StoreError: the folder was begun with other settings, or cannot be written.
+            ConfigError: `compiled` where torch finds no compiler.
+        """
+        vision, text = self.vision.describe(), self.text.describe()
+        done = open_for_append(self.store, self._settings(vision, text), self.split)
+        advance(sum(len(self._images_of(k)) for k in self._own_shards() if k in done))
+        missing = [k for k in self._own_shards() if k not in done]
+        if missing:
+            with Background() as writer:  # holds one shard while the next one grows
+                for k, rows in self._encode(missing, advance):
+                    writer.run(partial(self._finish_shard, k, rows))
+        if len(finished_shards(self.store, self.split)) < self.num_shards:
+            return None
+        merge_skipped(self.store, self.split)
+        return finish_manifest(
+            self.store,
+            shards=self.num_shards,
+            split=self.split,
+            vision=VisionInfo(**vision),
+            text=EncoderInfo(**text),
+        )
+
+    def _settings(self, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+        """Everything that decides the bytes of a shard.
+
+        A batch of another size may sum in another order, so batch sizes are among it.
+        """
+        return {
+            "source": self.source.fingerprint(),
+            "vision": {k: vision[k] for k in ("name", "weights_sha256", "image_size")}
+            | {"rope_in_attention": self.vision.rope_in_attention, "precision": self.precision}
+            | {"batch_size": self.vision.batch_size, "compile": self.compiled},
+            "text": {k: text[k] for k in ("name", "weights_sha256")}
+            | {k: v for k, v in text["spec"].items() if k in ("pooling", "max_length")}
+            | {"precision": self.text_precision, "batch_size": text["spec"].get("batch_size")},
+            "image_fields": list(self.image_fields),
+            "caption_fields": list(self.caption_fields),
+            "dtype": self.dtype,
+            "patches_per_image": self.patches_per_image,
+            "images_per_shard": self.images_per_shard,
+        }
+
+    def _own_shards(self) -> range:
+        return range(self.rank, self.num_shards, self.world_size)
+
+    def _images_of(self, shard: int) -> range:
+        first = shard * self.images_per_shard
+        return range(first, min(first + self.images_per_shard, len(self.source)))
+
+    def _encode(
+        self, shards: Sequence[int], advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, ShardRows]]:
+        """The rows of `shards`, one shard after the other."""
+        images = ImageEncoding(
+            self.vision,
+            self.image_fields,
+            self.dtype,
+            self.precision,
+            self.patches_per_image,
+            self.compiled,
+        )
+        captions = CaptionEncoding(
+            self.text, self.caption_fields, self.dtype, self.text_precision, images.device
+        )
+        positions = [self._images_of(k) for k in shards]
+        yield from zip(
+            shards,
+            encode_shards(self.source, positions, images, captions, self.num_workers, advance),
+            strict=True,
+        )
+
+    def _finish_shard(self, shard: int, rows: ShardRows) -> None:
+        self.skipped += rows.skipped
+        with shard_lock(self.store / PARTS, shard):
+            if is_finished(self.store, self.split, shard):  # by a rank of an earlier start
+                return
+            write_skipped(self.store, self.split, shard, rows.skipped)
+            images, captions = rows.arrays()
+            write_shard(
+                self.store,
+                shard,
+                images,
+                captions,
+                split=self.split,
+                dtype=self.dtype,
+                skipped=len(rows.skipped),
+            )

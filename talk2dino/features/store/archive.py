@@ -1,0 +1,138 @@
+"""Stores compressed with zstd for keeping, and back to the contiguous form that training maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from talk2dino.errors import ConfigError, StoreError
+from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, ShardInfo
+from talk2dino.features.store.shard_reader import ShardReader, size_problem
+from talk2dino.features.store.shard_writer import write_hdf5
+from talk2dino.features.store.writer import PARTS, ShardRecord, finish_manifest, open_for_append
+from talk2dino.files import file_digest, replacing, write_json
+
+_CHUNK_BYTES = 1 << 18  # a row costs the chunk it lies in; HDF5 caches one megabyte of them
+_LEVEL = 9
+
+Advance = Callable[[int, int], None]
+
+
+def archive_store(
+    store: Path, output: Path, compressed: bool, advance: Advance = lambda done, total: None
+) -> Manifest:
+    """Copy a store, its datasets compressed or contiguous; started again, it continues.
+
+    Compressed: zstd behind a byte shuffle, in chunks of rows of about 256 KB; a `FeatureStore`
+    reads it too, slower. Contiguous: the copy of an archive has the bytes of the store that was
+    archived (with the same HDF5 library). Every shard's SHA-256 is compared before it is copied.
+    One field of one shard is in memory at a time.
+
+    Args:
+        store: a complete store.
+        output: folder for the copy.
+        compressed: which of the two to write.
+        advance: called with (shards done, shards in all).
+
+    Returns:
+        The copy's manifest.
+
+    Raises:
+        StoreError: `store` is damaged; `output` holds a store or one of another kind, or cannot be
+            written.
+        ConfigError: compression without the package hdf5plugin.
+    """
+    manifest = Manifest.read(store)
+    if (output / MANIFEST).exists():
+        raise StoreError(f"output={output}: already holds a store; use another folder")
+    layout = zstd_layout() if compressed else None
+    settings = {
+        "manifest_sha256": file_digest(store / MANIFEST),
+        "compression": f"zstd {_LEVEL}" if compressed else None,
+    }
+    done = open_for_append(output, settings, manifest.split)
+    for index, shard in enumerate(manifest.shards):
+        if index not in done:
+            # The manifest keeps one sum of skipped images: the first shard answers for all.
+            skipped = manifest.skipped if index == 0 else 0
+            _copy_shard(store, output, shard, manifest.fields, skipped, layout)
+        advance(index + 1, len(manifest.shards))
+    listed = f"{manifest.split}-skipped.jsonl"
+    if (store / listed).is_file():
+        with replacing(output / listed) as temporary:
+            shutil.copyfile(store / listed, temporary)
+    return finish_manifest(
+        output,
+        shards=len(manifest.shards),
+        split=manifest.split,
+        vision=manifest.vision,
+        text=manifest.text,
+    )
+
+
+def zstd_layout() -> Callable[[Any], dict[str, Any]]:
+    """Options of a compressed dataset, by its data.
+
+    Raises:
+        ConfigError: hdf5plugin is not installed.
+    """
+    try:
+        plugin = importlib.import_module("hdf5plugin")
+    except ImportError as error:
+        raise ConfigError(
+            "archive: needs the package hdf5plugin; pip install 'talk2dino[archive]'"
+        ) from error
+    zstd = plugin.Zstd(clevel=_LEVEL)
+
+    def layout(data: Any) -> dict[str, Any]:
+        if not data.size:
+            return {}
+        row_bytes = max(1, data.dtype.itemsize * data.size // len(data))
+        rows = min(len(data), max(1, _CHUNK_BYTES // row_bytes))
+        return {"chunks": (rows, *data.shape[1:]), "shuffle": True, **zstd}
+
+    return layout
+
+
+def _copy_shard(
+    store: Path,
+    output: Path,
+    shard: ShardInfo,
+    fields: FieldTable,
+    skipped: int,
+    layout: Callable[[Any], dict[str, Any]] | None,
+) -> None:
+    target = output / shard.file
+    record_file = output / PARTS / f"{target.stem}.json"
+    record_file.unlink(missing_ok=True)  # must not vouch for other bytes
+    with _tables(store, shard, fields) as tables, replacing(target) as temporary:
+        write_hdf5(temporary, tables, layout)
+        digest, size = file_digest(temporary), temporary.stat().st_size
+    info = dataclasses.replace(shard, bytes=size, sha256=digest)
+    write_json(record_file, dataclasses.asdict(ShardRecord(info, fields, skipped)))
+
+
+@contextmanager
+def _tables(
+    store: Path, shard: ShardInfo, fields: FieldTable
+) -> Iterator[dict[str, dict[str, h5py.Dataset]]]:
+    """The datasets of a shard that equals its manifest entry, by table and name."""
+    path = store / shard.file
+    problem = size_problem(store, shard)
+    if problem is None and file_digest(path) != shard.sha256:
+        problem = "its SHA-256 is not that of the manifest"
+    if problem is not None:
+        raise StoreError(f"{path}: {problem}; extract again")
+    ShardReader(store, shard, fields).close()  # compares fields, and finds the filters
+    with h5py.File(path, "r", locking=False) as file:
+        yield {
+            table: {name: file[table][name] for name in entries}
+            for table, entries in fields.items()
+        }

@@ -1,0 +1,345 @@
+"""Write a feature store: one complete shard at a time, the manifest last; or all from arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talk2dino.errors import StoreError
+from talk2dino.features.store.schema import (
+    MANIFEST,
+    EncoderInfo,
+    FieldInfo,
+    FieldTable,
+    Manifest,
+    ShardInfo,
+    VisionInfo,
+    checked,
+    fields_from_json,
+    read_json,
+    shard_name,
+)
+from talk2dino.features.store.shard_writer import (
+    Arrays,
+    check_image_rows,
+    check_lengths,
+    describe,
+    prepare,
+    write_hdf5,
+)
+from talk2dino.files import create_json, file_digest, replacing, temporary_name, write_json
+
+PARTS = ".parts"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What `.parts/{split}-{k:05d}.json` keeps of a finished shard."""
+
+    shard: ShardInfo
+    fields: FieldTable
+    skipped: int
+
+    @classmethod
+    def read(cls, file: Path) -> ShardRecord:
+        """Parse a record; StoreError if it is malformed."""
+        values = checked(cls, read_json(file, "delete it and extract again"), file, "")
+        shard = ShardInfo(**checked(ShardInfo, values["shard"], file, "shard"))
+        return cls(shard, fields_from_json(values["fields"], file), values["skipped"])
+
+
+def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> dict[int, ShardInfo]:
+    """Create or resume a store in `folder`; returns the finished shards by number.
+
+    `settings` (plain values) is everything that decides the bytes of a shard: source, encoders,
+    size, dtype, images per shard. A folder begun with other settings, or holding shards of unknown
+    origin, raises StoreError. The number of ranks is no setting. Safe to call from every rank.
+    """
+    parts = folder / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    file = parts / "settings.json"
+    # Looked at first: another rank writes its settings before its first shard.
+    used = any(folder.glob("*.h5")) or (folder / MANIFEST).exists()
+    if not file.exists():
+        if used:
+            raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
+        create_json(file, dict(settings))  # of ranks that start together, the first one decides
+    _refuse_other_settings(folder, read_json(file, "delete the folder"), dict(settings))
+    return {k: record.shard for k, record in finished_shards(folder, split).items()}
+
+
+def finished_shards(folder: Path, split: str) -> dict[int, ShardRecord]:
+    """Shards that have both a record and a file of the recorded size, by number."""
+    found: dict[int, ShardRecord] = {}
+    for file in sorted((folder / PARTS).glob(f"{split}-*.json")):
+        if (record := _record_of_whole_shard(folder, file)) is not None:
+            found[int(file.stem.removeprefix(f"{split}-"))] = record
+    return found
+
+
+def is_finished(folder: Path, split: str, index: int) -> bool:
+    """Whether shard `index` is among `finished_shards`."""
+    file = (folder / PARTS / shard_name(split, index)).with_suffix(".json")
+    return file.exists() and _record_of_whole_shard(folder, file) is not None
+
+
+def _record_of_whole_shard(folder: Path, file: Path) -> ShardRecord | None:
+    record = ShardRecord.read(file)
+    shard = folder / record.shard.file
+    whole = shard.is_file() and shard.stat().st_size == record.shard.bytes
+    return record if whole else None
+
+
+def write_shard(
+    folder: Path,
+    index: int,
+    images: Arrays,
+    captions: Arrays,
+    *,
+    split: str = "train",
+    dtype: str = "float16",
+    skipped: int = 0,
+) -> ShardInfo:
+    """Write shard `index` from arrays in memory; the same arrays give the same bytes.
+
+    Raises StoreError for an unknown field, a wrong shape or dtype, a value that is not finite or
+    does not fit in float16, a caption without image, a full disk.
+
+    Args:
+        folder: the store; must exist.
+        index: number of the shard, from 0.
+        images: fields of `schema.IMAGE_FIELDS`, each [n, ...]; `id` and `file_name` are required.
+        captions: fields of `schema.CAPTION_FIELDS`, each [m, ...], or empty for a store without
+            captions; `image_row` counts within this shard.
+        split: first part of the file name.
+        dtype: of the features, `float16` or `float32`.
+        skipped: images of this shard that could not be read, kept for the manifest.
+    """
+    file = folder / shard_name(split, index)
+    tables = prepare(images, captions, dtype, file.name)
+    parts = folder / PARTS
+    parts.mkdir(exist_ok=True)
+    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # must not vouch for other bytes
+    with replacing(file) as temporary:
+        write_hdf5(temporary, tables)
+        digest, size = file_digest(temporary), temporary.stat().st_size
+    rows = {name: len(arrays.get("id", ())) for name, arrays in tables.items()}
+    info = ShardInfo(file.name, rows["images"], rows["captions"], size, digest)
+    fields = {name: describe(arrays) for name, arrays in tables.items()}
+    record = ShardRecord(info, fields, skipped)
+    write_json(parts / f"{file.stem}.json", dataclasses.asdict(record))
+    return info
+
+
+def finish_manifest(
+    folder: Path,
+    *,
+    shards: int,
+    split: str = "train",
+    vision: VisionInfo | None = None,
+    text: EncoderInfo | None = None,
+) -> Manifest:
+    """Merge the records of shards 0 ... `shards` - 1 into `manifest.json`, written last.
+
+    Raises StoreError when a shard is missing, shards disagree in fields, or no image was kept.
+    """
+    done = finished_shards(folder, split)
+    missing = [shard_name(split, k) for k in range(shards) if k not in done]
+    if missing:
+        raise StoreError(f"{folder}: {missing[0]} is not written; start the extraction again")
+    records = [done[k] for k in range(shards)]
+    if not sum(record.shard.images for record in records):
+        raise StoreError(f"{folder}: no image to store; check the source and its limit")
+    for record in records[1:]:
+        if record.fields != records[0].fields:
+            raise StoreError(
+                f"{folder}: {_field_difference(records[0], record)}; delete the folder and extract "
+                "again"
+            )
+    manifest = Manifest(
+        split=split,
+        shards=tuple(record.shard for record in records),
+        fields=records[0].fields,
+        vision=vision,
+        text=text,
+        package_version=_package_version(),
+        skipped=sum(record.skipped for record in records),
+    )
+    # Two ranks that finish at once both write it, with the same content.
+    write_json(folder / MANIFEST, manifest.to_json(), shared=True)
+    for index in range(shards):  # a killed run may have left these
+        temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
+    return manifest
+
+
+def _refuse_other_settings(folder: Path, old: object, new: dict[str, Any]) -> None:
+    """Compare settings key by key after the same round through JSON."""
+    before, now = _flat(old), _flat(json.loads(json.dumps(new)))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise StoreError(
+                f"{folder}: was begun with {key}={before.get(key)!r}, now {key}={now.get(key)!r}; "
+                "use the old value or another folder"
+            )
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _field_difference(first: ShardRecord, other: ShardRecord) -> str:
+    """Name the first field in which two shards disagree, with both descriptions."""
+    for table, fields in first.fields.items():
+        for name in sorted(fields.keys() | other.fields[table].keys()):
+            a, b = fields.get(name), other.fields[table].get(name)
+            if a != b:
+                return (
+                    f"{other.shard.file} has {table}/{name} {_brief(b)}, "
+                    f"{first.shard.file} {_brief(a)}"
+                )
+    return f"{other.shard.file} differs from {first.shard.file}"
+
+
+def _brief(info: FieldInfo | None) -> str:
+    return f"{list(info.shape)} {info.dtype}" if info else "missing"
+
+
+def _package_version() -> str:
+    try:
+        return version("talk2dino")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def write_skipped(store: Path, split: str, shard: int, items: Sequence[Mapping[str, Any]]) -> None:
+    """Note what shard `shard` leaves out; an older list of it goes."""
+    file = store / PARTS / f"{split}-{shard:05d}.skipped"
+    file.unlink(missing_ok=True)
+    if items:
+        with replacing(file) as path:
+            path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def merge_skipped(store: Path, split: str) -> None:
+    """Write `{split}-skipped.jsonl` beside the manifest, if any shard left something out."""
+    lists = sorted((store / PARTS).glob(f"{split}-*.skipped"))
+    if lists:
+        # Two ranks may finish at once and both write it.
+        with replacing(store / f"{split}-skipped.jsonl", shared=True) as path:
+            path.write_text("".join(part.read_text() for part in lists))
+
+
+_Info = TypeVar("_Info", bound=EncoderInfo)
+
+
+def write_store(
+    folder: str | Path,
+    images: Arrays,
+    captions: Arrays,
+    *,
+    split: str = "train",
+    images_per_shard: int = 1024,
+    dtype: str = "float16",
+    vision: VisionInfo | Mapping[str, Any] | None = None,
+    text: EncoderInfo | Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a whole store from arrays.
+
+    Raises StoreError as `write_shard` does; also for no images, or a folder that holds a store.
+
+    Args:
+        folder: created if needed; must not hold a store yet.
+        images: fields [n, ...]; `id` defaults to 0 ... n - 1, `file_name` to the id.
+        captions: fields [m, ...], or empty; `image_row` counts over all images. Captions live with
+            their image and keep their order within its shard.
+        split: name of the split.
+        images_per_shard: images in each shard but the last.
+        dtype: of the features, `float16` or `float32`.
+        vision: the vision encoder, or its fields as a dict.
+        text: the text encoder, or its fields as a dict.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise StoreError(f"{folder}: already holds a store; delete it or use another folder")
+    if images_per_shard < 1:
+        raise StoreError(f"images_per_shard={images_per_shard} must be at least 1")
+    vision_info = _encoder(VisionInfo, vision, "vision")
+    text_info = _encoder(EncoderInfo, text, "text")
+    image_arrays, caption_arrays = _with_defaults(images, captions)
+    n = len(image_arrays["id"])
+    if not n:
+        raise StoreError(f"{folder}: no image to store; give at least one row in images")
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, n, images_per_shard)
+    for index, start in enumerate(starts):
+        stop = min(start + images_per_shard, n)
+        part = {name: array[start:stop] for name, array in image_arrays.items()}
+        write_shard(
+            folder,
+            index,
+            part,
+            _captions_between(caption_arrays, start, stop),
+            split=split,
+            dtype=dtype,
+        )
+    return finish_manifest(
+        folder, shards=len(starts), split=split, vision=vision_info, text=text_info
+    )
+
+
+def _with_defaults(
+    images: Arrays, captions: Arrays
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """Arrays with the ids, names and texts that were left out; image rows checked."""
+    image_arrays = {name: np.asarray(value) for name, value in images.items()}
+    caption_arrays = {name: np.asarray(value) for name, value in captions.items()}
+    n = min((len(array) for array in image_arrays.values()), default=0)
+    image_arrays.setdefault("id", np.arange(n))
+    image_arrays.setdefault("file_name", image_arrays["id"].astype(str))
+    if not caption_arrays:
+        return image_arrays, caption_arrays
+    if "image_row" not in caption_arrays:
+        raise StoreError("captions: field image_row is missing; give the image's row per caption")
+    m = len(caption_arrays["image_row"])
+    caption_arrays.setdefault("id", np.arange(m))
+    caption_arrays.setdefault("text", np.full(m, ""))
+    check_lengths("images", image_arrays)
+    check_lengths("captions", caption_arrays)
+    check_image_rows(caption_arrays, n, "captions")
+    return image_arrays, caption_arrays
+
+
+def _captions_between(
+    captions: Mapping[str, NDArray[Any]], start: int, stop: int
+) -> dict[str, NDArray[Any]]:
+    """Captions of images `start` ... `stop` - 1, in order, with rows counted from `start`."""
+    if not captions:
+        return {}
+    rows = captions["image_row"]
+    chosen = np.flatnonzero((rows >= start) & (rows < stop))
+    part = {name: array[chosen] for name, array in captions.items()}
+    return part | {"image_row": part["image_row"] - start}
+
+
+def _encoder(kind: type[_Info], value: _Info | Mapping[str, Any] | None, key: str) -> _Info | None:
+    """An encoder record from a dict, its other fields at their defaults."""
+    if value is None or type(value) is kind:
+        return value
+    known = set(kind.__dataclass_fields__)
+    if not isinstance(value, Mapping) or "name" not in value or set(value) - known:
+        raise StoreError(f"{key}={value!r:.80} must be a dict with name and any of {sorted(known)}")
+    return kind(**value)
