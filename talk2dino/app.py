@@ -7,10 +7,10 @@ import importlib.util
 from omegaconf import DictConfig
 
 from talk2dino.config import command
+from talk2dino.config.command import CHECKPOINTS
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.segment import HOW
 
 
 def require(config: DictConfig) -> None:
@@ -20,7 +20,7 @@ def require(config: DictConfig) -> None:
         ConfigError: no checkpoint, or Gradio is not installed.
     """
     if config.checkpoint is None:
-        raise ConfigError(f"checkpoint=… not given; {HOW}")
+        raise ConfigError(f"checkpoint=… not given; {CHECKPOINTS}")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the web page needs Gradio: pip install 'talk2dino[app]'")
 

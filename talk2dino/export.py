@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from talk2dino.config import command
+from talk2dino.config.command import CHECKPOINTS
+from talk2dino.config.words import class_words
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import (
@@ -17,7 +19,6 @@ from talk2dino.inference.onnx_export import (
     require_packages,
     sorted_rows,
 )
-from talk2dino.segment import HOW, class_words
 
 
 def require(config: DictConfig) -> None:
@@ -28,7 +29,7 @@ def require(config: DictConfig) -> None:
         EncoderError: packages of the extra `export` are absent.
     """
     if config.checkpoint is None:
-        raise ConfigError(f"checkpoint=… not given; {HOW}")
+        raise ConfigError(f"checkpoint=… not given; {CHECKPOINTS}")
     if Path(config.output).suffix == ".onnx" and config.classes is None:
         raise ConfigError(
             f"output={config.output}: a single file is the dense path, which needs "

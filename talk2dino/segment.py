@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from talk2dino.config import command
-from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
+from talk2dino.config.command import CHECKPOINTS
+from talk2dino.config.words import class_words, listed
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.model import Talk2DINO
@@ -25,10 +26,6 @@ from talk2dino.segmentation.overlay import class_colours
 
 # what makes two results differ; kept with each result, so that `resume=true` can compare
 SETTINGS = ("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side")
-HOW = (
-    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
-    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
-)
 
 
 def require(config: DictConfig) -> None:
@@ -39,7 +36,7 @@ def require(config: DictConfig) -> None:
     """
     missing = [key for key in ("checkpoint", "image", "classes") if config[key] is None]
     if missing:
-        how = HOW if "checkpoint" in missing else "for instance classes='[cat,sofa]'"
+        how = CHECKPOINTS if "checkpoint" in missing else "for instance classes='[cat,sofa]'"
         raise ConfigError(f"{', '.join(f'{key}=…' for key in missing)} not given; {how}")
 
 
@@ -74,7 +71,7 @@ def open_vocabulary(config: DictConfig, classes: dict[str, tuple[str, ...]]) -> 
         config.pamr,
         config.short_side,
         config.templates,
-        negatives=_listed(config.negatives),
+        negatives=listed(config.negatives),
     )
 
 
@@ -126,40 +123,6 @@ def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Tab
         seen = [] if totals is None else [str(sum(one > 0 for one in totals[name]))]
         table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
     return table
-
-
-def class_words(given: object) -> dict[str, tuple[str, ...]]:
-    """Class names and the words that stand for them, from the command line or a file.
-
-    Args:
-        given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a `.txt` or `.json` file
-            or the name of a list that comes with the package (see `class_files.read_classes`).
-
-    Raises:
-        ConfigError: no class.
-        DataError: a class file that cannot be read, or names a class twice.
-    """
-    if isinstance(given, str) and _is_file(given):
-        specs = read_classes(given).prompted
-    else:
-        parts = _listed(given) if isinstance(given, ListConfig) else str(given).split(",")
-        named = ["; ".join(part) if isinstance(part, list) else str(part).strip() for part in parts]
-        if not any(named):
-            raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
-        specs = read_classes([name for name in named if name]).prompted
-    return {spec.name: spec.synonyms for spec in specs}
-
-
-def _is_file(given: str) -> bool:
-    shipped = all(part in shipped_lists() for part in given.split("+"))
-    return shipped or Path(given).suffix.lower() in (".txt", ".json")
-
-
-def _listed(given: Any) -> list[Any]:
-    """A config list as a plain one; a single string is one entry."""
-    if isinstance(given, ListConfig):
-        return list(OmegaConf.to_container(given))  # type: ignore[arg-type]
-    return [given] if isinstance(given, str) else list(given or [])
 
 
 if __name__ == "__main__":

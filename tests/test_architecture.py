@@ -1,52 +1,59 @@
-"""docs/architecture.md against the code: who may import whom, and which library lives where."""
+"""docs/architecture.md against the code: who may import whom, which library lives where, sizes."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "talk2dino"
-LAYERS = ["encoders", "features", "alignment", "segmentation", "inference"]
+LAYERS = [  # imports point to the left; commands stand to the right of all
+    "encoders",
+    "datasets",
+    "features",
+    "alignment",
+    "segmentation",
+    "evaluation",
+    "inference",
+    "config",
+    "sweeps",
+    "training",
+    "web",
+]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-BELOW_ALL = {"errors", "atomic"}
-COMMANDS = ("extract", "train", "evaluate", "segment", "export", "convert", "app")
-ENTRY_POINTS = {f"{name}.py" for name in COMMANDS}
-BEHIND_COMMANDS = {  # what a command builds from its config, too large for its own file
-    "training/callbacks.py",
-    "training/from_store.py",
-    "sweeps/callback.py",
-    "sweeps/evaluation_report.py",
+BELOW_ALL = {"errors", "files"}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BELOW_ALL, "__init__")}
+HYDRA = {  # what composes a config or builds from it
+    *(f"{name}.py" for name in COMMANDS),
+    *(source for source in SOURCES if source.startswith("config/")),
+    "config/words.py",
+    "training/setup.py",
+    "sweeps/table.py",
 }
-CONFIG = {"cli.py", "config_errors.py", "config_schema.py", "config_types.py"}
 ONLY_IN = {
-    "hydra": ENTRY_POINTS | BEHIND_COMMANDS | CONFIG,
-    "omegaconf": ENTRY_POINTS | BEHIND_COMMANDS | CONFIG,
+    "hydra": HYDRA,
+    "omegaconf": HYDRA,
     "gradio": {"web/page.py"},
-    "numba": {"segmentation/compiled.py", "segmentation/pamr_vectors.py"},
-    "optuna": {source for source in SOURCES if source.startswith("sweeps/")},
+    "numba": {source for source in SOURCES if source.startswith("segmentation/")},
+    "optuna": {"sweeps/study.py"},
     "lightning": {
         "features/datamodule.py",
         "alignment/module.py",
-        "alignment/callbacks.py",
-        "alignment/head_records.py",
-        "alignment/ema.py",
-        "alignment/exact_resume.py",
-        "alignment/trackers.py",
-        "segmentation/datamodule.py",
-        "segmentation/module.py",
-        "segmentation/progress.py",
-        "training/callbacks.py",
-        "training/sample_segmentations.py",
-        "sweeps/pruning.py",
+        "evaluation/datamodule.py",
+        "evaluation/module.py",
+        "evaluation/progress.py",
+        "sweeps/study.py",
         "train.py",
         "evaluate.py",
+        *(source for source in SOURCES if source.startswith("training/")),
     },
-    "h5py": {
-        path for path in SOURCES if path.startswith("features/") and path != "features/mosaic.py"
-    },
+    "h5py": {source for source in SOURCES if source.startswith("features/")},
 }
+LARGEST_FILE = 400  # lines
+LARGEST_FOLDER = 13  # modules; the root, which holds the commands, has 20
+SAME_NAME = {"__init__.py", "base.py", "module.py", "datamodule.py"}  # idioms
 
 
 def imported(source: str) -> set[str]:
@@ -64,7 +71,7 @@ def imported(source: str) -> set[str]:
 
 
 def layer(parts: list[str]) -> int:
-    """-1 for what lies below all packages, then the packages, then the entry points."""
+    """-1 for what lies below all packages, then the packages, then the commands."""
     if not parts or parts[0] in BELOW_ALL:
         return -1
     return LAYERS.index(parts[0]) if parts[0] in LAYERS else len(LAYERS)
@@ -81,10 +88,28 @@ def test_imports_point_one_way(source: str) -> None:
             assert layer(rest) <= own, f"{source} imports {name}"
 
 
+@pytest.mark.parametrize("source", sorted(f"{name}.py" for name in COMMANDS - {"__main__"}))
+def test_no_command_imports_another(source: str) -> None:
+    others = {f"talk2dino.{name}" for name in COMMANDS} - {f"talk2dino.{source[:-3]}"}
+    assert not imported(source) & others
+
+
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_library_stays_in_its_place(library: str) -> None:
     users = {s for s in SOURCES if any(n.split(".")[0] == library for n in imported(s))}
     assert users <= ONLY_IN[library], f"{library} in {users - ONLY_IN[library]}"
+
+
+def test_files_are_read_in_one_sitting_and_folders_seen_at_a_glance() -> None:
+    lengths = {source: len((PACKAGE / source).read_text().splitlines()) for source in SOURCES}
+    assert max(lengths.values()) <= LARGEST_FILE, max(lengths, key=lengths.__getitem__)
+    for folder, files in Counter(str(Path(source).parent) for source in SOURCES).items():
+        assert files <= (20 if folder == "." else LARGEST_FOLDER), folder
+
+
+def test_no_two_files_share_a_name() -> None:
+    names = Counter(Path(source).name for source in SOURCES)
+    assert {name for name, count in names.items() if count > 1} <= SAME_NAME
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from talk2dino.config.words import class_words
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.outputs import Job, plan
-from talk2dino.segment import class_words
 from tests.pipeline import fails, run
 
 

@@ -28,6 +28,10 @@ from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json
 
+CHECKPOINTS = (
+    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
+    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
+)
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
 
 

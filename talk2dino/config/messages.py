@@ -17,7 +17,7 @@ from talk2dino.config.checks import unknown_key
 
 def config_folder() -> Path:
     """Return the folder `conf`: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from talk2dino.files import replacing
 from talk2dino.sweeps.study import PRUNED
-from talk2dino.training.results import markdown_table
 
 OVERRIDES = ".hydra/overrides.yaml"
 
@@ -246,3 +245,12 @@ class SweepReport(Callback):
         runs = read_sweep(folder)
         if runs:
             report(runs, folder)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; floats with two digits."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for row in rows:
+        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
