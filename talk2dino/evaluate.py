@@ -32,7 +32,7 @@ from talk2dino.encoders.text.base import CachedTextEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.datamodule import SegmentationDataModule
-from talk2dino.evaluation.module import Keep, SegmentationModule
+from talk2dino.evaluation.module import OutputOptions, SegmentationModule
 from talk2dino.evaluation.progress import EvaluationProgress
 from talk2dino.evaluation.records import Records
 from talk2dino.files import write_json
@@ -166,7 +166,7 @@ def predict(
         text,
         row_classes,
         folder,
-        Keep(
+        OutputOptions(
             describe_run(config, model, projection, benchmark),
             config.resume,
             config.pictures,

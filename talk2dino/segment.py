@@ -22,7 +22,7 @@ from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.outputs import Job, plan, write
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
-from talk2dino.segmentation.overlay import class_colours
+from talk2dino.segmentation.overlay import legend_colors
 
 # what makes two results differ; kept with each result, so that `resume=true` can compare
 SETTINGS = ("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side")
@@ -116,7 +116,7 @@ def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Tab
     if totals is not None:
         table.add_column("pictures", justify="right")
     shares = result.areas() if totals is None else {k: sum(v) / len(v) for k, v in totals.items()}
-    colours = dict(zip(result.classes, class_colours(result.classes), strict=True))
+    colours = dict(zip(result.classes, legend_colors(result.classes), strict=True))
     for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
         red, green, blue = colours[name]
         swatch = Text("██", style=f"rgb({red},{green},{blue})")

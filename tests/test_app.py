@@ -15,7 +15,7 @@ from PIL import Image
 from talk2dino.datasets.mosaic import MosaicScenes
 from talk2dino.errors import DataError
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.web.session import Wishes, answer, open_picture, python_call, scores_at
+from talk2dino.web.session import Request, answer, open_picture, python_call, scores_at
 from tests.pipeline import fails, need
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -134,9 +134,9 @@ def test_only_what_changed_is_computed(
 ) -> None:
     view = open_picture(model, photo, SHORT_SIDE)
     monkeypatch.setattr(model.vision, "forward", None)  # the encoder must not run again
-    first = answer(model, view, Wishes("cat, grass; lawn", True, 0.5))
+    first = answer(model, view, Request("cat, grass; lawn", True, 0.5))
     monkeypatch.setattr(model, "segment", None)  # nor anything but the decision
-    moved = answer(model, first, Wishes("cat, grass; lawn", True, 0.75))
+    moved = answer(model, first, Request("cat, grass; lawn", True, 0.75))
     assert moved.result is not None and moved.result.areas()["background"] == 1.0
     call = python_call("run", moved)
     assert "{'cat': ['cat'], 'grass': ['grass', 'lawn']}, background=0.75" in call
@@ -148,13 +148,13 @@ def test_only_what_changed_is_computed(
 @pytest.mark.parametrize("words", ["", " , ", "cat, cat"])
 def test_words_that_name_nothing(words: str) -> None:
     with pytest.raises(DataError):
-        _ = Wishes(words).classes
+        _ = Request(words).classes
 
 
 def test_words_never_name_a_file_of_the_server(tmp_path: Path) -> None:
     file = tmp_path / "secret.txt"
     file.write_text("secret\n")
-    assert list(Wishes(str(file)).classes) == [str(file)]
+    assert list(Request(str(file)).classes) == [str(file)]
 
 
 def test_pictures_that_are_refused(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from talk2dino.segmentation.overlay import (
     INK,
     PAPER,
     SWATCH,
-    class_colours,
     default_palette,
     heat_overlay,
+    legend_colors,
     overlay,
     save_label_map,
 )
@@ -99,9 +99,9 @@ def test_the_colours_of_the_legend_are_told() -> None:
     image, labels = scene()
     names = ["background", "cat"]
     strip = np.asarray(overlay(image, labels, names))[60:].reshape(-1, 3)
-    for colour in class_colours(names):
+    for colour in legend_colors(names):
         assert (strip == colour).all(1).any()
-    assert class_colours(["a", "b"], [RED, BLUE]) == [RED, BLUE]
+    assert legend_colors(["a", "b"], [RED, BLUE]) == [RED, BLUE]
 
 
 def test_the_legend_reads_on_any_picture() -> None:

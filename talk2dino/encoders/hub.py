@@ -71,7 +71,7 @@ def _check_digest(source: Path) -> None:
 
 
 def _convert(source: Path) -> dict[str, Tensor]:
-    """Rename and transpose the ONNX initialisers into timm's names."""
+    """Rename and transpose the ONNX initializers into timm's names."""
     try:
         import onnx
         from onnx import numpy_helper

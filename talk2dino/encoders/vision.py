@@ -258,7 +258,7 @@ class TimmVisionEncoder(nn.Module):
         """Encode a batch.
 
         Args:
-            images: [B, 3, h, w] RGB, float in 0..1, not normalised; h and w multiples of the
+            images: [B, 3, h, w] RGB, float in 0..1, not normalized; h and w multiples of the
                 patch size, and equal to `image_size` if `anatomy.fixed_size`.
 
         Returns:

@@ -13,15 +13,15 @@ from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 
 
 @dataclass(frozen=True)
-class Work:
+class SampleBatch:
     """Images on their way to the segmenter; empty for a rank that has nothing to do."""
 
     indices: list[int]
     samples: list[Sample]
 
-    def pin_memory(self) -> Work:
+    def pin_memory(self) -> SampleBatch:
         """Move the pixels to page-locked memory, from which a GPU copies faster."""
-        return Work(
+        return SampleBatch(
             self.indices,
             [
                 replace(s, image=s.image.pin_memory(), target=s.target.pin_memory())
@@ -29,7 +29,7 @@ class Work:
             ],
         )
 
-    def to(self, device: torch.device) -> Work:
+    def to(self, device: torch.device) -> SampleBatch:
         """Move pictures and label maps."""
         samples = [
             replace(
@@ -39,7 +39,7 @@ class Work:
             )
             for s in self.samples
         ]
-        return Work(self.indices, samples)
+        return SampleBatch(self.indices, samples)
 
 
 def nothing_finished() -> Collection[int]:
@@ -50,7 +50,7 @@ def nothing_finished() -> Collection[int]:
 class SegmentationDataModule(L.LightningDataModule):
     """Each image of a benchmark exactly once over all ranks, decoded in worker processes.
 
-    Images go in groups of `batch_size` neighbours, and every world-size-th group to a rank. Which
+    Images go in groups of `batch_size` neighbors, and every world-size-th group to a rank. Which
     images share a group depends neither on the ranks nor on what is finished, for an encoder may
     round differently in another batch.
 
@@ -73,7 +73,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.benchmark, self.num_workers = benchmark, num_workers
         self.batch_size, self.finished = batch_size, finished
 
-    def predict_dataloader(self) -> DataLoader[Work]:
+    def predict_dataloader(self) -> DataLoader[SampleBatch]:
         """Give this rank's share: every world-size-th group, starting at its rank."""
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -88,7 +88,9 @@ class SegmentationDataModule(L.LightningDataModule):
             and self.trainer.strategy.root_device.type == "cuda",
         )
 
-    def transfer_batch_to_device(self, batch: Work, device: torch.device, _: int) -> Work:
+    def transfer_batch_to_device(
+        self, batch: SampleBatch, device: torch.device, _: int
+    ) -> SampleBatch:
         """Move pictures and label maps."""
         return batch.to(device)
 
@@ -105,12 +107,12 @@ def shared_groups(
     return [group for group in groups if not all(i in finished for i in group)] or [[]]
 
 
-class _Samples(Dataset[Work]):
+class _Samples(Dataset[SampleBatch]):
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
 
-    def __getitem__(self, indices: list[int]) -> Work:
-        return Work(indices, [self.benchmark.sample(index) for index in indices])
+    def __getitem__(self, indices: list[int]) -> SampleBatch:
+        return SampleBatch(indices, [self.benchmark.sample(index) for index in indices])
 
 
 class _Groups(Sampler[list[int]]):

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
+from talk2dino.datasets.benchmarks.classes import Color
 from talk2dino.errors import ConfigError
 from talk2dino.evaluation.metrics import ImageScore, extremes
 from talk2dino.files import replacing, write_json
-from talk2dino.segmentation.overlay import IGNORED, Colour, class_colours, overlay, save_label_map
+from talk2dino.segmentation.overlay import IGNORED, legend_colors, overlay, save_label_map
 from talk2dino.segmentation.report import panel, save_picture
 
 
@@ -29,7 +30,7 @@ class ImageFiles:
         ignore_index: label value that does not count.
         pictures: the first so many images get a sheet of image, truth and prediction.
         label_maps: every image gets its label map, an indexed PNG of class indices, and an overlay.
-        palette: the dataset's colours for the label maps; None takes those of the overlays.
+        palette: the dataset's colors for the label maps; None takes those of the overlays.
 
     Raises:
         ConfigError: label maps of more than 256 classes, which a PNG palette cannot hold.
@@ -40,7 +41,7 @@ class ImageFiles:
     ignore_index: int = 255
     pictures: int = 0
     label_maps: bool = False
-    palette: Sequence[Colour] | None = None
+    palette: Sequence[Color] | None = None
 
     def __post_init__(self) -> None:
         if self.label_maps and len(self.names) > 256:
@@ -51,9 +52,9 @@ class ImageFiles:
 
     def paths(self, index: int, name: str) -> list[Path]:
         """Files that image `index` has when it is finished."""
-        return list(self._places(index, name).values())
+        return list(self._files(index, name).values())
 
-    def _places(self, index: int, name: str) -> dict[str, Path]:
+    def _files(self, index: int, name: str) -> dict[str, Path]:
         wanted = {
             "pictures": index < self.pictures,
             "label_maps": self.label_maps,
@@ -64,12 +65,12 @@ class ImageFiles:
 
     def write(self, index: int, sample: Sample, labels: Tensor) -> None:
         """Write the image's files; each appears complete or not at all."""
-        places = self._places(index, sample.name)
-        labels = labels.cpu() if places else labels
-        for kind, path in places.items():
+        files = self._files(index, sample.name)
+        labels = labels.cpu() if files else labels
+        for kind, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if kind == "label_maps":
-                save_label_map(labels, path, self.palette or class_colours(self.names))
+                save_label_map(labels, path, self.palette or legend_colors(self.names))
             elif kind == "overlays":
                 save_picture(overlay(pixels(sample), labels, self.names), path)
             else:
@@ -95,7 +96,7 @@ class Example:
         name: of the image.
         iou: mean over the classes in its label map, percent.
         file: JPEG with image, truth and prediction side by side, relative to the run folder.
-        classes: name, RGB colour, share of the truth and of the prediction in percent; the ones
+        classes: name, RGB color, share of the truth and of the prediction in percent; the ones
             that occur, largest first.
     """
 
@@ -103,7 +104,7 @@ class Example:
     name: str
     iou: float
     file: str
-    classes: list[tuple[str, Colour, float, float]]
+    classes: list[tuple[str, Color, float, float]]
 
 
 def write_examples(
@@ -166,13 +167,13 @@ def _strip(
 
 def _areas(
     truth: Tensor, labels: Tensor, names: Sequence[str]
-) -> list[tuple[str, Colour, float, float]]:
-    colours = class_colours(names)
+) -> list[tuple[str, Color, float, float]]:
+    colors = legend_colors(names)
     found = []
     for k, name in enumerate(names):
         shares = [100 * float((m == k).float().mean()) for m in (truth, labels)]
         if any(shares):
-            found.append((name, colours[k], shares[0], shares[1]))
+            found.append((name, colors[k], shares[0], shares[1]))
     return sorted(found, key=lambda entry: -max(entry[2:]))
 
 

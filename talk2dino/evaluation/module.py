@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample, present_classes
-from talk2dino.datasets.benchmarks.classes import ClassList
-from talk2dino.evaluation.datamodule import Work, shared_groups
+from talk2dino.datasets.benchmarks.classes import ClassList, Color
+from talk2dino.evaluation.datamodule import SampleBatch, shared_groups
 from talk2dino.evaluation.images import ImageFiles, write_examples
 from talk2dino.evaluation.metrics import (
     FILE,
@@ -28,12 +28,11 @@ from talk2dino.evaluation.metrics import (
 )
 from talk2dino.evaluation.records import Record, Records
 from talk2dino.files import replacing, write_json
-from talk2dino.segmentation.overlay import Colour
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
 
 @dataclass(frozen=True)
-class Keep:
+class OutputOptions:
     """What an evaluation writes besides its figures, and whether it goes on with what is there.
 
     Attributes:
@@ -64,7 +63,7 @@ class SegmentationModule(L.LightningModule):
         text: [N, D] unit rows of the prompted classes and their synonyms.
         row_classes: [N] int64, for every row its place among the prompted classes.
         folder: everything is written below it; the first rank's folder counts.
-        keep: what to write and whether to resume.
+        options: what to write and whether to resume.
         batch_size: that of the data module.
         results_file: the first rank writes the results there, for a parent that started the ranks
             and does not share their memory (strategy ddp_spawn).
@@ -83,7 +82,7 @@ class SegmentationModule(L.LightningModule):
         text: Tensor,
         row_classes: Tensor,
         folder: Path,
-        keep: Keep | None = None,
+        options: OutputOptions | None = None,
         batch_size: int = 1,
         results_file: Path | None = None,
     ) -> None:
@@ -91,7 +90,7 @@ class SegmentationModule(L.LightningModule):
         self.segmenter, self.benchmark = segmenter, benchmark
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("row_classes", row_classes, persistent=False)
-        self.folder, self.keep = folder, keep or Keep()
+        self.folder, self.options = folder, options or OutputOptions()
         self.batch_size, self.results_file = batch_size, results_file
         classes = benchmark.class_list
         self.names = classes.names
@@ -101,8 +100,8 @@ class SegmentationModule(L.LightningModule):
             folder,
             self.names,
             benchmark.ignore_index,
-            self.keep.pictures,
-            self.keep.label_maps,
+            self.options.pictures,
+            self.options.label_maps,
             _palette(classes),
         )
         self.records = Records(folder / "records")
@@ -118,7 +117,7 @@ class SegmentationModule(L.LightningModule):
         self.folder, self.files = folder, replace(self.files, folder=folder)
         self.records = Records(folder / "records")
         if self.trainer.is_global_zero:
-            self.records.claim(self.keep.settings, self.keep.resume)
+            self.records.claim(self.options.settings, self.options.resume)
         strategy.barrier()
         mine = self._share()
         self._kept = {
@@ -153,7 +152,7 @@ class SegmentationModule(L.LightningModule):
             self.metric.confmat += record.confusion(len(self.names)).to(self.device)
         self._started = time.perf_counter()
 
-    def predict_step(self, batch: Work, batch_index: int) -> None:
+    def predict_step(self, batch: SampleBatch, batch_index: int) -> None:
         """Segment the images of a step, count their pixels, and record each."""
         with torch.no_grad():
             encoded = self.segmenter.encode_batch([sample.image for sample in batch.samples])
@@ -224,17 +223,17 @@ class SegmentationModule(L.LightningModule):
         write_scores(self.folder / FILE, scores)
         with replacing(self.folder / "confusion.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, confusion=confusion, classes=np.array(self.names))
-        count = self.keep.examples
+        count = self.options.examples
         write_examples(scores, count, self.benchmark, self._again, self.folder)
         if self.results_file is not None:
             write_json(self.results_file, self.results)
 
     def _again(self, sample: Sample) -> Tensor:
-        moved = Work([0], [sample]).to(self.device).samples[0]
+        moved = SampleBatch([0], [sample]).to(self.device).samples[0]
         return self.segment(moved)
 
 
-def _palette(classes: ClassList) -> list[Colour] | None:
-    """The dataset's own colours, if every class has one."""
-    colours = [spec.color for spec in classes.classes if spec.color is not None]
-    return colours if len(colours) == len(classes.classes) else None
+def _palette(classes: ClassList) -> list[Color] | None:
+    """The dataset's own colors, if every class has one."""
+    colors = [spec.color for spec in classes.classes if spec.color is not None]
+    return colors if len(colors) == len(classes.classes) else None

@@ -173,7 +173,7 @@ class Talk2DINO(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """ψ of texts, `[N, D]` float32, not normalised; a single text is a list of one."""
+        """ψ of texts, `[N, D]` float32, not normalized; a single text is a list of one."""
         texts = [texts] if isinstance(texts, str) else texts
         with self._turn:
             embeddings = embed_texts(texts, self.text, self.projection)
@@ -183,7 +183,7 @@ class Talk2DINO(nn.Module):
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Patch tokens of one picture or several: `[B, P, D]` float32.
 
-        Each picture is resized and centre-cropped to the encoder's `image_size`, as in extraction.
+        Each picture is resized and center-cropped to the encoder's `image_size`, as in extraction.
         A projection with an image side is applied, so that the tokens compare with `encode_text`.
 
         Raises:

@@ -220,7 +220,7 @@ def _check_size(vision: TimmVisionEncoder, size: int) -> None:
 
 
 def _picture(size: int) -> Tensor:
-    """`[1, 3, S, S]` in 0..1: blobs of colour under a little noise, the same every time."""
+    """`[1, 3, S, S]` in 0..1: blobs of color under a little noise, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blobs = upsample(torch.rand(1, 3, 5, 5), size, size)

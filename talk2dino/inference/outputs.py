@@ -15,7 +15,7 @@ from talk2dino.datasets.pictures import is_picture
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import write_json
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.segmentation.overlay import class_colours
+from talk2dino.segmentation.overlay import legend_colors
 from talk2dino.segmentation.report import save_picture
 
 
@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
         image: the picture file.
-        overlay: PNG of the picture with colours and legend.
+        overlay: PNG of the picture with colors and legend.
     """
 
     image: Path
@@ -140,15 +140,15 @@ def write(
 
 
 def figures(result: SegmentedImage) -> list[dict[str, Any]]:
-    """Index, name, share 0..1, pixels and colour of every class."""
-    colours = class_colours(result.classes)
+    """Index, name, share 0..1, pixels and color of every class."""
+    colors = legend_colors(result.classes)
     return [
         {
             "index": index,
             "name": name,
             "share": share,
             "pixels": round(share * result.labels.numel()),
-            "color": list(colours[index]),
+            "color": list(colors[index]),
         }
         for index, (name, share) in enumerate(result.areas().items())
     ]

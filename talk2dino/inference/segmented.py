@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError
 from talk2dino.segmentation.labels import label_map
-from talk2dino.segmentation.overlay import Colour, heat_overlay, overlay, save_label_map
+from talk2dino.segmentation.overlay import heat_overlay, overlay, save_label_map
 from talk2dino.segmentation.scores import resize_scores
 
 
@@ -75,16 +75,16 @@ class SegmentedImage:
         self,
         alpha: float = 0.55,
         legend: bool = True,
-        palette: Sequence[Colour] | None = None,
+        palette: Sequence[Color] | None = None,
         hide: Sequence[str] = (),
     ) -> Image.Image:
-        """The picture with the classes in colour and a legend.
+        """The picture with the classes in color and a legend.
 
         Args:
-            alpha: opacity of the colours, 0..1.
+            alpha: opacity of the colors, 0..1.
             legend: add the strip with names and shares.
             palette: one RGB triple 0..255 per entry of `classes`.
-            hide: names of classes to leave uncoloured; the others keep their colours.
+            hide: names of classes to leave uncolored; the others keep their colors.
 
         Raises:
             ConfigError: `hide` names no class of this picture.
@@ -101,7 +101,7 @@ class SegmentedImage:
 
         Args:
             name: one of `classes`.
-            alpha: opacity of the colours, 0..1.
+            alpha: opacity of the colors, 0..1.
             limits: scores of the two ends; None takes the lowest and highest of all classes here,
                 so that maps of one picture compare.
 

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: colours over the image, a legend below, label maps as PNG."""
+"""Pictures of a segmentation: colors over the image, a legend below, label maps as PNG."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.errors import DataError
 
-Colour = tuple[int, int, int]
 IGNORED = 255
-BACKGROUND = "background"  # this class keeps the picture as it is, unless a palette colours it
 FIRST = (230, 70, 60)
 STRIP = 1 << 20  # pixels of an overlay that are mixed at once: 100 MB
 HEAT = ((20, 20, 70), (110, 30, 120), (210, 60, 80), (250, 150, 50), (252, 245, 150))
 PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
 
 
-def default_palette(count: int) -> list[Colour]:
-    """`count` colours, each as far as possible from all before it.
+def default_palette(count: int) -> list[Color]:
+    """`count` colors, each as far as possible from all before it.
 
     Farthest-point choice in OKLab (Ottosson 2020), where distance is what the eye sees, among
-    colours that are neither pale, dark nor neon. A longer palette begins with the shorter one.
+    colors that are neither pale, dark nor neon. A longer palette begins with the shorter one.
     """
     levels = range(0, 256, 15)
     rgb = np.array(list(product(levels, levels, levels)))
@@ -40,8 +39,8 @@ def default_palette(count: int) -> list[Colour]:
     while len(chosen) < min(count, len(rgb)):
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    colours = [(int(r), int(g), int(b)) for r, g, b in rgb[chosen]]
-    return [colours[i % len(colours)] for i in range(count)]
+    colors = [(int(r), int(g), int(b)) for r, g, b in rgb[chosen]]
+    return [colors[i % len(colors)] for i in range(count)]
 
 
 def _oklab(rgb: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -69,22 +68,22 @@ def overlay(
     image: Image.Image,
     labels: Tensor,
     classes: Sequence[str],
-    palette: Sequence[Colour] | None = None,
+    palette: Sequence[Color] | None = None,
     alpha: float = 0.55,
     legend: bool = True,
 ) -> Image.Image:
-    """Lay class colours over a picture.
+    """Lay class colors over a picture.
 
-    Areas get a thin bright outline, so neighbours stay apart on any picture. The legend stands
+    Areas get a thin bright outline, so neighbors stay apart on any picture. The legend stands
     on its own strip below and lists the classes that appear, largest first, with their share.
 
     Args:
         image: the picture, any mode.
-        labels: `[H, W]` integers, index into `classes`; 255 stays uncoloured.
+        labels: `[H, W]` integers, index into `classes`; 255 stays uncolored.
         classes: names.
         palette: one RGB triple 0..255 per class; without it `default_palette`, and a class
-            named "background" stays uncoloured.
-        alpha: opacity of the colours, 0..1.
+            named "background" stays uncolored.
+        alpha: opacity of the colors, 0..1.
         legend: add the strip.
 
     Returns:
@@ -101,7 +100,7 @@ def overlay(
     shown = [int(k) for k in np.unique(index) if k != IGNORED]
     if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
         raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
-    colours = np.array(class_colours(classes, palette))
+    colors = np.array(legend_colors(classes, palette))
     pixels = np.array(image.convert("RGB"))
     plain = [IGNORED]
     if palette is None and BACKGROUND in classes:
@@ -109,13 +108,13 @@ def overlay(
     edge = _outline(index, max(1, min(index.shape) // 400)) & (alpha > 0)
     for part in np.array_split(np.arange(len(index)), -(-index.size // STRIP)):
         rows = slice(part[0], part[-1] + 1)
-        pixels[rows] = _mixed(pixels[rows], index[rows], edge[rows], plain, colours, alpha)
+        pixels[rows] = _mixed(pixels[rows], index[rows], edge[rows], plain, colors, alpha)
     picture = Image.fromarray(pixels)
     if not legend or not shown:
         return picture
     shares = [(k, float((index == k).mean())) for k in shown]
     shares.sort(key=lambda pair: -pair[1])
-    entries = [(classes[k], share, tuple(colours[k].tolist())) for k, share in shares]
+    entries = [(classes[k], share, tuple(colors[k].tolist())) for k, share in shares]
     return _add_legend(picture, entries)
 
 
@@ -124,13 +123,13 @@ def _mixed(
     index: npt.NDArray[np.int64],
     edge: npt.NDArray[np.bool_],
     plain: list[int],
-    colours: npt.NDArray[np.int64],
+    colors: npt.NDArray[np.int64],
     alpha: float,
 ) -> npt.NDArray[np.uint8]:
-    """Some rows of an overlay; labels in `plain` stay uncoloured."""
-    uncoloured = np.isin(index, plain)
-    tint = colours[np.where(uncoloured, 0, index)]
-    mixed = np.where(uncoloured[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
+    """Some rows of an overlay; labels in `plain` stay uncolored."""
+    uncolored = np.isin(index, plain)
+    tint = colors[np.where(uncolored, 0, index)]
+    mixed = np.where(uncolored[..., None], pixels, (1 - alpha) * pixels + alpha * tint)
     mixed = np.where(edge[..., None], 0.25 * mixed + 0.75 * 255, mixed)
     rounded: npt.NDArray[np.uint8] = mixed.round().astype(np.uint8)
     return rounded
@@ -139,15 +138,15 @@ def _mixed(
 def heat_overlay(
     image: Image.Image, scores: Tensor, low: float, high: float, alpha: float = 0.6
 ) -> Image.Image:
-    """Lay one map over a picture in greys: dark blue at `low` over red to yellow at `high`.
+    """Lay one map over a picture in grays: dark blue at `low` over red to yellow at `high`.
 
-    Lightness rises along the scale, so that the map reads without its colours, too.
+    Lightness rises along the scale, so that the map reads without its colors, too.
 
     Args:
         image: the picture, any mode.
         scores: `[H, W]`; beyond the limits they count as the limit.
         low: score of the dark end.
-        high: score of the bright end; equal limits make one colour.
+        high: score of the bright end; equal limits make one color.
         alpha: opacity of the map, 0..1.
 
     Raises:
@@ -160,24 +159,24 @@ def heat_overlay(
         )
     place = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(place, stops, channel) for channel in zip(*HEAT, strict=True)], 2)
-    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
-    return Image.fromarray(((1 - alpha) * grey + alpha * colours).round().astype(np.uint8))
+    colors = np.stack([np.interp(place, stops, channel) for channel in zip(*HEAT, strict=True)], 2)
+    gray = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray(((1 - alpha) * gray + alpha * colors).round().astype(np.uint8))
 
 
-def class_colours(classes: Sequence[str], palette: Sequence[Colour] | None = None) -> list[Colour]:
-    """The colour of every class in an overlay's legend; without a palette, background is grey."""
-    colours = list(_colours(palette, len(classes)))[: len(classes)]
+def legend_colors(classes: Sequence[str], palette: Sequence[Color] | None = None) -> list[Color]:
+    """The color of every class in an overlay's legend; without a palette, background is gray."""
+    colors = list(_colors(palette, len(classes)))[: len(classes)]
     if palette is None and BACKGROUND in classes:
-        colours[list(classes).index(BACKGROUND)] = SWATCH
-    return colours
+        colors[list(classes).index(BACKGROUND)] = SWATCH
+    return colors
 
 
-def _colours(palette: Sequence[Colour] | None, count: int) -> Sequence[Colour]:
+def _colors(palette: Sequence[Color] | None, count: int) -> Sequence[Color]:
     if palette is None:
         return default_palette(max(count, 1))
     if len(palette) < count:
-        raise DataError(f"a palette of {len(palette)} colours for {count} classes: give one each")
+        raise DataError(f"a palette of {len(palette)} colors for {count} classes: give one each")
     return palette
 
 
@@ -197,7 +196,7 @@ def _add_legend(
     size = min(max(13, min(picture.size) // 26), 40)
     font = ImageFont.load_default(size)
     gap, line = size // 2, round(size * 1.65)
-    texts = [(name, _percent(share), colour) for name, share, colour in entries]
+    texts = [(name, _percent(share), color) for name, share, color in entries]
     name_width = max(round(font.getlength(name)) for name, _, _ in texts)
     share_width = max(round(font.getlength(share)) for _, share, _ in texts)
     column = size + gap + name_width + gap + share_width + 2 * size
@@ -207,11 +206,11 @@ def _add_legend(
     sheet = Image.new("RGB", (width, picture.height + rows * line + 2 * gap), PAPER)
     sheet.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(sheet)
-    for i, (name, share, colour) in enumerate(texts):
+    for i, (name, share, color) in enumerate(texts):
         x = size + (i // rows) * column  # down first: largest on the left
         y = picture.height + gap + (i % rows) * line + line // 2
         box = (x, y - size // 2, x + size, y - size // 2 + size)
-        draw.rounded_rectangle(box, radius=size // 5, fill=colour)
+        draw.rounded_rectangle(box, radius=size // 5, fill=color)
         draw.text((x + size + gap, y), name, INK, font, anchor="lm")
         end = x + size + gap + name_width + gap + share_width
         draw.text((end, y), share, FAINT, font, anchor="rm")
@@ -223,9 +222,9 @@ def _percent(share: float) -> str:
 
 
 def save_label_map(
-    labels: Tensor, path: str | Path, palette: Sequence[Colour] | None = None
+    labels: Tensor, path: str | Path, palette: Sequence[Color] | None = None
 ) -> None:
-    """Write labels as an indexed PNG: the pixel values are the classes, the palette colours them.
+    """Write labels as an indexed PNG: the pixel values are the classes, the palette colors them.
 
     The file appears under its name when it is complete.
 
@@ -241,9 +240,9 @@ def save_label_map(
     if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > 255:
         raise DataError(f"labels {index.shape} for {path}: give [H, W] values 0..255")
     picture = Image.fromarray(index.astype(np.uint8))
-    colours = list(default_palette(255) if palette is None else palette)[:256]
-    colours += [(0, 0, 0)] * (256 - len(colours))  # a short palette would make Pillow clip labels
-    picture.putpalette([channel for colour in colours for channel in colour])
+    colors = list(default_palette(255) if palette is None else palette)[:256]
+    colors += [(0, 0, 0)] * (256 - len(colors))  # a short palette would make Pillow clip labels
+    picture.putpalette([channel for color in colors for channel in color])
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     picture.save(partial, format="PNG")

@@ -12,7 +12,7 @@ from talk2dino.errors import DataError
 def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
     """Sigmoid of the cosine between every patch and every class.
 
-    Only the image side is normalised here (eps 1e-6); the text counts as given, so pass unit
+    Only the image side is normalized here (eps 1e-6); the text counts as given, so pass unit
     vectors, which keep the scores within 0.269..0.731. Source: the original's `DINOTextMasker`.
 
     Args:
@@ -68,7 +68,7 @@ def upsample(scores: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_scores(scores: Tensor, height: int, width: int) -> Tensor:
-    """`[K, h, w]` to `[K, height, width]`, pixel centres on pixel centres (mmsegmentation)."""
+    """`[K, h, w]` to `[K, height, width]`, pixel centers on pixel centers (mmsegmentation)."""
     size = (height, width)
     return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
 
@@ -101,7 +101,7 @@ def clean_background(
 
     Args:
         mask: scores `[B, K, h, w]` at token resolution, `h * w == P`.
-        patch_tokens: `[B, P, D]`, as the encoder gave them (not normalised).
+        patch_tokens: `[B, P, D]`, as the encoder gave them (not normalized).
         self_attn_maps: `[B, H, P]` logits before softmax, prefix tokens cut.
         text: class embeddings `[K, D]`, used as given (unit length in the method).
         lambda_bg: weight of the attention; 0 returns the mask.

@@ -93,7 +93,7 @@ class Segmenter(nn.Module):
 
     Args:
         vision: `vision(images [B, 3, h, w] float 0..1 RGB)` returns an object with
-            `patch_tokens [B, P, D]`, `self_attn_maps [B, H, P]` and `grid`; it normalises inside.
+            `patch_tokens [B, P, D]`, `self_attn_maps [B, H, P]` and `grid`; it normalizes inside.
         window: side of a window in pixels.
         stride: distance of windows in pixels.
         short_side: the picture is resized to this short side first, in pixels.

@@ -40,7 +40,7 @@ def sliding_windows(height: int, width: int, window: int = 448, stride: int = 22
         height: rows of the picture, in pixels.
         width: columns of the picture, in pixels.
         window: side of a window, in pixels.
-        stride: distance between neighbouring windows, in pixels; at most `window`.
+        stride: distance between neighboring windows, in pixels; at most `window`.
 
     Raises:
         ConfigError: `window` or `stride` is not positive, or the stride leaves gaps.
@@ -138,7 +138,7 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resize in eight-bit fixed point, the same bits as OpenCV's `INTER_LINEAR`.
 
     The benchmarks were always measured through this rounding; it takes about 10 ms, so there is
-    no approximate twin. No antialiasing, half-pixel centres.
+    no approximate twin. No antialiasing, half-pixel centers.
 
     Args:
         image: `[..., H, W]` uint8.

@@ -13,8 +13,8 @@ import gradio as gr
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import (
+    Request,
     View,
-    Wishes,
     answer,
     areas,
     open_picture,
@@ -58,7 +58,7 @@ class Page:
                         label="Picture", elem_id="picture", height=300,
                     )  # fmt: skip
                     # Gradio would open the file itself, and fail where the visitor cannot see it.
-                    picture.preprocess = path_of  # type: ignore[assignment, method-assign]
+                    picture.preprocess = uploaded_file  # type: ignore[assignment, method-assign]
                     words = gr.Textbox(
                         self.words, label="Classes", elem_id="words", max_lines=3,
                         placeholder="cat, sofa; couch, dark leaves",
@@ -83,21 +83,25 @@ class Page:
                         shares = gr.HTML(elem_id="shares")
                         scores = gr.HTML(elem_id="scores")
                     code = gr.Code(language="python", label="The same in Python", elem_id="code")
-            wishes = [words, background, threshold, pamr]
+            request = [words, background, threshold, pamr]
             results = [view, overlay, shown, shares, code]
-            picture.upload(_told(self.open), picture, view, **quiet).success(
-                _told(self.segment), [view, *wishes], results, **quiet
+            picture.upload(_user_errors(self.open), picture, view, **quiet).success(
+                _user_errors(self.segment), [view, *request], results, **quiet
             )
             picture.clear(self.forget, None, [*results, scores], **quiet)
             for event in (go.click, words.submit, pamr.change, background.change):
-                event(_told(self.segment), [view, *wishes], results, **quiet)
+                event(_user_errors(self.segment), [view, *request], results, **quiet)
             threshold.change(
-                _told(self.segment), [view, *wishes], results, trigger_mode="always_last",
+                _user_errors(self.segment), [view, *request], results, trigger_mode="always_last",
                 show_progress="hidden", **quiet,
             )  # fmt: skip
             background.change(lambda on: gr.update(visible=on), background, threshold, **quiet)
             shown.input(
-                _told(self.show), [view, shown], [overlay, code], show_progress="hidden", **quiet
+                _user_errors(self.show),
+                [view, shown],
+                [overlay, code],
+                show_progress="hidden",
+                **quiet,
             )
             overlay.select(self.click, view, scores, show_progress="hidden", **quiet)
         return page  # type: ignore[no-any-return]
@@ -109,10 +113,10 @@ class Page:
     def segment(
         self, view: View | None, words: str, background: bool, threshold: float, pamr: bool
     ) -> Sequence[Any]:
-        """New wishes: state, overlay, switches, shares and code; nothing without a picture."""
+        """New request: state, overlay, switches, shares and code; nothing without a picture."""
         if view is None or not words.strip():
             return [gr.skip()] * 5
-        view = answer(self.model, view, Wishes(words, background, threshold, pamr))
+        view = answer(self.model, view, Request(words, background, threshold, pamr))
         assert view.result is not None
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
@@ -139,7 +143,7 @@ class Page:
         return None, None, gr.update(choices=[], visible=False), "", "", ""
 
 
-def path_of(upload: Any) -> str | None:
+def uploaded_file(upload: Any) -> str | None:
     """The file that an uploaded picture was saved as."""
     return None if upload is None else upload.path
 
@@ -153,7 +157,7 @@ def as_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     return f"<table style='width: 100%'><caption>{escape(title)}</caption>{cells}</table>"
 
 
-def _told(step: Callable[..., Any]) -> Callable[..., Any]:
+def _user_errors(step: Callable[..., Any]) -> Callable[..., Any]:
     """Errors of the visitor's making become a message on the page."""
 
     @wraps(step)

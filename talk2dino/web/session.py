@@ -19,7 +19,7 @@ MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled do
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Request:
     """What a visitor asks of a picture.
 
     Attributes:
@@ -54,13 +54,13 @@ class View:
     Attributes:
         name: of the uploaded file.
         picture: encoded once.
-        wishes: those that `result` answers, or None.
+        request: those that `result` answers, or None.
         result: or None.
     """
 
     name: str
     picture: EncodedPicture = field(repr=False)
-    wishes: Wishes | None = None
+    request: Request | None = None
     result: SegmentedImage | None = field(default=None, repr=False)
 
 
@@ -86,21 +86,21 @@ def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
     return View(file.name, model.encode(picture, short_side))
 
 
-def answer(model: Talk2DINO, view: View, wishes: Wishes) -> View:
-    """Fulfil the wishes, computing only what changed; the encoder never runs again.
+def answer(model: Talk2DINO, view: View, request: Request) -> View:
+    """Fulfil the request, computing only what changed; the encoder never runs again.
 
     Another threshold takes milliseconds; other words, PAMR or the background need new scores.
 
     Raises:
         DataError: no class to look for.
     """
-    old, result = view.wishes, view.result
-    moved = old is not None and replace(old, threshold=wishes.threshold) == wishes
-    if result is not None and moved and wishes.background:
-        return replace(view, wishes=wishes, result=result.with_threshold(wishes.threshold))
-    threshold = wishes.threshold if wishes.background else None
-    result = model.segment(view.picture, wishes.classes, threshold, wishes.pamr)
-    return replace(view, wishes=wishes, result=result)
+    old, result = view.request, view.result
+    moved = old is not None and replace(old, threshold=request.threshold) == request
+    if result is not None and moved and request.background:
+        return replace(view, request=request, result=result.with_threshold(request.threshold))
+    threshold = request.threshold if request.background else None
+    result = model.segment(view.picture, request.classes, threshold, request.pamr)
+    return replace(view, request=request, result=result)
 
 
 def areas(result: SegmentedImage) -> list[list[str]]:
@@ -120,18 +120,18 @@ def scores_at(result: SegmentedImage, row: int, column: int) -> list[list[str]]:
 
 def python_call(checkpoint: str, view: View, hidden: Sequence[str] = ()) -> str:
     """The lines of Python that give the same overlay."""
-    wishes = view.wishes or Wishes("")
-    classes = wishes.classes
+    request = view.request or Request("")
+    classes = request.classes
     plain = all(words == (name,) for name, words in classes.items())
     named = list(classes) if plain else {name: list(words) for name, words in classes.items()}
-    background = f", background={wishes.threshold:g}" if wishes.background else ""
+    background = f", background={request.threshold:g}" if request.background else ""
     hide = f"hide={list(hidden)!r}" if hidden else ""
     return "\n".join(
         [
             "from talk2dino import Talk2DINO",
             "",
             f"model = Talk2DINO.from_pretrained({checkpoint!r})",
-            f"seg = model.segment({view.name!r}, {named!r}{background}, pamr={wishes.pamr})",
+            f"seg = model.segment({view.name!r}, {named!r}{background}, pamr={request.pamr})",
             f'seg.overlay({hide}).save("overlay.png")',
         ]
     )

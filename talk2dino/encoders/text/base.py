@@ -31,7 +31,7 @@ class TextEncoder(Protocol):
     templates: str
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
 
     def describe(self) -> dict[str, Any]:
         """Return what the feature store's manifest keeps of the encoder."""
@@ -167,7 +167,7 @@ class CachedTextEncoder(nn.Module):
         self.templates: str = encoder.templates
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
         if not texts:
             return self.encoder.encode(texts)
         path = self.folder / f"{self._key(texts)}.safetensors"

@@ -63,7 +63,7 @@ class OpenClipTextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
         parts = [self.tower(ids).float().cpu() for ids in self._batches(texts)]
         return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
 

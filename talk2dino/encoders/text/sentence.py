@@ -70,7 +70,7 @@ class SentenceTransformerTextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
         if not texts:
             return torch.empty(0, self.embed_dim)
         embeddings: Tensor = self.model.encode(
@@ -200,7 +200,7 @@ class BertTextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalised."""
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
         parts = [
             self._pool(self.model(**batch), batch["attention_mask"]).float().cpu()
             for batch in self._batches(texts, padding=True)
