@@ -23,7 +23,7 @@ class ProcessRank:
 
 
 def process_rank(environment: Mapping[str, str] | None = None) -> ProcessRank:
-    """Read the place of this process among all: torchrun's variables, else those of srun.
+    """Read which of several processes this is: from torchrun's variables, else from srun's.
 
     torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID, SLURM_LOCALID and
     SLURM_STEP_NUM_TASKS (older ones SLURM_NTASKS). Without any of them there is one process.

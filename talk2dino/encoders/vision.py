@@ -281,7 +281,7 @@ class TimmVisionEncoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        if tokens.dim() == 4:  # SAM: a map behind the neck, [B, C, h, w]; keep the transformer's
+        if tokens.dim() == 4:  # SAM: a map from its neck, [B, C, h, w]; take the last block's
             tokens = taps["-1"].flatten(1, 2)  # [B, P, D]
         patches = tokens[:, self.num_prefix_tokens :]
         maps = self._attention(attention, patches.shape[1])

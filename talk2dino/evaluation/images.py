@@ -22,7 +22,7 @@ from talk2dino.segmentation.report import panel, save_picture
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Which files an image leaves behind.
+    """Which files are written for an image.
 
     Attributes:
         folder: of the run; files go to `pictures`, `label_maps` and `overlays` in it.
@@ -60,7 +60,7 @@ class ImageFiles:
             "label_maps": self.label_maps,
             "overlays": self.label_maps,
         }
-        kinds = [kind for kind, wished in wanted.items() if wished]
+        kinds = [kind for kind, on in wanted.items() if on]
         return {kind: self.folder / kind / f"{name}.png" for kind in kinds}
 
     def write(self, index: int, sample: Sample, labels: Tensor) -> None:

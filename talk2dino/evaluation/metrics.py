@@ -68,7 +68,7 @@ class ImageScore:
     """Figures of one image, in percent.
 
     Attributes:
-        index: place in the benchmark.
+        index: of the image in the benchmark.
         name: of the image.
         iou: mean over the classes that its label map holds; NaN if it holds none.
         pixel_accuracy: share of counted pixels with the right class; NaN if none counts.

@@ -61,7 +61,7 @@ class SegmentationModule(L.LightningModule):
         segmenter: vision encoder and windows; only the encoder runs in the trainer's precision.
         benchmark: classes and protocol.
         text: [N, D] unit rows of the prompted classes and their synonyms.
-        row_classes: [N] int64, for every row its place among the prompted classes.
+        row_classes: [N] int64, the index of each row's class among the prompted ones.
         folder: everything is written below it; the first rank's folder counts.
         options: what to write and whether to resume.
         batch_size: that of the data module.

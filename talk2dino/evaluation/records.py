@@ -73,7 +73,7 @@ class Records:
         self._part: IO[str] | None = None
 
     def claim(self, settings: Mapping[str, Any], resume: bool = True) -> None:
-        """Make the folder the place of an evaluation with these settings.
+        """Reserve the folder for an evaluation with these settings.
 
         Args:
             settings: plain values, compared with those of the records that are there.

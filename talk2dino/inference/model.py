@@ -315,7 +315,7 @@ class Talk2DINO(nn.Module):
     def segmenter(
         self, threshold: float | None, pamr: bool, short_side: int | None = None
     ) -> Segmenter:
-        """The sliding-window segmenter for whole pictures, windows of 448 pixels and alike.
+        """The sliding-window segmenter for whole pictures, with square windows of the working size.
 
         Raises:
             ConfigError: `short_side` is not positive.

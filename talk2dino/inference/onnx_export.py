@@ -1,4 +1,4 @@
-"""ψ and the dense path as ONNX graphs, for places where PyTorch does not run.
+"""ψ and the dense path as ONNX graphs, for machines without PyTorch.
 
 The dense graph holds vision backbone, class embeddings and the cosine, at one window size:
 image → class scores. Background cleaning needs the attention maps and stays out; so do sliding

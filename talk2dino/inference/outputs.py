@@ -42,7 +42,7 @@ class Job:
         return self._beside(".json")
 
     def heatmaps(self, names: Sequence[str]) -> dict[str, Path]:
-        """The map of each class; names that look alike as file names get their number."""
+        """The map of each class; names that would give one file name get their number."""
         slugs = [re.sub(r"[^\w-]+", "-", name) for name in names]
         unique = [
             slug if slugs.count(slug) == 1 else f"{slug}-{number}"

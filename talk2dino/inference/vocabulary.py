@@ -23,7 +23,7 @@ Sentences: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Words:
-    """What to look for, and what to look past.
+    """The classes of a vocabulary and its negatives, as sentences to embed.
 
     Attributes:
         names: of the K classes.
@@ -62,16 +62,16 @@ def read_words(
     for name in own:
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
-    past = _words(negatives)
-    rows = [(0, sentences) for sentences in _sentences(past, templates)]
-    for number, (name, synonyms) in enumerate(groups.items(), start=1 if past else 0):
+    negative = _words(negatives)
+    rows = [(0, sentences) for sentences in _sentences(negative, templates)]
+    for number, (name, synonyms) in enumerate(groups.items(), start=1 if negative else 0):
         given = [own[name]] if name in own else _sentences(synonyms, templates)
         rows += [(number, sentences) for sentences in given]
     return Words(
         tuple(names),
         tuple(sentences for _, sentences in rows),
         tuple(number for number, _ in rows),
-        bool(past),
+        bool(negative),
     )
 
 
@@ -160,7 +160,7 @@ class TextCache:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPicture:
-    """A picture behind the encoder: everything slow is done, nothing depends on the classes.
+    """An encoded picture: the slow step is done, and nothing in it depends on the classes.
 
     Attributes:
         pixels: `[3, H, W]` uint8 RGB, the picture, on the CPU.

@@ -1,4 +1,4 @@
-"""What happens behind the web page, without the page: a picture, words, and what they give."""
+"""What the web page does, without the page: an uploaded picture, words, and their result."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One visitor's picture behind the encoder, and the latest result.
+    """One visitor's encoded picture, and the latest result.
 
     Attributes:
         name: of the uploaded file.

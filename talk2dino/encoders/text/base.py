@@ -43,7 +43,7 @@ class TextFeatures:
 
     Attributes:
         embedding: [N, C] pooled, the same as `encode` gives.
-        token_embeddings: [N, L, C] last layer; for CLIP behind the final norm and the text
+        token_embeddings: [N, L, C] last layer; for CLIP after the final norm and the text
             projection, token by token (original `clip_txt_out_tokens`).
         token_mask: [N, L] bool, true for everything but padding, start and end tokens included.
         second_last_tokens: [N, L, W] output of the block before the last (original
@@ -66,7 +66,7 @@ class TokenTextEncoder(TextEncoder, Protocol):
 
 
 def join(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Put batches of features, at least one, behind each other."""
+    """Concatenate batches of features, at least one."""
     earlier = [part.second_last_tokens for part in parts if part.second_last_tokens is not None]
     return TextFeatures(
         embedding=torch.cat([part.embedding for part in parts]),

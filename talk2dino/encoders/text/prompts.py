@@ -38,7 +38,7 @@ NAMES = (*_SETS, *_FROM_OPEN_CLIP)
 
 
 def templates(name: str) -> Sequence[Template]:
-    """Return a named set of templates; `a+b` puts two sets behind each other.
+    """Return a named set of templates; `a+b` joins two sets.
 
     * `plain` ("a cat"): suits sentence encoders. `identity`: the bare name.
     * `simple7`, `imagenet80`: the sets published with CLIP, as open_clip ships them.
