@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.once import once
-from tests.parity import USE, ParityRecord, differs, whole_suite
-from tests.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
-from tests.token_stores import pictures, token_store  # noqa: F401 (fixtures)
+from tests.helpers.once import once
+from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
+from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
+from tests.helpers.token_stores import pictures, token_store  # noqa: F401 (fixtures)
 
 GOLDENS = Path(__file__).parent / "goldens"
 DESELECTED = pytest.StashKey[int]()
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             long = "quickstart" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("quickstart" if long else item.path.name))
+            item.add_marker(pytest.mark.xdist_group("quickstart" if long else str(item.path)))
         items.sort(key=lambda item: "quickstart" not in getattr(item, "fixturenames", ()))
 
 

@@ -1,9 +1,8 @@
 """A vision encoder and a text matrix make a segmenter: image in, label map out.
 
-Two steps that can be run apart: `encode` needs the encoder and does not know the classes,
-`label`, or `score` and `decide`, need neither the encoder nor the picture's file. Whoever tries
-several class lists, thresholds or refinements on an image encodes it once. Calls leave
-nothing in the segmenter but memory to be used again, so threads may share one.
+Two steps: `encode` runs the encoder and does not know the classes; `labels` (or `scores`, where the
+scores themselves are wanted) needs neither the encoder nor the picture's file. To try several class
+lists, thresholds or refinements on an image, encode it once. Threads may share a segmenter.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talk2dino.datasets.benchmarks.protocol import Protocol
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.labels import contender_labels, label_map
@@ -94,74 +95,55 @@ class Segmenter(nn.Module):
     Args:
         vision: `vision(images [B, 3, h, w] float 0..1 RGB)` returns an object with
             `patch_tokens [B, P, D]`, `self_attn_maps [B, H, P]` and `grid`; it normalizes inside.
-        window: side of a window in pixels.
-        stride: distance of windows in pixels.
-        short_side: the picture is resized to this short side first, in pixels.
-        long_side: upper limit of the long side, in pixels.
-        input_size: every window is squashed to this square before the encoder, in pixels.
-        background_cleaning: mix in the attention of the fitting heads.
-        lambda_bg: weight of that attention.
-        pamr: refinement of every window, or `None`.
-        background_threshold: score of the background channel, or `None` for no background.
-        window_batch_size: windows per encoder call.
-        antialias: filter when a window is larger than `input_size`. The original did so from
-            torchvision 0.17 on; benchmark windows are never larger, so nothing changes there.
+        protocol: sizes, windows and background, for instance a benchmark.
+        pamr: refinement of every window (or of the picture, see `PAMR`), or `None`.
+        knn: refinement of token scores among similar patches, or `None`; it compares the encoder's
+            own tokens.
         project_patches: maps patch tokens `[..., D]` to the width of the text, for a projection
             whose image side learns (`DoubleMLP`, `VisualProjectionLayer`; see `visual_side`).
             Scores and background cleaning both compare with the text, so both see the projected
             tokens; heads are then pooled after the projection. The attention maps are the
             encoder's. `None` leaves the tokens as they are.
-        knn: refinement of token scores between patches that look alike, or `None`; it looks at
-            the encoder's own tokens.
-        pamr_whole_image: apply PAMR once to the average of the windows instead of to every
-            window. Not what the original does; overlapping windows cost two to four times less.
+        window_batch_size: windows per encoder call.
+        antialias: filter when a window is larger than `input_size`. The original did so from
+            torchvision 0.17 on; benchmark windows are never larger, so nothing changes there.
+        settings: fields of a `Protocol`, in place of `protocol`.
 
     Raises:
         ConfigError: `input_size` is no multiple of the encoder's patch size, or the window
             settings are unusable.
+        TypeError: a setting that a protocol does not have, or `protocol` and settings together.
     """
 
     def __init__(
         self,
         vision: nn.Module,
-        window: int = 448,
-        stride: int = 224,
-        short_side: int = 448,
-        long_side: int = 2048,
-        input_size: int = 448,
-        background_cleaning: bool = False,
-        lambda_bg: float = 0.2,
+        protocol: Protocol | None = None,
+        *,
         pamr: PAMR | None = None,
-        background_threshold: float | None = None,
+        knn: KNN | None = None,
+        project_patches: nn.Module | None = None,
         window_batch_size: int = 8,
         antialias: bool = True,
-        project_patches: nn.Module | None = None,
-        knn: KNN | None = None,
-        pamr_whole_image: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        if protocol is not None and settings:
+            raise TypeError(f"give a protocol or its settings {', '.join(settings)}, not both")
+        protocol = protocol or Protocol(**settings)
         patch_size = getattr(vision, "patch_size", 1)
-        if input_size < 1 or input_size % patch_size:
-            fitting = max(round(input_size / patch_size), 1) * patch_size
+        if protocol.input_size % patch_size:
+            fitting = max(round(protocol.input_size / patch_size), 1) * patch_size
             raise ConfigError(
-                f"input_size={input_size} is no multiple of the patch size {patch_size}: "
+                f"input_size={protocol.input_size} is no multiple of the patch size {patch_size}: "
                 f"use {fitting}"
             )
         if window_batch_size < 1:
             raise ConfigError(f"window_batch_size={window_batch_size}: use 1 or more")
-        sliding_windows(1, 1, window, stride)  # refuses unusable settings now
-        self.vision = vision
-        self.window, self.stride = window, stride
-        self.short_side, self.long_side = short_side, long_side
-        self.input_size = input_size
-        self.background_cleaning, self.lambda_bg = background_cleaning, lambda_bg
-        self.pamr = pamr
-        self.background_threshold = background_threshold
-        self.window_batch_size = window_batch_size
-        self.antialias = antialias
-        self.project_patches = project_patches
-        self.knn = knn
-        self.pamr_whole_image = pamr_whole_image
+        self.vision, self.protocol = vision, protocol
+        self.background_threshold = protocol.threshold(getattr(vision, "embed_dim", None))
+        self.pamr, self.knn, self.project_patches = pamr, knn, project_patches
+        self.window_batch_size, self.antialias = window_batch_size, antialias
 
     @torch.no_grad()
     def forward(
@@ -186,8 +168,10 @@ class Segmenter(nn.Module):
         """
         encoded = self.encode(image)
         if not return_scores:
-            return Segmentation(self.label(encoded, text, size, row_classes))
-        return self.decide(self.score(encoded, text, row_classes), size or encoded.size, True)
+            return Segmentation(self.labels(encoded, text, size, row_classes))
+        scores = resize_scores(self.scores(encoded, text, row_classes), *(size or encoded.size))
+        scores = with_background(scores, self.background_threshold)
+        return Segmentation(scores.argmax(0), scores)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> EncodedImage:
@@ -234,9 +218,11 @@ class Segmenter(nn.Module):
                 f"image {tuple(image.shape)} {image.dtype}: give [3, H, W] uint8 RGB pixels"
             )
         rows, columns = image.shape[-2:]
-        height, width = short_side_size(rows, columns, self.short_side, self.long_side)
+        height, width = short_side_size(rows, columns, self.protocol.short_side, self.protocol.long_side)
         working = resize_image(image, height, width)
-        return working, sliding_windows(height, width, self.window, self.stride)
+        return working, sliding_windows(
+            height, width, self.protocol.window, self.protocol.stride
+        )
 
     @torch.no_grad()
     def encode_windows(self, windows: Tensor) -> WindowFeatures:
@@ -260,30 +246,12 @@ class Segmenter(nn.Module):
 
     def _square(self, view: Tensor) -> Tensor:
         """What the encoder sees of a window: `[3, input_size, input_size]` float 0..1."""
-        size = (self.input_size, self.input_size)
+        size = (self.protocol.input_size,) * 2
         pixels = view.float()
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=self.antialias)[0]
         return pixels / 255
 
-    @torch.no_grad()
-    def window_scores(
-        self, windows: Tensor, text: Tensor, row_classes: Tensor | None = None
-    ) -> Tensor:
-        """Scores of windows, refined at window size (the original's `generate_masks`).
-
-        Args:
-            windows: `[B, 3, h, w]` RGB 0..255, uint8 or float.
-            text: `[K, D]`.
-            row_classes: `[K]` int64, if classes have synonyms.
-
-        Returns:
-            `[B, K, h, w]` float32.
-        """
-        tokens = self._token_scores(self.encode_windows(windows), text, row_classes)
-        if self.pamr is not None:
-            return torch.stack(list(self.pamr.each(windows, tokens)))
-        return upsample(tokens, windows.shape[-2], windows.shape[-1])
 
     def _token_scores(
         self, features: WindowFeatures, text: Tensor, row_classes: Tensor | None
@@ -294,8 +262,8 @@ class Segmenter(nn.Module):
             if self.project_patches is not None:
                 tokens = self.project_patches(tokens)
             scores = class_scores(tokens, text, features.grid)
-            if self.background_cleaning:
-                scores = clean_background(scores, tokens, maps, text, self.lambda_bg)
+            if self.protocol.background_cleaning:
+                scores = clean_background(scores, tokens, maps, text, self.protocol.lambda_bg)
             if row_classes is not None:
                 scores = merge_synonyms(scores, row_classes)
             if self.knn is not None:
@@ -303,7 +271,7 @@ class Segmenter(nn.Module):
             return scores
 
     @torch.no_grad()
-    def score(
+    def scores(
         self, encoded: EncodedImage, text: Tensor, row_classes: Tensor | None = None
     ) -> Tensor:
         """Average the refined windows: `[K, h, w]` float32 at working size."""
@@ -320,7 +288,7 @@ class Segmenter(nn.Module):
 
         if self.pamr is None:
             return average
-        if self.pamr_whole_image:
+        if self.pamr.whole_image:
             [refine] = self.pamr.prepare([encoded.image])
             return lambda tokens: refine(average(tokens))
         refiners = list(self.pamr.prepare(window.crop(encoded.image) for window in windows))
@@ -335,14 +303,14 @@ class Segmenter(nn.Module):
         return refine_windows
 
     @torch.no_grad()
-    def label(
+    def labels(
         self,
         encoded: EncodedImage,
         text: Tensor,
         size: tuple[int, int] | None = None,
         row_classes: Tensor | None = None,
     ) -> Tensor:
-        """The shortest way to labels: those of `decide(score(...), size)`, `[H, W]` int64.
+        """The best class of every pixel, `[H, W]` int64, without keeping the scores.
 
         Without PAMR no score is ever held at the size of the picture for more than a few classes;
         with it, classes that cannot win are not refined (`contenders.py`).
@@ -361,18 +329,6 @@ class Segmenter(nn.Module):
                 return contender_labels(tokens, refine, size, threshold, compiled)
             working = (encoded.image.shape[-2], encoded.image.shape[-1])
             return SeparableScores(tokens, encoded.windows, working, size).labels(threshold)
-
-    @torch.no_grad()
-    def decide(
-        self, scores: Tensor, size: tuple[int, int], return_scores: bool = False
-    ) -> Segmentation:
-        """Labels of `size` from `[K, h, w]` scores; the background channel comes in here."""
-        threshold = self.background_threshold
-        if not return_scores:
-            compiled = self.pamr is not None and self.pamr.compiled
-            return Segmentation(label_map(scores, *size, threshold, compiled))
-        full = with_background(resize_scores(scores, *size), threshold)
-        return Segmentation(full.argmax(0), full)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

@@ -1,20 +1,20 @@
-"""What a benchmark is: images with label maps, and the whole protocol to score them by."""
+"""What a benchmark is: images with label maps, and the protocol to score them by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import ClassList
+from talk2dino.datasets.benchmarks.protocol import Protocol
 from talk2dino.datasets.captions import check_limit
 from talk2dino.errors import ConfigError
 
 VOCABULARIES = ("full", "present")
-MODEL_SIZES = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}  # by width of the vision encoder
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,13 @@ class Sample:
 
 
 @dataclass(kw_only=True)
-class Benchmark:
-    """The protocol that all benchmarks share; subclasses give the images.
+class Benchmark(Protocol):
+    """The protocol that all benchmarks share, and what they count; subclasses give the images.
 
     Attributes:
         name: in reports.
-        short_side: pixels of the short side before windows are cut.
-        long_side: upper limit of the long side in pixels.
-        window: side of a window in pixels.
-        stride: distance of windows in pixels.
-        input_size: the encoder sees every window at this size.
         ignore_index: label value that does not count.
-        background_threshold: score of the background class, if the class list has one; a number, or
-            numbers by model size (`ViT-S`, `ViT-B`, `ViT-L`) and `default` for all others.
-        background_cleaning: clean the scores by the attention maps.
+        background_threshold: see `Protocol`; of no effect if the class list has no background.
         templates: prompt templates; None takes those that suit the text encoder.
         vocabulary: `full`, or `present` to offer each image only the classes it contains.
         reference: published mIoU to print beside one's own: `{"name": 40.0}`, or
@@ -55,18 +48,14 @@ class Benchmark:
     """
 
     name: str
-    short_side: int = 448
-    long_side: int = 2048
-    window: int = 448
-    stride: int = 224
-    input_size: int = 448
     ignore_index: int = 255
-    background_threshold: float | Mapping[str, float] = 0.55
-    background_cleaning: bool = False
+    background_threshold: float | Mapping[str, float] | None = 0.55
     templates: str | None = None
     vocabulary: str = "full"
     reference: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
+
+    _key: ClassVar[str] = "benchmark."
 
     def __post_init__(self) -> None:
         if self.vocabulary not in VOCABULARIES:
@@ -74,15 +63,7 @@ class Benchmark:
                 f"benchmark.vocabulary={self.vocabulary!r}; choose one of {', '.join(VOCABULARIES)}"
             )
         check_limit(self.limit, "benchmark.limit")
-        for key in ("short_side", "long_side", "window", "stride", "input_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"benchmark.{key}={getattr(self, key)}: use 1 or more pixels")
-        if self.stride > self.window:
-            raise ConfigError(
-                f"benchmark.stride={self.stride} leaves gaps between windows of {self.window} "
-                f"pixels; use at most benchmark.window={self.window}"
-            )
-        self.threshold(None)  # refuses a mapping that does not fit every model
+        super().__post_init__()
 
     @property
     def class_list(self) -> ClassList:
@@ -90,24 +71,9 @@ class Benchmark:
         raise NotImplementedError
 
     def threshold(self, vision_width: int | None) -> float | None:
-        """The background's score for a model, or None if there is no background.
-
-        Args:
-            vision_width: D of the vision encoder; None for an unknown model.
-
-        Raises:
-            ConfigError: the mapping has an unknown key or no `default`.
-        """
-        given = self.background_threshold
-        if isinstance(given, Mapping):
-            known = {*MODEL_SIZES.values(), "default"}
-            if "default" not in given or not known.issuperset(given):
-                raise ConfigError(
-                    f"benchmark.background_threshold={dict(given)}: give a number, or numbers "
-                    f"by {', '.join(sorted(known))}; default is needed"
-                )
-            given = given.get(MODEL_SIZES.get(vision_width or 0, ""), given["default"])
-        return float(given) if self.class_list.has_background else None
+        """As `Protocol.threshold`; None if the class list has no background."""
+        value = super().threshold(vision_width)
+        return value if self.class_list.has_background else None
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -1,0 +1,137 @@
+"""ONNX files: the same numbers as PyTorch, facts in the metadata, one line for what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talk2dino import Talk2DINO
+from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import ConfigError, EncoderError
+from talk2dino.inference import onnx_export
+from talk2dino.inference.onnx_export import DensePath, export_dense, export_projection, sorted_rows
+from talk2dino.segmentation.segmenter import Segmenter
+from tests.helpers.pipeline import fails, need, run
+
+
+def open_onnx(path: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_a_run_becomes_two_files(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, its metadata, and scores of a picture it did not check itself with."""
+    need("onnx", "onnxscript", "onnxruntime")
+    run(
+        "export",
+        f"checkpoint={trained_run}",
+        "classes=[cat,[sofa,couch],grass]",
+        f"output={tmp_path / 'onnx'}",
+        "image_size=56",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("deviates from PyTorch by") == 2
+    model = Talk2DINO.from_pretrained(trained_run, device="cpu")
+    onnx = open_onnx(tmp_path / "onnx" / "segmenter.onnx")
+    facts = onnx.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["class_names"]) == ["cat", "sofa", "grass"]
+    assert json.loads(facts["patch_size"]) == 14 and json.loads(facts["window"]) == 56
+    assert json.loads(facts["mean"]) == pytest.approx([0.485, 0.456, 0.406])
+    assert facts["vision"] == model.vision.name
+    picture = torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8)
+    scores = onnx.run(["scores"], {"image": (picture[None].float() / 255).numpy()})[0]
+    words = [["cat"], ["sofa", "couch"], ["grass"]]
+    want = model.segment(picture, words, short_side=56)
+    assert want.classes == ["cat", "sofa", "grass"]
+    np.testing.assert_allclose(scores[0], want.scores.numpy(), atol=1e-4)
+    psi = open_onnx(tmp_path / "onnx" / "projection.onnx")
+    embedding = model.text.encode(["a cat", "a dog", "grass", "a", "b"])
+    rows = psi.run(None, {"embedding": embedding.numpy()})[0]
+    want_rows = F.normalize(model.projection.project_text(embedding), dim=-1)
+    np.testing.assert_allclose(rows, want_rows.detach().numpy(), atol=1e-4)
+
+
+def test_a_projection_with_an_image_side_per_patch(tmp_path: Path) -> None:
+    """Tokens go through the image side, synonyms are merged, one score per patch."""
+    need("onnx", "onnxscript", "onnxruntime")
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    projection = DoubleMLP(8, vision.embed_dim).eval()
+    rows, classes = sorted_rows(F.normalize(torch.randn(4, vision.embed_dim), dim=-1), [1, 0, 1, 2])
+    assert classes.tolist() == [0, 1, 1, 2]
+    done = export_dense(
+        tmp_path / "x.onnx", vision, projection, rows, classes, {}, size=48, full_size=False
+    )
+    assert done.deviation < 1e-4
+    image = torch.rand(1, 3, 48, 48)
+    got = open_onnx(done.path).run(None, {"image": image.numpy()})[0]
+    assert got.shape == (1, 3, 3, 3)
+    tokens = projection.project_visual(vision(image).patch_tokens)
+    cosine = (F.normalize(tokens, dim=-1) @ rows.T).sigmoid()[0].detach()  # [P, N]
+    want = torch.stack([cosine[:, 0], cosine[:, 1:3].amax(1), cosine[:, 3]]).view(1, 3, 3, 3)
+    np.testing.assert_allclose(got, want.numpy(), atol=1e-4)
+
+
+def test_the_exported_module_is_the_segmenter() -> None:
+    """Without ONNX: the module that is traced against the segmenter with its hooks."""
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    projection = DoubleMLP(8, vision.embed_dim).eval()
+    rows = F.normalize(torch.randn(3, vision.embed_dim), dim=-1)
+    classes = torch.tensor([0, 0, 1])
+    side = visual_side(projection)
+    module = DensePath(vision, rows, classes, 64, side, True).eval()
+    segmenter = Segmenter(vision, 64, 64, 64, input_size=64, project_patches=side)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        got = module(image)
+    want = segmenter.window_scores(image * 255, rows, classes)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert vision(image).patch_tokens.shape[1] == 16  # the encoder itself was left as it is
+
+
+def test_a_deviation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("onnx", "onnxscript", "onnxruntime")
+    projection = ProjectionLayer(8, 16).eval()
+    true = onnx_export._run
+    monkeypatch.setattr(onnx_export, "_run", lambda *given: true(*given) + 0.01)
+    with pytest.raises(ConfigError, match=r"x\.onnx is 1.0e-02 away from PyTorch"):
+        export_projection(tmp_path / "x.onnx", projection, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    need("onnx", "onnxscript", "onnxruntime")
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    projection = ProjectionLayer(8, vision.embed_dim)
+    rows = torch.ones(1, vision.embed_dim)
+    for size, message in ((50, "image_size=50: no multiple of the patch size 16; use 48"),):
+        with pytest.raises(ConfigError, match=message):
+            export_dense(
+                tmp_path / "x.onnx", vision, projection, rows, torch.zeros(1).long(), {}, size
+            )
+
+
+def test_errors_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = f"hydra.run.dir={tmp_path}"
+    assert "make quickstart" in fails(capfd, "export", there)
+    said = fails(capfd, "export", there, "checkpoint=x", "output=x.onnx")
+    assert "a single file is the dense path, which needs classes=" in said
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name)
+    )
+    with pytest.raises(EncoderError, match=r"needs onnxscript; install .* 'talk2dino\[export\]'"):
+        onnx_export.require_packages()

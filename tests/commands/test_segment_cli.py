@@ -1,0 +1,172 @@
+"""`python -m talk2dino.segment`: a picture, a folder, a pattern; one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from talk2dino.config.words import class_words
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.inference.outputs import Job, plan
+from tests.helpers.pipeline import fails, run
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("a.png", (50, 70)), ("b.jpg", (64, 48)), ("c.PNG", (30, 30))):
+        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def options(trained_run: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"checkpoint={trained_run}",
+        "classes=[cat,grass,brick wall]",
+        "short_side=56",
+        "accelerator=cpu",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+
+
+def test_one_picture(
+    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "a.png"
+    given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", f"output={out}"]
+    run("segment", *given, "heatmaps=true", "negatives=[sky]")
+    labels = np.asarray(Image.open(out.with_name("a_labels.png")))
+    assert labels.shape == (50, 70)
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+    assert Image.open(out).width >= 70
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert figures["size"] == [50, 70]
+    names = ["background", "cat", "grass", "brick wall"]
+    assert [entry["name"] for entry in figures["classes"]] == names
+    assert [entry["pixels"] for entry in figures["classes"]] == [
+        int((labels == index).sum()) for index in range(4)
+    ]
+    assert figures["heatmaps"]["brick wall"] == "a_heat_brick-wall.png"
+    assert set(figures["heatmaps"]) == set(names[1:])
+    assert Image.open(out.with_name("a_heat_cat.png")).size == (70, 50)
+    printed = capsys.readouterr().out
+    for name in ("cat", "grass", "brick wall", "██", str(out)):
+        assert name in printed.replace("\n", "")
+
+
+def test_a_folder_with_a_broken_picture(
+    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are done, it is named at the end, and a second call leaves out what is done."""
+    (pictures / "broken.png").write_bytes(b"\x89PNG nothing more")
+    out = tmp_path / "out"
+    given = [*options(trained_run, tmp_path), f"image={pictures}", f"output={out}", "pamr=false"]
+    with pytest.raises(SystemExit) as stopped:
+        run("segment", *given, "background=0.5")
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert "1 of 4 pictures could not be read" in said.err
+    assert "broken.png" in said.err
+    assert "mean share" in said.out
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{s}{e}" for s in "abc" for e in (".json", ".png", "_labels.png")]
+    assert Image.open(out / "b_labels.png").size == (48, 64)
+    assert np.asarray(Image.open(out / "b_labels.png")).max() <= 3
+    (pictures / "broken.png").unlink()
+    (out / "a.json").unlink()
+    before = (out / "b.json").stat().st_mtime_ns
+    run("segment", *given, "background=0.5", "resume=true")
+    assert "2 of 3 pictures were done before" in capsys.readouterr().out
+    assert (out / "a.json").is_file()
+    assert (out / "b.json").stat().st_mtime_ns == before
+    assert not Job(pictures / "b.jpg", out / "b.png").done_with({"background": 0.6})
+
+
+def test_errors_are_one_line(
+    trained_run: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = options(trained_run, tmp_path)
+    one = f"image={pictures / 'a.png'}"
+    cases = {
+        "image=nowhere.png: no such file or folder": [*given, "image=nowhere.png"],
+        "so output must be a folder": [
+            *given,
+            f"image={pictures}",
+            f"output={tmp_path / 'x.png'}",
+        ],
+        "classes: the list is empty": [*given, one, "classes=[]"],
+        "cannot be read as an image": [*given, f"image={pictures / 'notes.txt'}"],
+        "accelerator='tpu'; choose auto, ": [*given, one, "accelerator=tpu"],
+        "accelerator=mps: there is none here": [*given, one, "accelerator=mps"],
+        "checkpoint=none.pth: no such file": [*given, one, "checkpoint=none.pth"],
+        "would overwrite the image": [*given, one, f"output={pictures / 'a.png'}"],
+        "a.png would overwrite": [*given, f"image={pictures / '*'}", f"output={pictures}"],
+        "background=7": [*given, one, "background=7"],
+    }
+    for message, arguments in cases.items():
+        if not any(item.startswith("output=") for item in arguments):
+            arguments = [*arguments, f"output={tmp_path / 'out.png'}"]
+        assert message in fails(capfd, "segment", *arguments)
+
+
+def test_without_a_checkpoint_it_says_how_to_get_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capfd, "segment", f"hydra.run.dir={tmp_path}")
+    assert said.startswith("checkpoint=…, image=…, classes=… not given")
+    assert "make quickstart" in said and "Hub id" in said
+    said = fails(capfd, "segment", f"hydra.run.dir={tmp_path}", "checkpoint=x", "image=y")
+    assert said == "classes=… not given; for instance classes='[cat,sofa]'"
+
+
+def test_plan(pictures: Path, tmp_path: Path) -> None:
+    one = pictures / "b.jpg"
+    assert plan(str(one), tmp_path / "x.jpg") == [Job(one, tmp_path / "x.png")]
+    (tmp_path / "there").mkdir()
+    assert plan(str(one), tmp_path / "there") == [Job(one, tmp_path / "there" / "b.png")]
+    names = [job.image.name for job in plan(str(pictures), tmp_path / "out")]
+    assert names == ["a.png", "b.jpg", "c.PNG"]
+    names = [job.image.name for job in plan(str(pictures / "[ab].*"), tmp_path / "out")]
+    assert names == ["a.png", "b.jpg"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures in this folder"):
+        plan(str(tmp_path / "empty"), tmp_path / "out")
+    with pytest.raises(DataError, match="no picture fits it as pattern"):
+        plan(str(pictures / "*.webp"), tmp_path / "out")
+    Image.new("RGB", (4, 4)).save(pictures / "b.png")
+    with pytest.raises(DataError, match=r"b\.jpg and b\.png would both become b\.png"):
+        plan(str(pictures), tmp_path / "out")
+    (pictures / "b.png").rename(pictures / "a_labels.png")
+    with pytest.raises(DataError, match=r"would both become a_labels\.png"):
+        plan(str(pictures), tmp_path / "out")
+
+
+def test_heat_maps_have_names_of_their_own(tmp_path: Path) -> None:
+    maps = Job(tmp_path / "a.jpg", tmp_path / "a.png").heatmaps(["dark cat", "dark/cat", "sofa"])
+    assert [path.name for path in maps.values()] == [
+        "a_heat_dark-cat-0.png",
+        "a_heat_dark-cat-1.png",
+        "a_heat_sofa.png",
+    ]
+
+
+def test_class_words(tmp_path: Path) -> None:
+    want = {"cat": ("cat",), "sofa": ("sofa", "couch")}
+    assert class_words("cat, sofa; couch ,") == want
+    assert class_words(OmegaConf.create(["cat", "sofa; couch"])) == want
+    assert class_words(OmegaConf.create(["cat", ["sofa", "couch"]])) == want
+    (tmp_path / "words.txt").write_text("cat\nsofa; couch\n")
+    assert class_words(str(tmp_path / "words.txt")) == want
+    assert len(class_words("voc")) == 20  # comes with the package
+    with pytest.raises(ConfigError, match="list is empty"):
+        class_words(" , ")
+    with pytest.raises(DataError, match="no such file"):
+        class_words("nowhere.txt")

@@ -1,0 +1,275 @@
+"""Captioned images from COCO json, folders and mosaic scenes; one line for everything wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from talk2dino.datasets.captions import CaptionFolder, CocoCaptions, Entry
+from talk2dino.datasets.mosaic import Mosaic
+from talk2dino.errors import ConfigError, DataError, UserError
+from tests.helpers.pipeline import need
+
+
+def picture(path: Path, colour: int = 0) -> None:
+    Image.new("RGB", (6, 4), (colour, 10, 20)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, name in enumerate(("b.png", "a.png", "c.JPG")):
+        picture(images / name, number * 50)
+    return images
+
+
+def coco() -> dict[str, Any]:
+    return {
+        "images": [
+            {"id": 7, "file_name": "b.png"},
+            {"id": 3, "file_name": "a.png"},
+            {"id": 9, "file_name": "c.JPG"},  # no caption: left out
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 3, "caption": "first"},
+            {"id": 2, "image_id": 7, "caption": "second"},
+            {"id": 5, "image_id": 3, "caption": "third"},
+        ],
+    }
+
+
+def write(tmp_path: Path, content: object) -> str:
+    path = tmp_path / "captions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_coco_keeps_the_order_of_the_json(tmp_path: Path, folder: Path) -> None:
+    source = CocoCaptions(write(tmp_path, coco()), str(folder))
+    assert [source.entry(i) for i in range(len(source))] == [
+        Entry(7, "b.png", ((2, "second"),)),
+        Entry(3, "a.png", ((1, "first"), (5, "third"))),
+    ]
+    assert source.image(1).getpixel((0, 0)) == (50, 10, 20)
+    assert source.fingerprint()["images"] == 2
+    assert pickle.loads(pickle.dumps(source)).entry(0) == source.entry(0)
+    assert len(CocoCaptions(write(tmp_path, coco()), str(folder), limit=1)) == 1
+
+
+def without(*path: str | int) -> dict[str, Any]:
+    data = coco()
+    *parents, last = path
+    node: Any = data
+    for key in parents:
+        node = node[key]
+    del node[last]
+    return data
+
+
+def twice(key: str) -> dict[str, Any]:
+    data = coco()
+    data[key].append(data[key][0])
+    return data
+
+
+def orphan() -> dict[str, Any]:
+    data = coco()
+    data["annotations"].append({"id": 8, "image_id": 77, "caption": "lost"})
+    return data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "not a json file"),
+        ([1], "no list 'images'"),
+        (without("annotations"), "no list 'annotations'"),
+        (without("images", 1, "id"), r"images\[1\] needs id and file_name"),
+        (without("images", 0, "file_name"), r"images\[0\] needs id and file_name"),
+        (without("annotations", 2, "caption"), r"annotations\[2\] needs id, image_id and caption"),
+        (twice("images"), r"images\[3\] has id 7, as an image before it"),
+        (twice("annotations"), r"annotations\[3\] has id 1, as a caption before it"),
+        (orphan(), "caption 8 names image 77, which is not in its images"),
+        ({"images": [], "annotations": []}, "no captioned images"),
+    ],
+)
+def test_coco_errors_are_one_line(
+    tmp_path: Path, folder: Path, content: object, message: str
+) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DataError, match=message) as error:
+        CocoCaptions(path, str(folder))
+    assert "\n" not in str(error.value)
+    assert path in str(error.value)
+
+
+def test_coco_missing_file_and_folders(tmp_path: Path, folder: Path) -> None:
+    path = write(tmp_path, coco())
+    with pytest.raises(DataError, match=r"source\.annotations=.*nothere\.json: no such file"):
+        CocoCaptions(str(tmp_path / "nothere.json"), str(folder))
+    with pytest.raises(DataError, match=r"source\.images=.*nowhere: no such folder"):
+        CocoCaptions(path, str(tmp_path / "nowhere"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=r"b\.png, named by .*captions\.json, is not there"):
+        CocoCaptions(path, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "sub"),
+    [
+        ("COCO_train2014_000000000009.jpg", None, "train2014"),
+        (
+            "COCO_val2014_000000000042.jpg",
+            "http://x/val2014/COCO_val2014_000000000042.jpg",
+            "val2014",
+        ),
+        ("000000000139.jpg", "http://images.cocodataset.org/val2017/000000000139.jpg", "val2017"),
+    ],
+)
+def test_coco_folders_of_2014_and_2017(
+    tmp_path: Path, name: str, url: str | None, sub: str
+) -> None:
+    """The folder of the files, the folder above it, and names that contain their folder."""
+    (tmp_path / "coco" / sub).mkdir(parents=True)
+    picture(tmp_path / "coco" / sub / name, 90)
+    image = {"id": 9, "file_name": name} | ({"coco_url": url} if url else {})
+    data = {"images": [image], "annotations": [{"id": 1, "image_id": 9, "caption": "x"}]}
+    for folder, want in ((tmp_path / "coco", f"{sub}/{name}"), (tmp_path / "coco" / sub, name)):
+        source = CocoCaptions(write(tmp_path, data), str(folder))
+        assert source.entry(0).file_name == want
+        assert source.image(0).size == (6, 4)
+    image["file_name"] = f"{sub}/{name}"
+    assert CocoCaptions(write(tmp_path, data), str(tmp_path / "coco")).image(0).size == (6, 4)
+
+
+def karpathy(name: str, number: int, split: str, **more: object) -> dict[str, Any]:
+    sentences = [{"raw": f"{name} {k}", "sentid": 10 * number + k, "tokens": []} for k in (0, 1)]
+    return {"filename": name, "imgid": number, "split": split, "sentences": sentences} | more
+
+
+def test_karpathy_splits(tmp_path: Path, folder: Path) -> None:
+    rows = [
+        karpathy("a.png", 0, "train"),
+        karpathy("b.png", 1, "restval", cocoid=77, filepath="elsewhere"),
+        karpathy("c.JPG", 2, "test", filepath="sub", cocoid=88),
+    ]
+    (folder / "sub").mkdir()
+    picture(folder / "sub" / "c.JPG")
+    path = write(tmp_path, {"images": rows, "dataset": "coco"})
+    source = CocoCaptions(path, str(folder), split=["train", "restval"])
+    assert [source.entry(i) for i in range(len(source))] == [
+        Entry(0, "a.png", ((0, "a.png 0"), (1, "a.png 1"))),
+        Entry(77, "b.png", ((10, "b.png 0"), (11, "b.png 1"))),
+    ]
+    assert source.fingerprint()["split"] == ["train", "restval"]
+    assert len(CocoCaptions(path, str(folder))) == 3
+    test = CocoCaptions(path, str(folder), split="test")
+    assert test.entry(0).file_name == "sub/c.JPG"
+    with pytest.raises(DataError, match=r"no split 'dev'; it has restval, test, train"):
+        CocoCaptions(path, str(folder), split="dev")
+    with pytest.raises(ConfigError, match=r"source\.split=train: .* has no splits"):
+        CocoCaptions(write(tmp_path, coco()), str(folder), split="train")
+    del rows[1]["sentences"][0]["raw"]
+    with pytest.raises(DataError, match=r"images\[1\] needs filename, imgid and sentences"):
+        CocoCaptions(write(tmp_path, {"images": rows}), str(folder))
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_limits_must_be_positive(tmp_path: Path, folder: Path, limit: int) -> None:
+    with pytest.raises(ConfigError, match=f"source.limit={limit}: use 1 or more"):
+        CocoCaptions(write(tmp_path, coco()), str(folder), limit=limit)
+    with pytest.raises(ConfigError, match=r"source\.limit=-?\d: use"):
+        Mosaic(limit=limit)
+
+
+EXPECTED = [
+    Entry(0, "a.png", ((1, "a dog, asleep"), (2, "Straße"))),
+    Entry(1, "b.png", ((0, "a cat"),)),
+]
+
+
+def test_folder_with_csv(folder: Path) -> None:
+    text = 'file_name,caption\nb.png,a cat\na.png,"a dog, asleep"\na.png,Straße\n'
+    for encoding in ("utf-8", "utf-8-sig"):
+        (folder / "captions.csv").write_text(text, encoding=encoding)
+        source = CaptionFolder(str(folder))
+        assert list(source.entries) == EXPECTED
+    assert source.image(0).getpixel((0, 0)) == (50, 10, 20)
+    assert source.fingerprint() == {"folder": "images", "images": 2, "captions": 3}
+
+
+def test_folder_with_jsonl(folder: Path) -> None:
+    rows = [
+        {"file_name": e.file_name, "caption": text, "number": number}
+        for e in EXPECTED
+        for number, text in e.captions
+    ]
+    rows.sort(key=lambda row: row["number"])
+    (folder / "captions.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert list(CaptionFolder(str(folder)).entries) == EXPECTED
+
+
+def test_folder_with_texts(folder: Path) -> None:
+    (folder / "b.txt").write_text("one\n\n  two \n")
+    (folder / "c.txt").write_text("three")
+    assert list(CaptionFolder(str(folder)).entries) == [
+        Entry(0, "b.png", ((0, "one"), (1, "two"))),
+        Entry(1, "c.JPG", ((2, "three"),)),
+    ]
+
+
+def test_folder_with_a_tabbed_text(folder: Path) -> None:
+    text = "b.png#0\ta cat\n\na.png#0\ta dog, asleep \r\na.png#1\tStraße"
+    (folder / "captions.txt").write_text(text, encoding="utf-8", newline="")
+    assert list(CaptionFolder(str(folder)).entries) == EXPECTED
+    (folder / "captions.csv").write_text("file_name,caption\na.png,x\n")
+    with pytest.raises(
+        DataError, match=r"captions\.csv and captions\.txt are both there; keep one"
+    ):
+        CaptionFolder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("captions.csv", b"file_name,caption\na.png,\n", "line 2 needs file_name and caption"),
+        ("captions.csv", b"file,text\na.png,x\n", "line 1 must name the columns file_name and cap"),
+        ("captions.csv", b"file_name,caption\na.png,Stra\xdfe\n", "not UTF-8"),
+        ("captions.csv", b"file_name,caption\n", "no captioned images"),
+        ("captions.jsonl", b'\n{"file_name": "a.png"}', "line 2 needs"),
+        ("captions.jsonl", b'{"file_name": "a.png", "caption": "x"}\n{oops', "line 2 is not json"),
+        ("captions.jsonl", b"[1]", "line 1 needs"),
+        ("captions.csv", b"file_name,caption\na.png," + b"x" * 140_000, "after line 1: not csv"),
+        ("captions.csv", b'file_name,caption\na.png,"x\ny"\nb.png\n', "line 4 needs"),
+        ("captions.txt", b"a.png\tx\n\nb.png y\n", "line 3 has no tab"),
+        ("captions.txt", b"a.png\t \n", "line 1 needs file_name and caption"),
+        ("a.txt", b"\xff\xfe\xdf", "not UTF-8"),
+        (
+            "notes.md",
+            b"nothing",
+            r"no captions\.csv, captions\.jsonl or captions\.txt and no \.txt",
+        ),
+    ],
+)
+def test_folder_errors_are_one_line(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        CaptionFolder(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_mosaic_entries_and_images_belong_together() -> None:
+    need("skimage", "sklearn")
+    source = Mosaic(count=5, image_size=32, captions_per_scene=2, limit=3)
+    assert len(source) == 3
+    entry = source.entry(2)
+    assert (entry.image_id, entry.file_name) == (2, "train-00002.png")
+    assert [number for number, _ in entry.captions] == [4, 5]
+    assert source.image(2).size == (32, 32)
+    assert source.fingerprint() != Mosaic(count=3, image_size=32, seed=1).fingerprint()

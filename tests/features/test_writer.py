@@ -1,0 +1,294 @@
+"""Shards appear complete or not at all, in the same bytes every time; runs resume."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from talk2dino import files
+from talk2dino.errors import StoreError
+from talk2dino.features import FeatureStore, write_store
+from talk2dino.features.store import shard_writer
+from talk2dino.features.store.schema import Manifest
+from talk2dino.features.store.writer import finish_manifest, open_for_append, write_shard
+
+Arrays = dict[str, np.ndarray]
+
+
+def shard_arrays(seed: int = 0, images: int = 4, captions: int = 6) -> tuple[Arrays, Arrays]:
+    random = np.random.default_rng(seed)
+    return (
+        {
+            "id": np.arange(images) + 100 * seed,
+            "file_name": np.array([f"{i}.jpg" for i in range(images)]),
+            "patch_tokens": random.standard_normal((images, 5, 8), dtype=np.float32),
+            "self_attn_maps": random.standard_normal((images, 2, 5), dtype=np.float32),
+        },
+        {
+            "id": np.arange(captions),
+            "image_row": np.sort(random.integers(0, images, captions)),
+            "text": np.array([f"a cat, número {i}" for i in range(captions)]),
+            "embedding": random.standard_normal((captions, 3), dtype=np.float32),
+        },
+    )
+
+
+def one_line(error: pytest.ExceptionInfo[StoreError], *parts: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_same_arrays_same_bytes(tmp_path: Path) -> None:
+    infos = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        infos.append(write_shard(tmp_path / name, 0, *shard_arrays()))
+    a, b = ((tmp_path / name / "train-00000.h5").read_bytes() for name in ("a", "b"))
+    assert a == b
+    assert infos[0] == infos[1]
+    assert infos[0].bytes == len(a)
+
+
+def test_layout_is_contiguous_float16(tmp_path: Path) -> None:
+    images, captions = shard_arrays()
+    write_shard(tmp_path, 0, images, captions)
+    with h5py.File(tmp_path / "train-00000.h5") as file:
+        tokens = file["images/patch_tokens"]
+        assert tokens.chunks is None
+        assert tokens.compression is None
+        assert tokens.dtype == np.float16
+        np.testing.assert_array_equal(tokens[:], images["patch_tokens"].astype(np.float16))
+        assert file["captions/image_row"].dtype == np.int64
+        assert file["captions/text"].asstr()[1] == "a cat, número 1"
+
+
+def test_rank_order_does_not_matter(tmp_path: Path) -> None:
+    texts = []
+    for name, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        (tmp_path / name).mkdir()
+        for k in order:
+            write_shard(tmp_path / name, k, *shard_arrays(seed=k), skipped=k)
+        manifest = finish_manifest(tmp_path / name, shards=3)
+        assert manifest.skipped == 3
+        texts.append((tmp_path / name / "manifest.json").read_text())
+    assert texts[0] == texts[1]
+    assert Manifest.read(tmp_path / "a") == manifest
+
+
+def test_resume_lists_finished_shards(tmp_path: Path) -> None:
+    settings = {"vision": {"name": "dinov2", "image_size": 56}, "sizes": (1, 2)}
+    assert open_for_append(tmp_path, settings, "train") == {}
+    infos = {k: write_shard(tmp_path, k, *shard_arrays(seed=k)) for k in (0, 2)}
+    assert open_for_append(tmp_path, settings, "train") == infos
+    with (tmp_path / "train-00002.h5").open("r+b") as file:
+        file.truncate(100)
+    assert list(open_for_append(tmp_path, settings, "train")) == [0]
+
+
+def test_resume_refuses_other_settings(tmp_path: Path) -> None:
+    open_for_append(tmp_path, {"vision": {"image_size": 56}, "dtype": "float16"}, "train")
+    with pytest.raises(StoreError) as error:
+        open_for_append(tmp_path, {"vision": {"image_size": 448}, "dtype": "float16"}, "train")
+    one_line(error, "vision.image_size=56", "vision.image_size=448", "another folder")
+
+
+def test_resume_refuses_shards_of_unknown_settings(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, *shard_arrays())
+    with pytest.raises(StoreError, match="unknown settings"):
+        open_for_append(tmp_path, {}, "train")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.features.test_writer import shard_arrays
+from talk2dino.features.writer import write_shard
+real, count = os.replace, [0]
+def replace(source, target):
+    count[0] += 1
+    if count[0] == int(sys.argv[2]):
+        os._exit(9)  # as SIGKILL: nothing is cleaned up
+    real(source, target)
+os.replace = replace
+write_shard(Path(sys.argv[1]), 0, *shard_arrays())
+"""
+
+
+@pytest.mark.parametrize(("kill_at", "shard_exists"), [(1, False), (2, True)])
+def test_kill_before_rename_leaves_no_final_file(
+    tmp_path: Path, kill_at: int, shard_exists: bool
+) -> None:
+    settings = {"limit": 4}
+    open_for_append(tmp_path, settings, "train")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kill_at)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    assert subprocess.run(command, cwd=root, env=environment, check=False).returncode == 9
+    assert (tmp_path / "train-00000.h5").exists() == shard_exists
+    assert open_for_append(tmp_path, settings, "train") == {}  # to be written again
+    write_shard(tmp_path, 0, *shard_arrays())
+    finish_manifest(tmp_path, shards=1)
+    assert FeatureStore(tmp_path).verify() == []
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path, 0, *shard_arrays())
+
+    def full(path: Path, tables: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "Can't write data\n(file write failed)")
+
+    monkeypatch.setattr("talk2dino.features.store.writer.write_hdf5", full)
+    with pytest.raises(StoreError) as error:
+        write_shard(tmp_path, 1, *shard_arrays())
+    one_line(error, "train-00001.h5", "No space left", "free some space")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".parts", "train-00000.h5"]
+
+
+def test_file_size_limit_of_the_system_is_one_line(tmp_path: Path) -> None:
+    """HDF5 itself meets the failed write and reports it as RuntimeError."""
+    pytest.importorskip("resource")
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from talk2dino.errors import StoreError\n"
+        "from talk2dino.features import write_store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    write_store(sys.argv[1], {'cls_token': np.zeros((99, 2000), 'f4')}, {})\n"
+        "except StoreError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code, str(tmp_path / "s")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.count("\n") == 1, run.stdout + run.stderr
+    assert "File too large" in run.stdout
+    assert not list((tmp_path / "s").glob("*.h5"))
+    assert not list((tmp_path / "s").glob(".*.tmp"))
+
+
+def test_missing_and_disagreeing_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, *shard_arrays())
+    with pytest.raises(StoreError, match=r"train-00001\.h5 is not written"):
+        finish_manifest(tmp_path, shards=2)
+    images, captions = shard_arrays()
+    write_shard(tmp_path, 1, images | {"patch_tokens": np.zeros((4, 5, 9), "f4")}, captions)
+    with pytest.raises(StoreError) as error:
+        finish_manifest(tmp_path, shards=2)
+    one_line(error, "train-00001.h5", "images/patch_tokens", "[5, 9]", "[5, 8]")
+    del images["self_attn_maps"]
+    write_shard(tmp_path, 1, images, captions)
+    with pytest.raises(StoreError, match="images/self_attn_maps missing"):
+        finish_manifest(tmp_path, shards=2)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("images", {"dino": np.zeros((4, 8))}, "unknown field images/dino"),
+        ("images", {"cls_token": np.zeros((3, 8))}, "images/cls_token has shape (3, 8)"),
+        ("images", {"cls_token": np.zeros((4, 7))}, "disagree on D"),
+        ("images", {"cls_token": np.zeros((4, 1, 8))}, "expected [n, D]"),
+        ("images", {"cls_token": np.full((4, 8), 1e6)}, "not finite in float16 for id=0 (4 rows"),
+        ("images", {"cls_token": np.full((4, 8), np.nan)}, "not finite"),
+        ("images", {"cls_token": np.zeros((4, 8), np.int64)}, "is int64, expected float16"),
+        ("images", {"id": np.zeros(4)}, "images/id is float64, expected int64"),
+        ("images", {"file_name": np.zeros(4)}, "must hold str"),
+        ("captions", {"image_row": np.array([0, 0, 0, 0, 4, 0])}, "caption id=4 has image_row=4"),
+        ("captions", {"image_row": np.array([-1, 0, 0, 0, 0, 0])}, "caption id=0 has image_row=-1"),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, table: str, change: Arrays, message: str) -> None:
+    images, captions = shard_arrays()
+    (images if table == "images" else captions).update(change)
+    with pytest.raises(StoreError) as error:
+        write_shard(tmp_path, 0, images, captions)
+    one_line(error, "train-00000.h5", message)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_names_and_dtypes(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no plain name"):
+        write_shard(tmp_path, 0, *shard_arrays(), split="../train")
+    with pytest.raises(StoreError, match="no feature dtype"):
+        write_shard(tmp_path, 0, *shard_arrays(), dtype="bfloat16")
+    images, captions = shard_arrays()
+    del captions["text"]
+    with pytest.raises(StoreError, match="captions/text is missing"):
+        write_shard(tmp_path, 0, images, captions)
+
+
+def test_write_store_refuses(tmp_path: Path) -> None:
+    images, captions = shard_arrays()
+    with pytest.raises(StoreError, match="no image to store"):
+        write_store(tmp_path / "a", {"cls_token": np.zeros((0, 8))}, {})
+    with pytest.raises(StoreError, match="caption id=5 has image_row=9"):
+        rows = np.array([0, 1, 2, 3, 0, 9])
+        write_store(tmp_path / "b", images, captions | {"image_row": rows})
+    with pytest.raises(StoreError, match="image_row is missing"):
+        write_store(tmp_path / "c", images, {"embedding": np.zeros((2, 3))})
+    with pytest.raises(StoreError, match="vision="):
+        write_store(tmp_path / "d", images, captions, vision={"name": "x", "patch": 14})
+    with pytest.raises(StoreError, match="images_per_shard=0"):
+        write_store(tmp_path / "e", images, captions, images_per_shard=0)
+    write_store(tmp_path / "f", images, captions)
+    with pytest.raises(StoreError, match="already holds a store"):
+        write_store(tmp_path / "f", images, captions)
+
+
+def test_record_of_a_shard_is_checked(tmp_path: Path) -> None:
+    open_for_append(tmp_path, {}, "train")
+    write_shard(tmp_path, 0, *shard_arrays())
+    file = tmp_path / ".parts" / "train-00000.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"rank": 1}))
+    with pytest.raises(StoreError, match="unknown key rank"):
+        open_for_append(tmp_path, {}, "train")
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "manifest.json"
+    files.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(target, {"a": object()})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_text_lengths_count_bytes() -> None:
+    stored = shard_writer.prepare(
+        {"id": [0, 1], "file_name": ["", "ü" * 3]}, {}, "float16", "shard"
+    )["images"]["file_name"]
+    assert stored.dtype.itemsize == 6
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_created_file_appears_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Also where the file system has no hard links; there the last one wins."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "settings.json"
+    assert files.create_json(target, {"a": 1})
+    assert files.create_json(target, {"a": 2}) is not links
+    assert json.loads(target.read_text()) == {"a": 1 if links else 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]

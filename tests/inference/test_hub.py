@@ -1,0 +1,206 @@
+"""Model cards, and a push to and a load from a Hub: huggingface_hub's own client against a local
+HTTP server that speaks the few addresses it asks for (create, preupload, commit, resolve)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from talk2dino import Talk2DINO
+from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import CheckpointError, DataError
+from tests.helpers.pipeline import HashText
+
+RESULT = {
+    "benchmark": "mosaic",
+    "miou": 61.44,
+    "pixel_accuracy": 80.0,
+    "images": 6,
+    "config": {"pamr": True},
+}
+COMMIT = "0123456789" * 4
+
+
+class Text(HashText):
+    """Names an encoder that a checkpoint may name; it is never built."""
+
+    def describe(self) -> dict[str, Any]:
+        target = "talk2dino.encoders.text.SentenceTransformerTextEncoder"
+        spec = {"_target_": target, "name": "hash", "weights": "bundled", "templates": "plain"}
+        return {**super().describe(), "spec": spec}
+
+
+@pytest.fixture(scope="module")
+def model() -> Talk2DINO:
+    torch.manual_seed(0)
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    return Talk2DINO(vision, Text(), ProjectionLayer(8, vision.embed_dim))
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps the files of commits."""
+
+    files: dict[str, bytes]
+    created: list[dict[str, Any]]
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            if "refused" in json.loads(body)["name"]:
+                return self._json({"error": "no rights to this name"}, 403)
+            return self._json(
+                {"url": f"{constants.ENDPOINT}/me/psi", "name": "me/psi", "id": "me/psi"}
+            )
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]
+            ]
+            for file in files:
+                file["shouldIgnore"] = False
+            return self._json({"files": files})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.files[line["value"]["path"]] = content
+            url = f"{constants.ENDPOINT}/me/psi/commit/{COMMIT}"
+            return self._json({"success": True, "commitUrl": url, "commitOid": COMMIT})
+        return self._json({"warnings": [], "errors": []})  # validation of the card
+
+    def do_HEAD(self) -> None:
+        self._file(False)
+
+    def do_GET(self) -> None:
+        self._file(True)
+
+    def _file(self, with_body: bool) -> None:
+        content = self.server.files.get(self.path.rpartition("/")[2].partition("?")[0])
+        if "/resolve/" not in self.path or content is None:
+            self.send_response(200 if self.path == "/" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", '"etag"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def _json(self, content: dict[str, Any], status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub(("127.0.0.1", 0), Answers)
+    server.files, server.created = {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    here = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    template = f"{here}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_and_load_again(model: Talk2DINO, hub: Hub, tmp_path: Path) -> None:
+    address = model.push_to_hub("me/psi", private=True, results=[RESULT])
+    assert address.endswith(COMMIT)
+    assert "private" in json.dumps(hub.created[0])  # a flag, or the visibility in newer clients
+    assert set(hub.files) == {"projection.safetensors", "config.json", "README.md"}
+    again = Talk2DINO.from_pretrained("me/psi", "cpu", vision=model.vision, text=model.text)
+    texts = ["a cat", "a dog"]
+    assert torch.equal(again.encode_text(texts), model.encode_text(texts))
+    hub.files.clear()  # from now on the cache must do
+    Talk2DINO.from_pretrained("me/psi", "cpu", vision=model.vision, text=model.text)
+
+
+def test_a_refusal_is_one_line(model: Talk2DINO, hub: Hub) -> None:
+    for name in ("me/refused", "not a name"):
+        with pytest.raises(CheckpointError, match="the Hub did not take it") as error:
+            model.push_to_hub(name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="the Hub gives no projection"):
+        Talk2DINO.from_pretrained("me/nothing-there", "cpu")
+
+
+def test_the_card_states_what_was_measured(model: Talk2DINO, tmp_path: Path) -> None:
+    """From files beside the checkpoint and from arguments; YAML that parses, no path of here."""
+    run = tmp_path / "run"
+    file = model.save_pretrained(run)
+    (run / "results.json").write_text(json.dumps({**RESULT, "benchmark": "voc", "miou": 87.06}))
+    validation = [{"step": 1, "val/text_to_image/recall@5": 12.34, "val/loss": 1.0}]
+    (run / "metrics.json").write_text(json.dumps({"validation": validation}))
+    config = {"optimizer": {"lr": 0.001}, "trainer": {"max_epochs": 5}, "store": str(tmp_path)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    loaded = Talk2DINO.from_pretrained(run, "cpu", vision=model.vision, text=model.text)
+    assert loaded.source == file
+    loaded.save_pretrained(tmp_path / "copy", results=[RESULT])
+    card = (tmp_path / "copy" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "talk2dino"
+    assert head["license"] == "other"
+    assert "open-vocabulary-segmentation" in head["tags"]
+    measured = head["model-index"][0]["results"]
+    found = {(r["dataset"]["type"], m["type"]): m["value"] for r in measured for m in r["metrics"]}
+    assert found[("voc", "mean_iou")] == 87.06
+    assert found[("mosaic", "mean_iou")] == 61.44
+    for line in (
+        "| voc | 87.1 | 80.0 | 6 | yes |",
+        "| learning rate | 0.001 |",
+        "| epochs | 5 |",
+        "| validation text to image recall@5 | 12.3 |",
+        "| vision encoder | test_vit |",
+    ):
+        assert line in card, line
+    assert str(tmp_path) not in card
+    content = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert content["projection"]["text_dim"] == 8
+    assert content["vision"]["name"] == "test_vit"
+
+
+def test_a_card_without_measurements_says_so(model: Talk2DINO, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "No measurement was given" in card
+    assert "model-index" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_results_that_are_none(model: Talk2DINO, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "y.json").write_text("no json")
+    for results in ([tmp_path / "x.json"], [tmp_path / "y.json"], ["nowhere.json"], [{"miou": 1}]):
+        with pytest.raises(DataError, match="results"):
+            model.save_pretrained(tmp_path / "out", results=results)  # type: ignore[arg-type]

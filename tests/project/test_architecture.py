@@ -1,0 +1,122 @@
+"""docs/architecture.md against the code: who may import whom, which library lives where, sizes."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "talk2dino"
+LAYERS = [  # imports point to the left; commands stand to the right of all
+    "encoders",
+    "datasets",
+    "features",
+    "alignment",
+    "segmentation",
+    "evaluation",
+    "inference",
+    "config",
+    "sweeps",
+    "training",
+    "web",
+]
+SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+BELOW_ALL = {"errors", "files"}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BELOW_ALL, "__init__")}
+HYDRA = {  # what composes a config or builds from it
+    *(f"{name}.py" for name in COMMANDS),
+    *(source for source in SOURCES if source.startswith("config/")),
+    "config/words.py",
+    "training/setup.py",
+    "sweeps/table.py",
+}
+ONLY_IN = {
+    "hydra": HYDRA,
+    "omegaconf": HYDRA,
+    "gradio": {"web/page.py"},
+    "numba": {source for source in SOURCES if source.startswith("segmentation/")},
+    "optuna": {"sweeps/study.py"},
+    "lightning": {
+        "features/datamodule.py",
+        "alignment/module.py",
+        "evaluation/datamodule.py",
+        "evaluation/module.py",
+        "evaluation/progress.py",
+        "sweeps/study.py",
+        "train.py",
+        "evaluate.py",
+        *(source for source in SOURCES if source.startswith("training/")),
+    },
+    "h5py": {source for source in SOURCES if source.startswith("features/")},
+}
+LARGEST_FILE = 400  # lines
+LARGEST_FOLDER = 13  # modules; the root, which holds the commands, has 20
+SAME_NAME = {"__init__.py", "base.py", "module.py", "datamodule.py"}  # idioms
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / source).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative imports hide the direction"
+            names.add(node.module or "")
+            if node.module == "talk2dino":
+                names |= {f"talk2dino.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(parts: list[str]) -> int:
+    """-1 for what lies below all packages, then the packages, then the commands."""
+    if not parts or parts[0] in BELOW_ALL:
+        return -1
+    return LAYERS.index(parts[0]) if parts[0] in LAYERS else len(LAYERS)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_imports_point_one_way(source: str) -> None:
+    own = layer(source.removesuffix(".py").split("/"))
+    if source == "__init__.py":
+        return  # what a user imports: names from every layer, on first use
+    for name in imported(source):
+        package, *rest = name.split(".")
+        if package == "talk2dino":
+            assert layer(rest) <= own, f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", sorted(f"{name}.py" for name in COMMANDS - {"__main__"}))
+def test_no_command_imports_another(source: str) -> None:
+    others = {f"talk2dino.{name}" for name in COMMANDS} - {f"talk2dino.{source[:-3]}"}
+    assert not imported(source) & others
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_library_stays_in_its_place(library: str) -> None:
+    users = {s for s in SOURCES if any(n.split(".")[0] == library for n in imported(s))}
+    assert users <= ONLY_IN[library], f"{library} in {users - ONLY_IN[library]}"
+
+
+def test_files_are_read_in_one_sitting_and_folders_seen_at_a_glance() -> None:
+    lengths = {source: len((PACKAGE / source).read_text().splitlines()) for source in SOURCES}
+    assert max(lengths.values()) <= LARGEST_FILE, max(lengths, key=lengths.__getitem__)
+    for folder, files in Counter(str(Path(source).parent) for source in SOURCES).items():
+        assert files <= (20 if folder == "." else LARGEST_FOLDER), folder
+
+
+def test_no_two_files_share_a_name() -> None:
+    names = Counter(Path(source).name for source in SOURCES)
+    assert {name for name, count in names.items() if count > 1} <= SAME_NAME
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_work_at_import_time_in_plain_sight(source: str) -> None:
+    """No sys.path, no device string, no pickle."""
+    text = (PACKAGE / source).read_text()
+    assert "sys.path" not in text
+    assert '"cuda:0"' not in text and ".cuda()" not in text
+    assert "import pickle" not in text
+    assert "weights_only=False" not in text

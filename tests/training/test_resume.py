@@ -1,0 +1,256 @@
+"""A training that was stopped anywhere and resumed equals one that was not, bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from talk2dino.alignment.losses import InfoNCE
+from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.alignment.schedules import cosine_with_warmup
+from talk2dino.alignment.similarity import Dense, DotProduct
+from talk2dino.features import FeatureDataModule, write_store
+from talk2dino.training.results import LossCurve
+from talk2dino.training.resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
+from talk2dino.training.weight_average import AverageWeights
+from tests.helpers.ranks import two_ranks
+
+IMAGES, BATCH, EPOCHS = 14, 4, 2  # two images held out: six steps per epoch
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("resume") / "store")
+
+
+def make_store(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    images = {
+        "patch_tokens": random.standard_normal((IMAGES, 6, 8), dtype=np.float32),
+        "avg_self_attn_out": random.standard_normal((IMAGES, 8), dtype=np.float32),
+    }
+    captions = {
+        "image_row": np.repeat(np.arange(IMAGES), 2),
+        "embedding": random.standard_normal((2 * IMAGES, 5), dtype=np.float32),
+    }
+    write_store(folder, images, captions, images_per_shard=7)
+    return folder
+
+
+class Record(L.Callback):
+    """What the trainer really trains on, and where it validates."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+        self.rates: list[float] = []
+        self.validated: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
+        place = (trainer.current_epoch, index, trainer.global_step)
+        self.batches.append((*place, *batch["caption_row"].tolist()))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append(trainer.global_step)
+
+
+class Copies(LastCheckpoint):
+    """Keeps every checkpoint that would be overwritten."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        save, count = trainer.save_checkpoint, [0]
+
+        def numbered(path: Path, weights_only: bool | None = None) -> None:
+            save(path.with_name(f"{count[0]:03d}.ckpt"))
+            count[0] += 1
+
+        trainer.save_checkpoint = numbered  # type: ignore[method-assign,assignment]
+
+
+def parts(store: Path, **data: Any) -> tuple[AlignmentModule, FeatureDataModule]:
+    torch.manual_seed(0)
+    module = AlignmentModule(
+        projection=ProjectionLayer(text_dim=5, vision_dim=8),
+        similarity=Dense(max_patches=3),
+        loss=InfoNCE(),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        scheduler=partial(cosine_with_warmup, warmup_steps=3),
+        val_similarity=DotProduct(),
+        encoders={"vision": None, "text": None},
+    )
+    options = {"batch_size": BATCH, "val_fraction": 2 / IMAGES, "seed": 3, **data}
+    return module, FeatureDataModule(store, ("patch_tokens",), **options)
+
+
+def fit(
+    store: Path,
+    folder: Path,
+    checkpoint: Path | None = None,
+    keep: bool = False,
+    data: dict[str, Any] | None = None,
+    ema: bool = False,
+    **trainer: Any,
+) -> tuple[AlignmentModule, Record, LossCurve]:
+    module, source = parts(store, **(data or {}))
+    record, curve = Record(), LossCurve(folder)
+    last = (Copies if keep else LastCheckpoint)(folder / "last.ckpt", every_n_steps=1)
+    callbacks = [SeedSteps(3), *([AverageWeights(0.9)] if ema else []), record, curve, last]
+    patience = EarlyStopping("val/text_to_image/mean_rank", patience=1)
+    options = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1} | trainer
+    L.Trainer(
+        callbacks=[*callbacks, *([patience] if options.pop("stop_early", False) else [])],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        **options,
+    ).fit(module, source, ckpt_path=checkpoint)
+    return module, record, curve
+
+
+def assert_same_weights(module: AlignmentModule, want: AlignmentModule, note: str) -> None:
+    for name, value in want.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), f"{note}: {name}"
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation and ema": {"accumulate_grad_batches": 2, "ema": True},
+    "validation within the epoch": {"val_check_interval": 0.5, "accumulate_grad_batches": 2},
+    "early stopping": {"stop_early": True, "max_epochs": 3},
+    "steps": {"max_epochs": -1, "max_steps": 9},
+    "block shuffle, one caption per image, no prefetch": {
+        "data": {
+            "captions": "one_per_image",
+            "shuffle": "block",
+            "block_rows": 2,
+            "mix_blocks": 2,
+            "prefetch": 0,
+        }
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_at_every_step(store: Path, tmp_path: Path, case: str) -> None:
+    """Stopped after any optimizer step and resumed from there: same batches, same weights."""
+    options = CASES[case]
+    want, record, curve = fit(store, tmp_path, keep=True, **options)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert len(checkpoints) >= 6
+    for checkpoint in checkpoints:
+        done = torch.load(checkpoint, weights_only=True)["global_step"]
+        module, rest, resumed = fit(store, tmp_path / "again", checkpoint, **options)
+        assert_same_weights(module, want, f"{case}, {checkpoint.name}, step {done}")
+        later = len(rest.batches)
+        assert rest.batches == record.batches[len(record.batches) - later :], checkpoint.name
+        assert rest.rates == record.rates[len(record.rates) - later :]
+        assert later == sum(batch[2] >= done for batch in record.batches)
+        skipped = len(record.validated) - len(rest.validated)
+        assert rest.validated == record.validated[skipped:], checkpoint.name
+        assert all(step <= done for step in record.validated[:skipped]), checkpoint.name
+        assert [step for step, _ in resumed.train] == [step for step, _ in curve.train]
+        assert [float(x) for _, x in resumed.train] == [float(x) for _, x in curve.train]
+        assert resumed.validation == curve.validation
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(
+    store: Path, tmp_path: Path
+) -> None:
+    one, first, _ = fit(store, tmp_path)
+    two, second, _ = fit(store, tmp_path)
+    assert_same_weights(two, one, "again")
+    assert first.batches == second.batches
+    _, other, _ = fit(store, tmp_path, data={"seed": 4})
+    assert [row[3:] for row in other.batches] != [row[3:] for row in first.batches]
+
+
+def test_random_numbers_of_a_step_do_not_depend_on_the_past(store: Path, tmp_path: Path) -> None:
+    """A validation that draws numbers changes no later step."""
+    want, _, _ = fit(store, tmp_path, num_sanity_val_steps=0)
+
+    class Draws(L.Callback):
+        def on_validation_end(self, *_: Any) -> None:
+            torch.rand(7)
+
+    module, source = parts(store)
+    L.Trainer(
+        callbacks=[SeedSteps(3), Draws()],
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, source)
+    assert_same_weights(module, want, "draws")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_resumed_with_workers(store: Path, tmp_path: Path) -> None:
+    """Workers have read ahead by then; another number of them changes nothing."""
+    want, record, _ = fit(store, tmp_path / "plain")
+    fit(store, tmp_path, keep=True, data={"num_workers": 2, "prefetch": 3})
+    checkpoint = sorted(tmp_path.glob("*.ckpt"))[8]
+    for workers in (0, 2):
+        module, rest, _ = fit(store, tmp_path / "x", checkpoint, data={"num_workers": workers})
+        assert_same_weights(module, want, f"{workers} workers")
+        assert rest.batches == record.batches[len(record.batches) - len(rest.batches) :]
+
+
+def test_another_order_is_refused(store: Path, tmp_path: Path) -> None:
+    from talk2dino.errors import ConfigError
+
+    fit(store, tmp_path, max_epochs=1)
+    with pytest.raises(ConfigError, match="checkpoint was trained with shuffle='global', now shuf"):
+        fit(store, tmp_path, tmp_path / "last.ckpt", data={"shuffle": "block"})
+
+
+def test_checkpoint_is_whole_or_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dying in the middle of writing leaves the checkpoint before."""
+    path = tmp_path / "folder" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(1)}, path)
+    save = torch.save
+
+    def dies(content: Any, target: Path) -> None:
+        save(content, target)
+        with Path(target).open("r+b") as file:
+            file.truncate(100)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(2)}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path)["step"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def ranks_fit(rank: int, folder: Path) -> None:
+    """Two ranks: whole, then from the middle of the second epoch."""
+    options = {"devices": 2, "strategy": "ddp", "data": {"batch_size": 2}}
+    want, record, _ = fit(folder / "store", folder / "whole", keep=True, **options)
+    checkpoint = sorted((folder / "whole").glob("*.ckpt"))[8]
+    module, rest, _ = fit(folder / "store", folder / "again", checkpoint, **options)
+    assert_same_weights(module, want, "two ranks")
+    assert 0 < len(rest.batches) < len(record.batches)
+    assert rest.batches == record.batches[len(record.batches) - len(rest.batches) :]
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    two_ranks(ranks_fit, tmp_path)

@@ -1,0 +1,179 @@
+"""The web page, in a real browser; and what lies behind it, without one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from talk2dino.datasets.mosaic import MosaicScenes
+from talk2dino.errors import DataError
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.web.session import Request, answer, open_picture, python_call, scores_at
+from tests.helpers.pipeline import fails, need
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+SHORT_SIDE = 112
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: Path) -> Talk2DINO:
+    return Talk2DINO.from_pretrained(trained_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene of two concepts that the model was trained on."""
+    scene = next(s for s in MosaicScenes("heldout", 8, 112, 168) if len(np.unique(s.labels)) == 2)
+    path = tmp_path_factory.mktemp("web") / "scene.png"
+    Image.fromarray(scene.image).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(model: Talk2DINO) -> Iterator[str]:
+    need("gradio")
+    from talk2dino.web.page import Page, serve
+
+    blocks = Page(model, "outputs/run", "cat, grass", SHORT_SIDE).build()
+    yield serve(blocks, "127.0.0.1", None, max_upload_mb=0.5)
+    blocks.close()
+
+
+@pytest.fixture
+def tab(page: str) -> Iterator[Any]:
+    need("playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        tab = browser.new_page(viewport={"width": 1200, "height": 1000})
+        tab.asked = []
+        tab.on("request", lambda request: tab.asked.append(request.url))
+        tab.goto(page)
+        tab.wait_for_selector("#picture input[type=file]", state="attached")
+        yield tab
+        browser.close()
+
+
+def shown(tab: Any) -> np.ndarray:
+    """The overlay as the browser got it."""
+    address = tab.locator("#overlay img").get_attribute("src")
+    return np.asarray(Image.open(BytesIO(tab.request.get(address).body())).convert("RGB"))
+
+
+def wait_for_another(tab: Any, before: str | None) -> None:
+    changed = "old => { const i = document.querySelector('#overlay img'); return i?.src != old }"
+    tab.wait_for_function(changed, arg=before)
+
+
+def test_a_visit(tab: Any, page: str, model: Talk2DINO, photo: Path) -> None:
+    tab.set_input_files("#picture input[type=file]", photo)
+    tab.wait_for_selector("#overlay img")
+    # What the page shows is what the Python call it prints gives, pixel for pixel.
+    encoded = model.encode(photo, SHORT_SIDE)
+    plain = model.segment(encoded, ["cat", "grass"], pamr=True)
+    np.testing.assert_array_equal(shown(tab), np.asarray(plain.overlay()))
+    assert "model.segment('scene.png', ['cat', 'grass'], pamr=True)" in tab.inner_text("#code")
+    tab.wait_for_selector("#shares td:has-text('cat')")
+
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.check("#background input")
+    wait_for_another(tab, address)
+    cleaned = model.segment(encoded, ["cat", "grass"], background=0.5, pamr=True)
+    np.testing.assert_array_equal(shown(tab), np.asarray(cleaned.overlay()))
+
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.fill("#threshold input[type=number]", "0.75")
+    tab.press("#threshold input[type=number]", "Enter")
+    wait_for_another(tab, address)
+    nothing = cleaned.with_threshold(0.75)
+    assert nothing.areas()["background"] == 1.0
+    np.testing.assert_array_equal(shown(tab), np.asarray(nothing.overlay()))
+
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.uncheck("#background input")
+    wait_for_another(tab, address)
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.uncheck("#shown label:has-text('grass') input")
+    wait_for_another(tab, address)
+    np.testing.assert_array_equal(shown(tab), np.asarray(plain.overlay(hide=["grass"])))
+
+    tab.locator("#overlay img").click(position={"x": 30, "y": 30})
+    tab.wait_for_selector("#scores td:has-text('grass')")
+    assert {url.split("/")[2] for url in tab.asked} == {page.split("/")[2]}  # nobody else is asked
+
+    picture = np.asarray(Image.open(BytesIO(tab.screenshot())).convert("RGB"))
+    assert picture.std() > 20  # a page, not a blank
+
+
+def test_what_is_no_picture_is_refused(tab: Any, tmp_path: Path) -> None:
+    fake, large = tmp_path / "fake.png", tmp_path / "large.png"
+    fake.write_text("not a picture")
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    Image.fromarray(noise).save(large)
+    assert large.stat().st_size > 0.5 * 1024 * 1024
+    for path, said in ((fake, "fake.png"), (large, "size")):
+        tab.set_input_files("#picture input[type=file]", path)
+        toast = tab.wait_for_selector(f".toast-body:has-text('{said}')")
+        assert toast is not None
+        assert not tab.locator("#overlay img").count()
+
+
+def test_only_what_changed_is_computed(
+    model: Talk2DINO, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = open_picture(model, photo, SHORT_SIDE)
+    monkeypatch.setattr(model.vision, "forward", None)  # the encoder must not run again
+    first = answer(model, view, Request("cat, grass; lawn", True, 0.5))
+    monkeypatch.setattr(model, "segment", None)  # nor anything but the decision
+    moved = answer(model, first, Request("cat, grass; lawn", True, 0.75))
+    assert moved.result is not None and moved.result.areas()["background"] == 1.0
+    call = python_call("run", moved)
+    assert "{'cat': ['cat'], 'grass': ['grass', 'lawn']}, background=0.75" in call
+    compile(call, "call", "exec")
+    assert scores_at(moved.result, 0, 0)[0] == ["background", "0.750"]
+    assert scores_at(moved.result, 500, 0) == []
+
+
+@pytest.mark.parametrize("words", ["", " , ", "cat, cat"])
+def test_words_that_name_nothing(words: str) -> None:
+    with pytest.raises(DataError):
+        _ = Request(words).classes
+
+
+def test_words_never_name_a_file_of_the_server(tmp_path: Path) -> None:
+    file = tmp_path / "secret.txt"
+    file.write_text("secret\n")
+    assert list(Request(str(file)).classes) == [str(file)]
+
+
+def test_pictures_that_are_refused(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photo.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"cut\.png is damaged"):
+        open_picture(model, cut, SHORT_SIDE)
+    wide = tmp_path / "wide.png"
+    Image.new("1", (9000, 6000)).save(wide)
+    with pytest.raises(DataError, match="9000x6000 pixels; give at most 50 million"):
+        open_picture(model, wide, SHORT_SIDE)
+
+
+def test_a_visitors_words_stay_words() -> None:
+    need("gradio")
+    from talk2dino.web.page import as_table
+
+    assert "<b>" not in as_table("x", [["<b>cat</b>", "1 %"]])
+
+
+def test_without_a_checkpoint_it_says_how_to_get_one(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "make quickstart" in fails(capfd, "app")
