@@ -36,7 +36,8 @@ from talk2dino.segmentation import KNN, PAMR, Segmenter, clean_background
 from talk2dino.segmentation.labels import contender_labels, label_map
 from talk2dino.segmentation.scores import class_scores
 from talk2dino.segmentation.segmenter import EncodedImage
-from talk2dino.segmentation.windows import SeparableScores, coverage, resize_image, stitch
+from talk2dino.segmentation.windows import SeparableScores, coverage, resize_image
+from tests.helpers.windows import stitch
 
 LIMITS = {21: 0.25, 171: 1.0}  # share of the encoder's time
 STAGES = {  # what each way to labels consists of

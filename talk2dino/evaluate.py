@@ -37,7 +37,7 @@ from talk2dino.evaluation.progress import EvaluationProgress
 from talk2dino.evaluation.records import Records
 from talk2dino.files import write_json
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.segmentation import PAMR, Segmenter
+from talk2dino.segmentation import KNN, PAMR, Segmenter
 from talk2dino.segmentation.html_report import ENVIRONMENT, write_report
 from talk2dino.segmentation.report import table
 
@@ -205,22 +205,24 @@ def cached_text(text: TextEncoder, projection: Projection) -> TextEncoder:
 def build_segmenter(
     config: DictConfig, vision: nn.Module, projection: Projection, benchmark: Benchmark
 ) -> Segmenter:
-    """The segmenter of a benchmark's protocol."""
+    """The segmenter of a benchmark's protocol, with the refinements of the config."""
+    chosen = command.build(config.refinement) if config.refinement else None
+    pamr = PAMR(whole_image=config.pamr_whole_image) if config.pamr else None
     return Segmenter(
         vision,
-        window=benchmark.window,
-        stride=benchmark.stride,
-        short_side=benchmark.short_side,
-        long_side=benchmark.long_side,
-        input_size=benchmark.input_size,
-        background_cleaning=benchmark.background_cleaning,
-        background_threshold=benchmark.threshold(getattr(vision, "embed_dim", None)),
-        pamr=PAMR() if config.pamr else None,
-        window_batch_size=config.window_batch_size,
+        benchmark,
+        pamr=chosen if isinstance(chosen, PAMR) else pamr,
+        knn=chosen if isinstance(chosen, KNN) else None,
         project_patches=visual_side(projection),
-        knn=command.build(config.refinement) if config.refinement else None,
-        pamr_whole_image=config.pamr_whole_image,
+        window_batch_size=config.window_batch_size,
     )
+
+
+def name_refinement(config: DictConfig) -> None:
+    """Let `refinement=pamr` set `pamr`, which is what results and reports tell."""
+    if config.refinement and str(config.refinement.get("_target_")).endswith(".PAMR"):
+        config.pamr = True
+        config.pamr_whole_image = config.refinement.whole_image
 
 
 def describe_run(
@@ -288,4 +290,4 @@ def how_to_go_on(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    command.run("evaluate", evaluate)
+    command.run("evaluate", evaluate, name_refinement)

@@ -176,7 +176,7 @@ class SegmentationModule(L.LightningModule):
         """Decide the classes in float32, whatever the encoder's precision."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.benchmark.vocabulary == "full":
-                return self._decide(encoded, self.text, self.row_classes)
+                return self.segmenter.labels(encoded, self.text, row_classes=self.row_classes)
             offered = present_classes(sample.target, self.benchmark.ignore_index)
             prompted = [index - self.offset for index in offered if index >= self.offset]
             if not prompted:
@@ -184,12 +184,9 @@ class SegmentationModule(L.LightningModule):
             chosen = torch.tensor(prompted, device=self.text.device)
             rows = torch.isin(self.row_classes, chosen)
             local = torch.searchsorted(chosen, self.row_classes[rows])
-            labels = self._decide(encoded, self.text[rows], local)
+            labels = self.segmenter.labels(encoded, self.text[rows], row_classes=local)
             back = torch.cat([torch.zeros_like(chosen[: self.offset]), chosen + self.offset])
             return back[labels]
-
-    def _decide(self, encoded: EncodedImage, text: Tensor, row_classes: Tensor) -> Tensor:
-        return self.segmenter.label(encoded, text, row_classes=row_classes)
 
     def running_miou(self) -> float:
         """The mIoU of what this rank has counted so far, in percent."""

@@ -27,7 +27,7 @@ from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import quiet
 from talk2dino.errors import ConfigError, EncoderError
 from talk2dino.files import replacing
-from talk2dino.segmentation.scores import class_scores, merge_synonyms, upsample
+from talk2dino.segmentation.scores import class_scores, upsample
 from talk2dino.segmentation.segmenter import Segmenter
 
 OPSET = 18
@@ -159,14 +159,12 @@ def export_dense(
     side = visual_side(projection)
     path_module = DensePath(vision, rows, row_classes, size, side, full_size).eval()
     # the reference is the segmenter itself, with its hooks: not the module that is exported
-    segmenter = Segmenter(vision.cpu(), size, size, size, input_size=size, project_patches=side)
+    segmenter = Segmenter(vision.cpu(), input_size=size, project_patches=side)
     image = _picture(size)
-    if full_size:
-        want = segmenter.window_scores(image * 255, rows.cpu(), row_classes.cpu())
-    else:
-        features = segmenter.encode_windows(image * 255)
-        tokens = features.patch_tokens if side is None else side(features.patch_tokens)
-        want = merge_synonyms(class_scores(tokens, rows.cpu(), features.grid), row_classes.cpu())
+    want = segmenter.token_scores(
+        segmenter.encode_windows(image * 255), rows.cpu(), row_classes.cpu()
+    )
+    want = upsample(want, size, size) if full_size else want
     facts = {
         "window": size,
         "patch_size": vision.patch_size,

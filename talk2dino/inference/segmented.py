@@ -41,6 +41,41 @@ class SegmentedImage:
     negative_scores: Tensor | None = field(default=None, repr=False)
     threshold: float | None = None
 
+    @classmethod
+    def from_scores(
+        cls,
+        image: Tensor,
+        names: Sequence[str],
+        class_scores: Tensor,
+        negative_scores: Tensor | None,
+        threshold: float | None,
+    ) -> SegmentedImage:
+        """The best class wins; where that is a negative or the threshold, it is background.
+
+        Args:
+            image: `[3, H, W]` uint8, the picture.
+            names: of the K classes.
+            class_scores: `[K, h, w]`.
+            negative_scores: `[1, h, w]`, or None.
+            threshold: score of the background, or None.
+        """
+        back = threshold is not None or negative_scores is not None
+        stacked = (
+            class_scores if negative_scores is None else torch.cat([negative_scores, class_scores])
+        )
+        height, width = image.shape[-2:]
+        labels = label_map(stacked, height, width, threshold).cpu()
+        if threshold is not None and negative_scores is not None:  # 0 and 1 are both background
+            labels = (labels - 1).clamp_min_(0)
+        return cls(
+            labels,
+            [BACKGROUND, *names] if back else list(names),
+            image,
+            class_scores.cpu(),
+            None if negative_scores is None else negative_scores.cpu(),
+            threshold,
+        )
+
     @cached_property
     def scores(self) -> Tensor:
         """`[N, H, W]` float32, a map per entry of `classes`; computed on first use.
@@ -67,7 +102,7 @@ class SegmentedImage:
 
         Cleaning by attention stays as it was when the picture was segmented.
         """
-        return decide(
+        return self.from_scores(
             self.image, self.names, self.class_scores, self.negative_scores, _checked(threshold)
         )
 
@@ -150,40 +185,6 @@ class SegmentedImage:
         if name not in self.classes:
             raise ConfigError(f"class {name!r}: not segmented here; there are {self.classes}")
         return self.classes.index(name)
-
-
-def decide(
-    image: Tensor,
-    names: Sequence[str],
-    class_scores: Tensor,
-    negative_scores: Tensor | None,
-    threshold: float | None,
-) -> SegmentedImage:
-    """Labels from scores: the best wins; where that is a negative or the threshold, background.
-
-    Args:
-        image: `[3, H, W]` uint8, the picture.
-        names: of the K classes.
-        class_scores: `[K, h, w]`.
-        negative_scores: `[1, h, w]`, or None.
-        threshold: score of the background, or None.
-    """
-    back = threshold is not None or negative_scores is not None
-    stacked = (
-        class_scores if negative_scores is None else torch.cat([negative_scores, class_scores])
-    )
-    height, width = image.shape[-2:]
-    labels = label_map(stacked, height, width, threshold).cpu()
-    if threshold is not None and negative_scores is not None:  # 0 and 1 are both background
-        labels = (labels - 1).clamp_min_(0)
-    return SegmentedImage(
-        labels,
-        [BACKGROUND, *names] if back else list(names),
-        image,
-        class_scores.cpu(),
-        None if negative_scores is None else negative_scores.cpu(),
-        threshold,
-    )
 
 
 def _checked(threshold: float | None) -> float | None:

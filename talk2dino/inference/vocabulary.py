@@ -14,7 +14,7 @@ from torch import Tensor
 from talk2dino.datasets.pictures import ImageLike, as_list
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
-from talk2dino.inference.segmented import SegmentedImage, decide
+from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
 Classes: TypeAlias = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
@@ -231,9 +231,11 @@ class OpenVocabulary:
     def _score(self, picture: EncodedPicture) -> SegmentedImage:
         rows = self.rows.to(picture.windows.features.patch_tokens.device)
         classes = torch.tensor(self.words.row_classes, device=rows.device)
-        scores = self.segmenter.score(picture.windows, rows, classes)  # [K (+ 1), h, w]
+        scores = self.segmenter.scores(picture.windows, rows, classes)  # [K (+ 1), h, w]
         negative, scores = (scores[:1], scores[1:]) if self.words.has_negatives else (None, scores)
-        return decide(picture.pixels, self.words.names, scores, negative, self.threshold)
+        return SegmentedImage.from_scores(
+            picture.pixels, self.words.names, scores, negative, self.threshold
+        )
 
 
 def _batches(

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from talk2dino.datasets.benchmarks.protocol import Protocol
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.knn import KNN
-from talk2dino.segmentation.labels import contender_labels, label_map
+from talk2dino.segmentation.labels import contender_labels
 from talk2dino.segmentation.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
     clean_background,
     merge_synonyms,
     resize_scores,
-    upsample,
     with_background,
 )
 from talk2dino.segmentation.windows import (
@@ -197,7 +196,7 @@ class Segmenter(nn.Module):
         if not cut:
             return []
         views = (window.crop(working) for working, windows in cut for window in windows)
-        every = self._encode_views(views)
+        every = self.encode_windows(views)
         counts = [len(windows) for _, windows in cut]
         tokens = torch.split(every.patch_tokens, counts)
         maps = torch.split(every.self_attn_maps, counts)
@@ -218,24 +217,20 @@ class Segmenter(nn.Module):
                 f"image {tuple(image.shape)} {image.dtype}: give [3, H, W] uint8 RGB pixels"
             )
         rows, columns = image.shape[-2:]
-        height, width = short_side_size(rows, columns, self.protocol.short_side, self.protocol.long_side)
-        working = resize_image(image, height, width)
-        return working, sliding_windows(
-            height, width, self.protocol.window, self.protocol.stride
+        height, width = short_side_size(
+            rows, columns, self.protocol.short_side, self.protocol.long_side
         )
+        working = resize_image(image, height, width)
+        return working, sliding_windows(height, width, self.protocol.window, self.protocol.stride)
 
     @torch.no_grad()
-    def encode_windows(self, windows: Tensor) -> WindowFeatures:
-        """Encode `[B, 3, h, w]` RGB windows 0..255 (uint8 or float), a few at a time.
+    def encode_windows(self, windows: Iterable[Tensor]) -> WindowFeatures:
+        """Encode `[3, h, w]` RGB windows 0..255 (uint8 or float) of any sizes in full batches.
 
         The aspect ratio is not kept: every window becomes an `input_size` square, as in the
         original.
         """
-        return self._encode_views(windows)
-
-    def _encode_views(self, views: Iterable[Tensor]) -> WindowFeatures:
-        """Encode `[3, h, w]` windows of any sizes in full batches."""
-        remaining, parts = iter(views), []
+        remaining, parts = iter(windows), []
         while batch := [self._square(view) for view in islice(remaining, self.window_batch_size)]:
             parts.append(self.vision(torch.stack(batch)))
         return WindowFeatures(
@@ -252,11 +247,15 @@ class Segmenter(nn.Module):
             pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=self.antialias)[0]
         return pixels / 255
 
-
-    def _token_scores(
-        self, features: WindowFeatures, text: Tensor, row_classes: Tensor | None
+    @torch.no_grad()
+    def token_scores(
+        self, features: WindowFeatures, text: Tensor, row_classes: Tensor | None = None
     ) -> Tensor:
-        """`[B, K, rows, columns]`; synonyms compete after cleaning, each as its own class."""
+        """Scores of every patch, `[B, K, rows, columns]` float32, cleaned and spread by kNN.
+
+        Synonyms compete after cleaning, each as its own class. Enlarged to the window, and refined
+        by PAMR if wanted, this is the original's `generate_masks`.
+        """
         tokens, maps = features.patch_tokens, features.self_attn_maps
         with _full_precision(tokens):
             if self.project_patches is not None:
@@ -275,7 +274,7 @@ class Segmenter(nn.Module):
         self, encoded: EncodedImage, text: Tensor, row_classes: Tensor | None = None
     ) -> Tensor:
         """Average the refined windows: `[K, h, w]` float32 at working size."""
-        tokens = self._token_scores(encoded.features, text, row_classes)
+        tokens = self.token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
             return self._at_working_size(encoded)(tokens)
 
@@ -322,7 +321,7 @@ class Segmenter(nn.Module):
             row_classes: `[K]` int64 class of every text row, if classes have synonyms.
         """
         size, threshold = size or encoded.size, self.background_threshold
-        tokens = self._token_scores(encoded.features, text, row_classes)
+        tokens = self.token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
             if self.pamr is not None:
                 refine, compiled = self._at_working_size(encoded), self.pamr.compiled

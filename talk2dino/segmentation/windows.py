@@ -6,7 +6,7 @@ short side, cut overlapping windows, average what they say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,67 +62,12 @@ def _starts(size: int, window: int, stride: int) -> list[int]:
     return [max(min(i * stride, size - window), 0) for i in range(count)]
 
 
-def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, width: int) -> Tensor:
-    """Average window scores where windows overlap.
-
-    Args:
-        scores: one `[K, y2-y1, x2-x1]` tensor per window; a generator keeps one in memory.
-        windows: the rectangles, in the same order; together they cover the picture.
-        height: rows of the picture.
-        width: columns of the picture.
-
-    Returns:
-        `[K, height, width]` in the dtype of the scores.
-
-    Raises:
-        DataError: a score map does not have its window's size, or there is no window.
-    """
-    total: Tensor | None = None
-    windows = list(windows)
-    for values, window in zip(scores, windows, strict=True):
-        if total is None:
-            total = values.new_zeros(values.shape[0], height, width)
-        target = window.crop(total)
-        if target.shape != values.shape:
-            raise DataError(
-                f"window {tuple(window)} holds {tuple(target.shape)} values "
-                f"but its scores are {tuple(values.shape)}: return [K, y2-y1, x2-x1]"
-            )
-        target += values
-    if total is None:
-        raise DataError("no windows to stitch: pass the list of sliding_windows(...)")
-    return total.div_(coverage(windows, height, width).to(total))
-
-
 def coverage(windows: Iterable[Window], height: int, width: int) -> Tensor:
     """How many windows lie over each pixel: `[height, width]` float32."""
     count = torch.zeros(height, width)
     for window in windows:
         window.crop(count).add_(1)
     return count
-
-
-def slide(
-    image: Tensor,
-    window_scores: Callable[[Tensor], Tensor],
-    window: int = 448,
-    stride: int = 224,
-) -> Tensor:
-    """Apply `window_scores` to every window of `image` and average the overlaps.
-
-    Args:
-        image: `[3, h, w]`, any dtype.
-        window_scores: `[1, 3, y2-y1, x2-x1]` to `[1, K, y2-y1, x2-x1]`.
-        window: side of a window, in pixels.
-        stride: distance between windows, in pixels.
-
-    Returns:
-        `[K, h, w]` (mmsegmentation `slide_inference`).
-    """
-    height, width = image.shape[-2:]
-    windows = sliding_windows(height, width, window, stride)
-    scores = (window_scores(place.crop(image)[None])[0] for place in windows)
-    return stitch(scores, windows, height, width)
 
 
 def short_side_size(height: int, width: int, short: int = 448, long: int = 2048) -> tuple[int, int]:

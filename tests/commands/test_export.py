@@ -20,6 +20,7 @@ from talk2dino.inference import onnx_export
 from talk2dino.inference.onnx_export import DensePath, export_dense, export_projection, sorted_rows
 from talk2dino.segmentation.segmenter import Segmenter
 from tests.helpers.pipeline import fails, need, run
+from tests.helpers.windows import window_scores
 
 
 def open_onnx(path: Path) -> Any:
@@ -91,11 +92,11 @@ def test_the_exported_module_is_the_segmenter() -> None:
     classes = torch.tensor([0, 0, 1])
     side = visual_side(projection)
     module = DensePath(vision, rows, classes, 64, side, True).eval()
-    segmenter = Segmenter(vision, 64, 64, 64, input_size=64, project_patches=side)
+    segmenter = Segmenter(vision, input_size=64, project_patches=side)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         got = module(image)
-    want = segmenter.window_scores(image * 255, rows, classes)
+    want = window_scores(segmenter, image * 255, rows, classes)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert vision(image).patch_tokens.shape[1] == 16  # the encoder itself was left as it is
 

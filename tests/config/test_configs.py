@@ -116,7 +116,7 @@ def test_the_refinements_reach_the_segmenter() -> None:
         config, nn.Identity(), ProjectionLayer(8, 8), command.build(config.benchmark)
     )
     assert made.knn is not None and made.knn.k == 8
-    assert made.pamr is not None and made.pamr_whole_image
+    assert made.pamr is not None and made.pamr.whole_image
 
 
 def widths(experiment: str) -> tuple[int, int]:

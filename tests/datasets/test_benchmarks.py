@@ -306,7 +306,9 @@ def test_synonyms_take_the_maximum(tmp_path: Path) -> None:
     image[2] = 255  # blue: what the prompt "kitten" means
     image[0, :, 8:] = 255
     image[2, :, 8:] = 0
-    segmenter = Segmenter(MeanColourEncoder(), 16, 16, 16, 16, 16)
+    segmenter = Segmenter(
+        MeanColourEncoder(), short_side=16, long_side=16, window=16, stride=16, input_size=16
+    )
     result = segmenter(image, text, row_classes=row_classes, return_scores=True)
     assert result.scores is not None and result.scores.shape[0] == 2
     assert (result.labels[:, :4] == 0).all() and (result.labels[:, 12:] == 1).all()

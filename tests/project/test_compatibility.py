@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from talk2dino import Talk2DINO, load_projection
 from talk2dino.features import FeatureDataModule, FeatureStore
 from tests.data.written_by_0_1.parts import HERE, batches, segmented, write_bert, write_encoders
-from tests.pipeline import BUNDLED, need, run
+from tests.helpers.pipeline import BUNDLED, need, run
 
 STORES = ("extracted", "arrays", "archive", "original")
 RUNS = ("max_score", "dense_ema", "static_heads", "clip_last_layer")

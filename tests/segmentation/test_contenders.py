@@ -9,7 +9,8 @@ from torch import Tensor
 
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.labels import contender_labels, label_map
-from talk2dino.segmentation.windows import Window, stitch
+from talk2dino.segmentation.windows import Window
+from tests.helpers.windows import stitch
 
 WINDOWS = [Window(0, 0, 28, 28), Window(0, 14, 28, 42)]
 SIZE = (33, 50)

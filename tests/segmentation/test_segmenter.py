@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
+from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
 from tests.helpers.parity import ParityRecord
+from tests.helpers.windows import window_scores
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -89,7 +91,7 @@ def test_generate_masks(golden: Golden, parity: ParityRecord) -> None:
             pamr=PAMR() if "pamr1" in settings else None,
         )
         rgb = arrays[f"{case}/image_bgr"].flip(1)
-        got = segmenter.window_scores(rgb, arrays[f"{case}/text_emb"])
+        got = window_scores(segmenter, rgb, arrays[f"{case}/text_emb"])
         if settings.endswith("every4th"):
             got = got[:, ::4]
         part = "window scores" + (" with refinement" if segmenter.pamr else "")
@@ -175,7 +177,9 @@ def test_encoded_once_scored_often() -> None:
     encoded = segmenter.encode(image)
     calls = len(segmenter.vision.batches)
     for rows in (text, text[:2], text.flip(0)):
-        labels = segmenter.decide(segmenter.score(encoded, rows), encoded.size).labels
+        labels = label_map(
+            segmenter.scores(encoded, rows), *encoded.size, segmenter.background_threshold
+        )
         assert len(segmenter.vision.batches) == calls
         assert torch.equal(labels, small_segmenter()(image, rows).labels)
 
@@ -203,7 +207,7 @@ def test_pictures_of_different_sizes_fill_the_batches_of_the_encoder() -> None:
         {},
         {"background_threshold": 0.55, "background_cleaning": True},
         {"pamr": PAMR(2, (1, 2))},
-        {"pamr": PAMR(2, (1, 2)), "pamr_whole_image": True},
+        {"pamr": PAMR(2, (1, 2), whole_image=True)},
         {"knn": KNN(4)},
     ],
 )
@@ -212,8 +216,8 @@ def test_the_short_way_to_labels_gives_those_of_the_scores(options: dict[str, ob
     segmenter = small_segmenter(short_side=96, **options)
     encoded = segmenter.encode(image)
     for size in (None, (33, 150)):
-        got = segmenter.label(encoded, text, size)
-        full = segmenter.decide(segmenter.score(encoded, text), size or (60, 100), True).scores
+        got = segmenter.labels(encoded, text, size)
+        full = segmenter(image, text, size, return_scores=True).scores
         assert full is not None and got.shape == full.shape[1:]
         best = full.gather(0, got[None])[0]
         torch.testing.assert_close(best, full.amax(0), rtol=0, atol=1e-6)
@@ -222,13 +226,13 @@ def test_the_short_way_to_labels_gives_those_of_the_scores(options: dict[str, ob
 def test_one_refinement_of_the_whole_picture_differs_only_if_windows_overlap() -> None:
     image, text, _ = colour_scene()
     one, every = (
-        small_segmenter(pamr=PAMR(3, (1, 2)), pamr_whole_image=whole, background_cleaning=True)
+        small_segmenter(pamr=PAMR(3, (1, 2), whole_image=whole), background_cleaning=True)
         for whole in (True, False)
     )
     square = image[:, :, 20:80]
-    scores = [it.score(it.encode(square), text) for it in (one, every)]
+    scores = [it.scores(it.encode(square), text) for it in (one, every)]
     torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
-    scores = [it.score(it.encode(image), text) for it in (one, every)]
+    scores = [it.scores(it.encode(image), text) for it in (one, every)]
     assert 1e-4 < (scores[0] - scores[1]).abs().max() < 0.1
 
 
@@ -237,7 +241,7 @@ def test_knn_sees_the_tokens_of_the_encoder() -> None:
     plain, refined = small_segmenter(), small_segmenter(knn=KNN(3, 2))
     encoded = plain.encode(image)
     want = KNN(3, 2)(
-        encoded.features.patch_tokens, plain._token_scores(encoded.features, text, None)
+        encoded.features.patch_tokens, plain.token_scores(encoded.features, text, None)
     )
     assert torch.equal(refined._token_scores(encoded.features, text, None), want)
 
@@ -246,10 +250,13 @@ def test_surrounding_autocast_reaches_the_encoder_alone() -> None:
     image, text, _ = colour_scene()
     segmenter = small_segmenter(background_cleaning=True, knn=KNN(3), short_side=96)
     encoded = segmenter.encode(image)
-    want = segmenter.score(encoded, text)
+    want = segmenter.scores(encoded, text)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(segmenter.score(encoded, text), want)
-        assert torch.equal(segmenter.label(encoded, text), segmenter.decide(want, (60, 100)).labels)
+        assert torch.equal(segmenter.scores(encoded, text), want)
+        assert torch.equal(
+            segmenter.labels(encoded, text),
+            label_map(want, 60, 100, segmenter.background_threshold),
+        )
 
 
 def test_threads_share_a_segmenter() -> None:
@@ -259,9 +266,9 @@ def test_threads_share_a_segmenter() -> None:
     encoded = segmenter.encode(image)
     rows = [text, text[:2], text.flip(0)] * 4
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda row: segmenter.label(encoded, row), rows))
+        got = list(pool.map(lambda row: segmenter.labels(encoded, row), rows))
     for labels, row in zip(got, rows, strict=True):
-        assert torch.equal(labels, segmenter.label(encoded, row))
+        assert torch.equal(labels, segmenter.labels(encoded, row))
     assert vars(segmenter) == before
 
 
@@ -288,9 +295,9 @@ text = torch.nn.functional.normalize(torch.randn(171, 64), dim=-1)
 pamr = PAMR(1) if sys.argv[1] == "pamr" else None
 segmenter = Segmenter(nn.Identity(), pamr=pamr, background_cleaning=True)
 small, large = encoded((64, 64), (64, 64)), encoded((448, 896), (1024, 2048))
-segmenter.label(small, text)
+segmenter.labels(small, text)
 before = peak()
-assert segmenter.label(large, text).shape == (1024, 2048)
+assert segmenter.labels(large, text).shape == (1024, 2048)
 print(peak() - before)
 """
 

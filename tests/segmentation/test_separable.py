@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from talk2dino.segmentation.scores import resize_scores, upsample, with_background
-from talk2dino.segmentation.windows import SeparableScores, sliding_windows, stitch
+from talk2dino.segmentation.windows import SeparableScores, sliding_windows
+from tests.helpers.windows import stitch
 
 # working size, window, stride, size of the picture
 CASES = {

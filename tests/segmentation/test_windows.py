@@ -16,10 +16,9 @@ from talk2dino.segmentation.windows import (
     Window,
     resize_image,
     short_side_size,
-    slide,
-    stitch,
 )
 from tests.helpers.parity import ParityRecord
+from tests.helpers.windows import slide, stitch
 
 Golden = Callable[[str], dict[str, Tensor]]
 SIZES = (

@@ -4,9 +4,9 @@
 
 was run once, at version 0.1, in the repository; FOLDER (/tmp/written_by_0_1) is made anew, and its
 content was moved here. It is not meant to be run with later versions: what they write is another
-matter, and `tests/test_compatibility.py` holds them to what lies here. The script stays to say how
-everything came about. All pictures and weights are seeded; times, random file names of records and
-the bytes of compressed pictures are all that differ from run to run.
+matter, and `tests/project/test_compatibility.py` holds them to what lies here. The script stays to
+say how everything came about. All pictures and weights are seeded; times, random file names of
+records and the bytes of compressed pictures are all that differ from run to run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.data.written_by_0_1.parts import (
     write_bert,
     write_encoders,
 )
-from tests.pipeline import TRAIN, run
+from tests.helpers.pipeline import TRAIN, run
 
 COLORS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 IMAGES = 16

@@ -1,4 +1,4 @@
-"""What `make.py` and `tests/test_compatibility.py` share: the tiny encoders and a seeded picture.
+"""What `make.py` and `tests/project/test_compatibility.py` share: tiny encoders, a seeded picture.
 
 The encoders' weights are not part of the folder. They are drawn from NumPy's legacy generator,
 whose stream is frozen, as whole numbers divided by powers of two, so that every machine and every

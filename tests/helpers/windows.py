@@ -1,0 +1,78 @@
+"""Scores of windows and their average, step by step: what the segmenter's short ways must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from talk2dino.errors import DataError
+from talk2dino.segmentation.scores import upsample
+from talk2dino.segmentation.segmenter import Segmenter
+from talk2dino.segmentation.windows import Window, coverage, sliding_windows
+
+
+def window_scores(
+    segmenter: Segmenter, windows: Tensor, text: Tensor, row_classes: Tensor | None = None
+) -> Tensor:
+    """Scores `[B, K, h, w]` of windows `[B, 3, h, w]`: the original's `generate_masks`."""
+    tokens = segmenter.token_scores(segmenter.encode_windows(windows), text, row_classes)
+    if segmenter.pamr is not None:
+        return torch.stack(list(segmenter.pamr.each(windows, tokens)))
+    return upsample(tokens, windows.shape[-2], windows.shape[-1])
+
+
+def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, width: int) -> Tensor:
+    """Average window scores where windows overlap.
+
+    Args:
+        scores: one `[K, y2-y1, x2-x1]` tensor per window; a generator keeps one in memory.
+        windows: the rectangles, in the same order; together they cover the picture.
+        height: rows of the picture.
+        width: columns of the picture.
+
+    Returns:
+        `[K, height, width]` in the dtype of the scores.
+
+    Raises:
+        DataError: a score map does not have its window's size, or there is no window.
+    """
+    total: Tensor | None = None
+    windows = list(windows)
+    for values, window in zip(scores, windows, strict=True):
+        if total is None:
+            total = values.new_zeros(values.shape[0], height, width)
+        target = window.crop(total)
+        if target.shape != values.shape:
+            raise DataError(
+                f"window {tuple(window)} holds {tuple(target.shape)} values "
+                f"but its scores are {tuple(values.shape)}: return [K, y2-y1, x2-x1]"
+            )
+        target += values
+    if total is None:
+        raise DataError("no windows to stitch: pass the list of sliding_windows(...)")
+    return total.div_(coverage(windows, height, width).to(total))
+
+
+def slide(
+    image: Tensor,
+    window_scores: Callable[[Tensor], Tensor],
+    window: int = 448,
+    stride: int = 224,
+) -> Tensor:
+    """Apply `window_scores` to every window of `image` and average the overlaps.
+
+    Args:
+        image: `[3, h, w]`, any dtype.
+        window_scores: `[1, 3, y2-y1, x2-x1]` to `[1, K, y2-y1, x2-x1]`.
+        window: side of a window, in pixels.
+        stride: distance between windows, in pixels.
+
+    Returns:
+        `[K, h, w]` (mmsegmentation `slide_inference`).
+    """
+    height, width = image.shape[-2:]
+    windows = sliding_windows(height, width, window, stride)
+    scores = (window_scores(place.crop(image)[None])[0] for place in windows)
+    return stitch(scores, windows, height, width)
