@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from talk2dino.errors import UserError
+from talk2dino.evaluation.report import write_sweep_report
 from talk2dino.files import replacing
-from talk2dino.segmentation.html_report import write_sweep_report
 from talk2dino.segmentation.runs import Run, read_runs
 from talk2dino.segmentation.summary import as_csv, as_markdown, as_table, summarise
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from talk2dino.errors import DataError
+from talk2dino.files import replacing
 
 Colour = tuple[int, int, int]
 IGNORED = 255
@@ -222,6 +223,13 @@ def _percent(share: float) -> str:
     return "<0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, complete or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def save_label_map(
     labels: Tensor, path: str | Path, palette: Sequence[Colour] | None = None
 ) -> None:
@@ -244,7 +252,4 @@ def save_label_map(
     colours = list(default_palette(255) if palette is None else palette)[:256]
     colours += [(0, 0, 0)] * (256 - len(colours))  # a short palette would make Pillow clip labels
     picture.putpalette([channel for colour in colours for channel in colour])
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(target)
+    save_picture(picture, Path(path))

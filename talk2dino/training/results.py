@@ -18,6 +18,7 @@ from torch import Tensor
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.module import AlignmentModule
 from talk2dino.files import replacing, write_json
+from talk2dino.tables import markdown_table
 
 
 def boards(trainer: L.Trainer) -> list[tuple[Any, Any]]:
@@ -55,15 +56,6 @@ def close_loggers(trainer: L.Trainer) -> None:
             if hasattr(board, name):
                 getattr(board, name)()
                 break
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; floats with two digits."""
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for row in rows:
-        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
