@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from talk2dino.alignment.checkpoint import load_projection
     from talk2dino.inference.model import Talk2DINO
 
-__all__ = ["Talk2DINO", "load_projection"]
+    __version__: str
+
+__all__ = ["Talk2DINO", "__version__", "load_projection"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +23,11 @@ def __getattr__(name: str) -> Any:
         from talk2dino.alignment.checkpoint import load_projection
 
         return load_projection
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("talk2dino")
+        except PackageNotFoundError:
+            return "checkout"  # a source tree that was never installed
     raise AttributeError(f"module 'talk2dino' has no attribute {name!r}")

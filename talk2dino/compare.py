@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from talk2dino.errors import UserError
+from talk2dino.evaluation.report import write_sweep_report
+from talk2dino.evaluation.runs import Run, read_runs
+from talk2dino.evaluation.summary import as_csv, as_markdown, as_table, summarize
 from talk2dino.files import replacing
-from talk2dino.segmentation.html_report import write_sweep_report
-from talk2dino.segmentation.runs import Run, read_runs
-from talk2dino.segmentation.summary import as_csv, as_markdown, as_table, summarise
 
 
 def report(runs: Sequence[Run], folder: Path | None) -> None:
@@ -22,7 +22,7 @@ def report(runs: Sequence[Run], folder: Path | None) -> None:
         runs: evaluations.
         folder: `summary.md`, `summary.csv` and `report.html` go there.
     """
-    summary = summarise(runs)
+    summary = summarize(runs)
     console = Console()
     console.print(as_table(summary, console.width))
     for run in runs:

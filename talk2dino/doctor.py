@@ -19,6 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
+import talk2dino
 from talk2dino.config.messages import config_folder
 from talk2dino.encoders.hub import cached_names, find_weights
 
@@ -101,7 +102,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at everything; takes as long as importing torch."""
-    versions = {"python": platform.python_version(), "talk2dino": _version("talk2dino")}
+    versions = {"python": platform.python_version(), "talk2dino": talk2dino.__version__}
     versions |= {name: _version(name) for name in PACKAGES}
     tasks = [Task(name, _missing(modules), extra) for name, modules, extra in TASKS]
     disk = free_disk()
@@ -201,7 +202,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed" if package != "talk2dino" else "checkout"
+        return "not installed"
 
 
 def _wrong_versions() -> list[str]:

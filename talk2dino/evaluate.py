@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,11 +34,11 @@ from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import OutputOptions, SegmentationModule
 from talk2dino.evaluation.progress import EvaluationProgress
 from talk2dino.evaluation.records import Records
-from talk2dino.files import write_json
+from talk2dino.evaluation.report import ENVIRONMENT, write_report
+from talk2dino.evaluation.summary import class_table
+from talk2dino.files import read_json, write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import KNN, PAMR, Segmenter
-from talk2dino.segmentation.html_report import ENVIRONMENT, write_report
-from talk2dino.segmentation.report import table
 
 
 def evaluate(config: DictConfig) -> None:
@@ -67,7 +66,7 @@ def evaluate(config: DictConfig) -> None:
         return  # another rank reports
     write_json(file, results | {"config": plain})
     columns["trained" if columns else "IoU"] = results
-    Console().print(table(columns, benchmark.reference))
+    Console().print(class_table(columns, benchmark.reference))
     print(f"results: {file}")
     write_json(folder / ENVIRONMENT, describe_environment(config.trainer))
     print(f"report: {write_report(folder)}")
@@ -192,8 +191,7 @@ def predict(
         raise DataError(f"{message} ({how_to_go_on(folder)})") from error
     if not trainer.is_global_zero:
         return {}
-    results: dict[str, Any] = json.loads(file.read_text())  # the ranks may be other processes
-    return results
+    return read_json(file, dict, "results")  # the ranks may be other processes
 
 
 def cached_text(text: TextEncoder, projection: Projection) -> TextEncoder:

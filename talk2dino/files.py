@@ -11,8 +11,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import DataError, StoreError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -50,6 +53,28 @@ def write_json(target: Path, data: object, shared: bool = False) -> None:
     """Write `data` as indented JSON through `replacing`."""
     with replacing(target, shared) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, kind: type[T], what: str) -> T:
+    """Content of a JSON file.
+
+    Args:
+        file: to read.
+        kind: `dict` or `list`, which the file must hold.
+        what: the file should be, for the error's one line.
+
+    Raises:
+        DataError: it is missing, cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file}: {os.strerror(error.errno or 0)}; give {what}") from error
+    except ValueError as error:
+        raise DataError(f"{file}: not a json file ({error}); give {what}") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{file}: holds {type(content).__name__}, not {what}")
+    return content
 
 
 def create_json(target: Path, data: object) -> bool:

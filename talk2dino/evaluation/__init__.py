@@ -1,1 +1,1 @@
-"""Running a benchmark, counting, and reporting: `trainer.predict` to mIoU."""
+"""What an evaluation leaves behind, for people."""

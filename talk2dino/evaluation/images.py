@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,14 @@ from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 from talk2dino.datasets.benchmarks.classes import Color
 from talk2dino.errors import ConfigError
 from talk2dino.evaluation.metrics import ImageScore, extremes
-from talk2dino.files import replacing, write_json
-from talk2dino.segmentation.overlay import IGNORED, legend_colors, overlay, save_label_map
-from talk2dino.segmentation.report import panel, save_picture
+from talk2dino.files import read_json, replacing, write_json
+from talk2dino.segmentation.overlay import (
+    IGNORED,
+    legend_colors,
+    overlay,
+    save_label_map,
+    save_picture,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,24 @@ class ImageFiles:
                 save_picture(overlay(pixels(sample), labels, self.names), path)
             else:
                 save_picture(panel(sample, labels, self.names, self.ignore_index), path)
+
+
+def panel(sample: Sample, labels: Tensor, names: Sequence[str], ignore_index: int) -> Image.Image:
+    """The image, the truth and the prediction side by side, with legends."""
+    picture = pixels(sample)
+    truth = sample.target.masked_fill(sample.target == ignore_index, IGNORED)
+    return side_by_side([picture, *(overlay(picture, m, names) for m in (truth, labels))], gap=8)
+
+
+def side_by_side(parts: Sequence[Image.Image], gap: int) -> Image.Image:
+    """Pictures in a row on white, `gap` pixels apart, aligned at the top."""
+    width = sum(part.width for part in parts) + gap * (len(parts) - 1)
+    sheet = Image.new("RGB", (width, max(part.height for part in parts)), "white")
+    left = 0
+    for part in parts:
+        sheet.paste(part, (left, 0))
+        left += part.width + gap
+    return sheet
 
 
 def pixels(sample: Sample) -> Image.Image:
@@ -149,7 +171,7 @@ def read_examples(folder: Path) -> list[Example]:
     """The examples of a run folder; none if it has no such file."""
     if not (folder / FILE).is_file():
         return []
-    found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    found = read_json(folder / FILE, list, "the examples of an evaluation")
     return [Example(**entry) for entry in found]
 
 
@@ -159,10 +181,7 @@ def _strip(
     parts = [picture, *(overlay(picture, m, names, legend=False) for m in (truth, labels))]
     factor = min(HEIGHT / picture.height, WIDTH / picture.width, 1.0)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-    sheet = Image.new("RGB", (3 * size[0] + 2 * GAP, size[1]), "white")
-    for place, part in enumerate(parts):
-        sheet.paste(part.resize(size, Image.Resampling.LANCZOS), (place * (size[0] + GAP), 0))
-    return sheet
+    return side_by_side([part.resize(size, Image.Resampling.LANCZOS) for part in parts], GAP)
 
 
 def _areas(

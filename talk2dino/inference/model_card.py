@@ -1,20 +1,24 @@
-"""The model card: what a Hub page says about a projection, from files and measured numbers only."""
+"""The model card: what a Hub page says about a projection, from files and measured numbers only.
+
+This file collects the values; `templates/model_card.md.j2` is the text around them.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+import talk2dino
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.projection import Projection
 from talk2dino.errors import DataError
-from talk2dino.files import replacing, write_json
+from talk2dino.evaluation.runs import RESULTS, flatten, read_config
+from talk2dino.files import read_json, replacing, write_json
+from talk2dino.tables import markdown_table, percent
 
 LICENSE = "other"  # the owner of the weights decides; the card says so
 # what of a run's config says how it was trained, and nothing of the machine it was trained on
@@ -28,6 +32,7 @@ _SETTINGS = {
     "epochs": "trainer.max_epochs",
     "seed": "seed",
 }
+_METRICS = {"miou": "mean_iou", "pixel_accuracy": "accuracy"}  # the Hub's names
 
 
 def write_card(
@@ -51,69 +56,68 @@ def write_card(
         DataError: a results file that is none.
     """
     spec = describe_projection(projection)
-    content = {"library_name": "talk2dino", "talk2dino_version": _version()}
+    content = {"library_name": "talk2dino", "talk2dino_version": talk2dino.__version__}
     write_json(folder / "config.json", {**content, "projection": spec, **encoders})
     run = _run_folder(source)
-    beside = [run / "results.json"] if run and (run / "results.json").is_file() else []
+    beside = [run / RESULTS] if run and (run / RESULTS).is_file() else []
     measured = [_read_result(item) for item in [*beside, *results]]
+    name = f"Talk2DINO projection for {encoders['vision'].get('name') or 'a vision encoder'}"
+    text = _template().render(
+        name=name,
+        head=_head(name, measured),
+        parts=_rows(_parts(spec, encoders)),
+        settings=_rows(_settings(run)),
+        results=[_figures(result) for result in measured],
+        validation=_rows(_last_validation(run)),
+    )
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card(spec, encoders, measured, run), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def card(
-    projection: Mapping[str, Any],
-    encoders: Mapping[str, Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]] = (),
-    run: Path | None = None,
-) -> str:
-    """The text of a model card, with a YAML head that the Hub reads."""
-    vision, text = (str(encoders[kind].get("name", "")) for kind in ("vision", "text"))
-    name = f"Talk2DINO projection for {vision or 'a vision encoder'}"
-    sections = [
-        f"---\n{_head(name, results)}\n---",
-        f"# {name}",
-        "Maps text into the space of a frozen vision backbone's patch tokens, so that the cosine "
-        "with every patch is an open-vocabulary segmentation "
-        "([Talk2DINO](https://arxiv.org/abs/2411.19331), ICCV 2025).",
-        "## Use",
-        "```python\nfrom talk2dino import Talk2DINO\n\n"
-        'model = Talk2DINO.from_pretrained("<this repository or its folder>")\n'
-        'model.segment("photo.jpg", ["cat", "sofa"], pamr=True).overlay().save("out.png")\n```',
-        "The encoders' weights are not in here: they are loaded by name.",
-        "## Parts",
-        _table(
-            {
-                "vision encoder": vision,
-                "vision weights": encoders["vision"].get("weights"),
-                "text encoder": text,
-                "text weights": encoders["text"].get("weights"),
-                "prompt templates": encoders["text"].get("templates"),
-                **{f"projection: {key}": value for key, value in projection.items()},
-            }
-        ),
-    ]
-    if run is not None and (settings := _settings(run)):
-        sections += ["## Training", _table(settings)]
-    sections += ["## Measured", _measured(results, run)]
-    sections += [
-        "## Licence",
-        "To be stated by the owner of these weights; those of the encoders have their own.",
-    ]
-    return "\n\n".join(sections) + "\n"
+def _template() -> Template:
+    templates = Environment(
+        loader=PackageLoader("talk2dino.inference"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["table"] = markdown_table  # it escapes what Markdown needs escaped
+    return templates.get_template("model_card.md.j2")
+
+
+def _parts(
+    projection: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    vision, text = encoders["vision"], encoders["text"]
+    return {
+        "vision encoder": vision.get("name"),
+        "vision weights": vision.get("weights"),
+        "text encoder": text.get("name"),
+        "text weights": text.get("weights"),
+        "prompt templates": text.get("templates"),
+        **{f"projection: {key}": value for key, value in projection.items()},
+    }
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values without the empty ones; of this package's classes the name alone."""
+    texts = {key: str(value) for key, value in values.items() if value not in (None, "")}
+    return [(k, v.rpartition(".")[2] if "talk2dino." in v else v) for k, v in texts.items()]
 
 
 def _head(name: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The YAML that the Hub reads."""
     found = [
         EvalResult(
             task_type="image-segmentation",
             dataset_type=str(result["benchmark"]),
             dataset_name=str(result["benchmark"]),
-            metric_type=kind,
+            metric_type=metric,
             metric_value=round(float(result[key]), 2),
         )
         for result in results
-        for key, kind in (("miou", "mean_iou"), ("pixel_accuracy", "accuracy"))
-        if key in result
+        for key, metric in _METRICS.items()
+        if result.get(key) is not None
     ]
     data = ModelCardData(
         license=LICENSE,
@@ -126,59 +130,31 @@ def _head(name: str, results: Sequence[Mapping[str, Any]]) -> str:
     return str(data.to_yaml()).strip()
 
 
-def _measured(results: Sequence[Mapping[str, Any]], run: Path | None) -> str:
-    lines = []
-    if results:
-        rows = [
-            f"| {result['benchmark']} | {float(result['miou']):.1f} "
-            f"| {_number(result.get('pixel_accuracy'))} | {result.get('images', '')} "
-            f"| {'yes' if _pamr(result) else 'no'} |"
-            for result in results
-        ]
-        names = "| benchmark | mIoU | pixel accuracy | images | PAMR |"
-        head = f"{names}\n| --- | ---: | ---: | ---: | --- |"
-        lines.append("\n".join([head, *rows]))
-    validation = _last_validation(run)
-    if validation:
-        lines.append(_table(validation))
-    return "\n\n".join(lines) or "No measurement was given when this card was written."
-
-
-def _pamr(result: Mapping[str, Any]) -> bool:
+def _figures(result: Mapping[str, Any]) -> list[str]:
+    """A row of the table of measurements."""
     config = result.get("config")
-    return bool(config.get("pamr")) if isinstance(config, Mapping) else False
+    refined = isinstance(config, Mapping) and config.get("pamr")
+    figures = [percent(result.get(key)) for key in _METRICS]
+    images = str(result.get("images", ""))
+    return [str(result["benchmark"]), *figures, images, "yes" if refined else "no"]
 
 
 def _last_validation(run: Path | None) -> dict[str, str]:
     """Retrieval figures of the last validation of a run, percent."""
     if run is None or not (run / "metrics.json").is_file():
         return {}
-    metrics = _json(run / "metrics.json")
-    passes = metrics.get("validation") or [{}] if isinstance(metrics, dict) else [{}]
-    last = passes[-1] if isinstance(passes[-1], dict) else {}
+    metrics = read_json(run / "metrics.json", dict, "what talk2dino.train measured")
+    passes = [one for one in metrics.get("validation") or [] if isinstance(one, dict)]
     return {
-        f"validation {key.removeprefix('val/').replace('/', ' ').replace('_', ' ')}": f"{value:.1f}"
-        for key, value in last.items()
+        f"validation {key.removeprefix('val/').replace('/', ' ').replace('_', ' ')}": percent(value)
+        for key, value in (passes[-1] if passes else {}).items()
         if "recall" in key and isinstance(value, float)
     }
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    if not (run / "config.yaml").is_file():
-        return {}
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):  # the run's own record; the card can do without
-        return {}
-    found = {label: _select(config, key) for label, key in _SETTINGS.items()}
-    return {label: value for label, value in found.items() if value is not None}
-
-
-def _select(config: Any, key: str) -> Any:
-    """The value under a dotted key, or None."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+def _settings(run: Path | None) -> dict[str, Any]:
+    config = dict(flatten(read_config(run / "config.yaml"))) if run else {}
+    return {label: config.get(key) for label, key in _SETTINGS.items()}
 
 
 def _run_folder(source: Path | None) -> Path | None:
@@ -189,35 +165,13 @@ def _run_folder(source: Path | None) -> Path | None:
 
 
 def _read_result(item: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    result = item if isinstance(item, Mapping) else _json(Path(item))
-    if not isinstance(result, Mapping) or not {"benchmark", "miou"} <= result.keys():
-        where = "results" if isinstance(item, Mapping) else f"results={item}"
+    where, result = "results", item
+    if not isinstance(result, Mapping):
+        where = f"results={item}"
+        result = read_json(Path(result), dict, "results of talk2dino.evaluate")
+    if not {"benchmark", "miou"} <= result.keys():
         raise DataError(f"{where}: no results of an evaluation, which name benchmark and miou")
+    figures = result["miou"], result.get("pixel_accuracy") or 0.0
+    if not all(isinstance(figure, (int, float)) for figure in figures):
+        raise DataError(f"{where}: miou and pixel_accuracy are {figures}; give numbers in percent")
     return result
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"results={path}: cannot be read ({error})") from error
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    body = [
-        f"| {key} | {str(value).split('.')[-1] if 'talk2dino.' in str(value) else value} |"
-        for key, value in rows.items()
-        if value not in (None, "")
-    ]
-    return "\n".join(["| | |", "| --- | --- |", *body])
-
-
-def _number(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, (int, float)) else "–"
-
-
-def _version() -> str:
-    try:
-        return version("talk2dino")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"

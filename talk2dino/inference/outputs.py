@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ from typing import Any
 
 from talk2dino.datasets.pictures import is_picture
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import write_json
+from talk2dino.files import read_json, write_json
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.segmentation.overlay import legend_colors
-from talk2dino.segmentation.report import save_picture
+from talk2dino.segmentation.overlay import legend_colors, save_picture
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,6 @@ def figures(result: SegmentedImage) -> list[dict[str, Any]]:
 
 def _settings_of(path: Path) -> object:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, dict, "figures of talk2dino.segment").get("settings")
+    except DataError:
         return None
-    return content.get("settings") if isinstance(content, dict) else None

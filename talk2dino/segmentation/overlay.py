@@ -13,6 +13,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.errors import DataError
+from talk2dino.files import replacing
 
 IGNORED = 255
 FIRST = (230, 70, 60)
@@ -221,6 +222,13 @@ def _percent(share: float) -> str:
     return "<0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, complete or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def save_label_map(
     labels: Tensor, path: str | Path, palette: Sequence[Color] | None = None
 ) -> None:
@@ -243,7 +251,4 @@ def save_label_map(
     colors = list(default_palette(255) if palette is None else palette)[:256]
     colors += [(0, 0, 0)] * (256 - len(colors))  # a short palette would make Pillow clip labels
     picture.putpalette([channel for color in colors for channel in color])
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(target)
+    save_picture(picture, Path(path))

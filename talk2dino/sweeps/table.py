@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from talk2dino.files import replacing
+from talk2dino.errors import DataError
+from talk2dino.files import read_json, replacing
 from talk2dino.sweeps.study import PRUNED
+from talk2dino.tables import markdown_table
 
 OVERRIDES = ".hydra/overrides.yaml"
 
@@ -51,7 +52,7 @@ def read_runs(sweep: Path, metric: str) -> list[Run]:
 
 def read_run(sweep: Path, folder: Path, metric: str) -> Run:
     """One run, by the files in its folder."""
-    metrics, failed = _json(folder / "metrics.json"), _json(folder / "failed.json")
+    metrics, failed = _read(folder / "metrics.json"), _read(folder / "failed.json")
     state = "ok" if metrics else "unfinished"
     if failed:
         state = "failed"
@@ -98,13 +99,12 @@ def _overrides(file: Path) -> dict[str, str]:
     return {name.lstrip("+~"): value.strip("'\"") for name, _, value in pairs}
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if it is missing or half."""
+def _read(file: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if it is missing or no JSON."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file, dict, "what a run left")
+    except DataError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _natural(folder: Path) -> tuple[int, float, str]:
@@ -239,18 +239,9 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table; write `summary.md`, `summary.csv` and `report.html`."""
         from talk2dino.compare import report  # Hydra makes the callback before anything else
-        from talk2dino.segmentation.runs import read_sweep
+        from talk2dino.evaluation.runs import read_sweep
 
         folder = Path(config.hydra.sweep.dir)
         runs = read_sweep(folder)
         if runs:
             report(runs, folder)
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; floats with two digits."""
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for row in rows:
-        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from torch import Tensor
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.module import AlignmentModule
 from talk2dino.files import replacing, write_json
-from talk2dino.sweeps.table import markdown_table
+from talk2dino.tables import markdown_table
 
 
 def boards(trainer: L.Trainer) -> list[tuple[Any, Any]]:

@@ -17,7 +17,7 @@ from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.features import FeatureStore
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.segmentation.report import save_picture
+from talk2dino.segmentation.overlay import save_picture
 from talk2dino.training.results import show_picture
 
 FOLDER = "pictures"  # in the run folder

@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from talk2dino.errors import DataError
+from talk2dino.evaluation.charts import heat_map, histogram, top_confusions
 from talk2dino.evaluation.metrics import extremes, read_ious, score_image, write_scores
 from talk2dino.evaluation.records import Record
-from talk2dino.segmentation.charts import class_bars, heat_map, histogram, top_confusions
-from talk2dino.segmentation.html_report import write_report, write_sweep_report
-from talk2dino.segmentation.runs import Run, read_runs
-from talk2dino.segmentation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarise
+from talk2dino.evaluation.report import templates, write_report, write_sweep_report
+from talk2dino.evaluation.runs import Run, read_runs
+from talk2dino.evaluation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarize
 from tests.evaluation.test_evaluation import (
     benchmark,
     evaluate,
@@ -51,7 +51,7 @@ def test_the_table_has_the_papers_form_and_numbers() -> None:
         for pamr in (False, True)
         for place, name in enumerate(reversed(PAPER_ORDER))
     ]
-    summary = summarise(runs)
+    summary = summarize(runs)
     assert summary.benchmarks == list(PAPER_ORDER)
     texts = [summary.text(row) for row in summary.rows]
     assert texts[0] == ["a", "no", *(f"{value:.1f}" for value in range(37, 29, -1)), "33.5"]
@@ -73,7 +73,7 @@ def test_the_table_has_the_papers_form_and_numbers() -> None:
 
 def test_failed_and_missing_runs_have_no_mean() -> None:
     runs = [a_run("voc", 80.0), a_run("context", None), a_run("voc", 81.0, checkpoint="runs/b")]
-    summary = summarise(runs)
+    summary = summarize(runs)
     assert [summary.text(row) for row in summary.rows] == [
         ["a", "no", "80.0", "failed", ""],
         ["b", "no", "81.0", "", ""],
@@ -85,11 +85,11 @@ def test_runs_are_labelled_by_what_differs() -> None:
     second = a_run("voc", 81.0, settings={"seed": 1, "benchmark.limit": 5})
     other = a_run("context", 40.0, settings={"seed": 0, "benchmark.limit": 9})
     far = a_run("voc", 9.0, checkpoint="other/a", settings={"seed": 0, "benchmark.limit": 5})
-    labels = [row.label for row in summarise([first, second, other, far]).rows]
+    labels = [row.label for row in summarize([first, second, other, far]).rows]
     assert labels == ["runs/a seed=0", "runs/a seed=1", "other/a seed=0"]
     knn = {"refinement._target_": "x.y.KNN", "refinement.k": 8}
     runs = [a_run("voc", 80.0, settings={"refinement": None}), a_run("voc", 81.0, settings=knn)]
-    assert [row.label for row in summarise(runs).rows] == ["a", "a refinement=KNN"]
+    assert [row.label for row in summarize(runs).rows] == ["a", "a refinement=KNN"]
 
 
 def test_references_of_both_shapes() -> None:
@@ -125,6 +125,11 @@ def test_per_image_figures(tmp_path: Path) -> None:
     assert read_ious(tmp_path / "images.csv") == [70.83, 0.0]
 
 
+def draw(chart: str, *values: Any) -> str:
+    """A chart as the page shows it."""
+    return str(getattr(templates().get_template("charts.html.j2").module, chart)(*values))
+
+
 def test_charts_hold_the_numbers() -> None:
     confusion = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
     names = ["cat", "dog<b>", "cow"]
@@ -132,15 +137,16 @@ def test_charts_hold_the_numbers() -> None:
         ("dog<b>", "cat", 25.0, 50.0),
         ("cat", "dog<b>", 10.0, 20.0),
     ]
-    heat = heat_map(confusion, names)
+    heat = draw("heat_map", heat_map(confusion, names))
     assert "<title>cat → dog&lt;b&gt;: 20.0 %</title>" in heat
     assert "cow" not in heat  # is neither there nor predicted
     assert heat.count("<rect") == 1 + 4
-    bars = class_bars({"cat": 10.0, "dog<b>": 90.0, "cow": None}, {"cat": 5.0}, 50.0)
+    percents = {"cat": 10.0, "dog<b>": 90.0, "cow": None}
+    bars = draw("class_bars", percents, {"cat": 5.0}, 50.0)
     assert bars.index("dog&lt;b&gt;") < bars.index("cat") < bars.index("cow")
     assert "width:90.0%" in bars and 'title="5.0"' in bars
-    assert histogram([0.0, 3.0, 100.0]).count("2 images") == 1
-    many = heat_map(np.ones((171, 171), np.int64), [str(i) for i in range(171)])
+    assert draw("histogram", histogram([0.0, 3.0, 100.0])).count("2 images") == 1
+    many = draw("heat_map", heat_map(np.ones((171, 171), np.int64), [str(i) for i in range(171)]))
     assert len(many) < 1_000_000
 
 
@@ -199,6 +205,59 @@ def test_the_report_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
     sweep = write_sweep_report(read_runs([folder, folder]), tmp_path / "both")
     assert check_page(sweep).count("<details") > 2
+
+
+def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
+    """Of classes, images, checkpoints, publications and packages."""
+    folder = small_run(tmp_path / "run", write_benchmark(tmp_path / "data", 3))
+    evil = '<script>alert("&")</script>'
+    results = json.loads((folder / "results.json").read_text())
+    results["per_class"] = {f"{evil}{name}": v for name, v in results["per_class"].items()}
+    results["per_class"] |= {f"{evil}absent": None}
+    protocol = {"name": evil, "note": evil, "reference": {evil: {"plain": 39.8, "pamr": 42.4}}}
+    results |= {"benchmark": evil, "config": {"checkpoint": evil, "benchmark": protocol}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "environment.json").write_text(json.dumps({evil: evil}))
+    with np.load(folder / "confusion.npz", allow_pickle=False) as arrays:
+        confusion, names = arrays["confusion"], [f"{evil}{name}" for name in arrays["classes"]]
+    np.savez(folder / "confusion.npz", confusion=confusion, classes=np.array(names))
+    examples = json.loads((folder / "examples.json").read_text())
+    for example in examples:
+        example["name"] = evil
+        example["classes"] = [[evil, *rest] for _, *rest in example["classes"]]
+    (folder / "examples.json").write_text(json.dumps(examples))
+    failed = a_run("voc", None, error=evil)
+    single = check_page(write_report(folder))
+    both = check_page(write_sweep_report([*read_runs([folder]), failed], tmp_path))
+    for text in (single, both):
+        assert text.count("&lt;script&gt;") > 20
+    for place in ("Published", "Versions", "Confusion", "absent\n</details>"):
+        assert place in single
+    assert "Failed" in both
+
+
+def test_the_untrained_run_shows_its_own_files(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "data", 3)
+    folder = small_run(tmp_path / "run", root)
+    small_run(folder / "untrained", root)
+    (folder / "untrained" / "results.json").rename(folder / "results_untrained.json")
+    (folder / "untrained" / "confusion.npz").unlink()
+    trained, sweep = write_report(folder), write_sweep_report(read_runs([folder]), tmp_path)
+    assert "untrained projection" in check_page(trained)
+    first, second = check_page(sweep).split('<details class="run">')[1:]
+    assert "results_untrained.json" in first and "Confusion" not in first
+    assert "results.json" in second and "Confusion" in second
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", write_benchmark(tmp_path / "data", 3))
+    (folder / "environment.json").write_text("[]")
+    with pytest.raises(DataError, match=r"environment\.json: holds list, not versions"):
+        write_report(folder)
+    (folder / "environment.json").unlink()
+    (folder / "examples.json").write_text("{")
+    with pytest.raises(DataError, match=r"examples\.json: not a json file"):
+        write_report(folder)
 
 
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:

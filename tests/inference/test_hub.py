@@ -204,3 +204,5 @@ def test_results_that_are_none(model: Talk2DINO, tmp_path: Path) -> None:
     for results in ([tmp_path / "x.json"], [tmp_path / "y.json"], ["nowhere.json"], [{"miou": 1}]):
         with pytest.raises(DataError, match="results"):
             model.save_pretrained(tmp_path / "out", results=results)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"results: miou and pixel_accuracy are .*give numbers"):
+        model.save_pretrained(tmp_path / "out", results=[{**RESULT, "miou": "high"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -35,12 +36,33 @@ def test_the_wheel_holds_code_and_configs_only(wheel: Path) -> None:
         assert f"talk2dino/conf/{path.relative_to(ROOT / 'conf')}" in names
     for path in (ROOT / "talk2dino").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
-    for path in (ROOT / "talk2dino").rglob("*.txt"):  # class lists
-        assert str(path.relative_to(ROOT)) in names
+    for kind in ("*.txt", "templates/*"):  # class lists, and what reports and cards look like
+        found = list((ROOT / "talk2dino").rglob(kind))
+        assert found
+        for path in found:
+            assert str(path.relative_to(ROOT)) in names
     folders = {name.split("/")[0] for name in names}
     info = next(f for f in folders if f.endswith(".dist-info"))
     assert folders == {"talk2dino", "hydra_plugins", info}
     assert not [name for name in names if name.endswith((".npz", ".ipynb", ".pyc"))]
+
+
+def test_the_wheel_renders_a_report(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    results = {"benchmark": "squares", "miou": 61.44, "pixel_accuracy": 80.0, "images": 6}
+    results |= {"seconds": 2.0, "per_class": {"cat": 61.44, "dog": None}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    ran = subprocess.run(
+        [sys.executable, "-m", "talk2dino.compare", "results.json", "--output", "both"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "<h1>Open-vocabulary segmentation</h1>" in (tmp_path / "both/report.html").read_text()
 
 
 def test_commands_work_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino.training.results import markdown_table
+from talk2dino.tables import markdown_table
 from tests.helpers.pipeline import TRAIN, fails, need, run
 
 EVERY_SECOND = ("sample_segmentations.every_n_epochs=2",)
@@ -131,3 +131,5 @@ def test_no_logger_and_bad_pictures(
 def test_tables() -> None:
     text = markdown_table(["a", "b"], [["x", 1.0], ["y", 2]])
     assert text == "| a | b |\n| --- | --- |\n| x | 1.00 |\n| y | 2 |\n"
+    text = markdown_table(["a", "b"], [["x|y", "two\nlines"]], "lr")
+    assert text == "| a | b |\n| --- | ---: |\n| x\\|y | two lines |\n"

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from talk2dino.segmentation.runs import Run
+from talk2dino.evaluation.runs import Run
+from talk2dino.tables import markdown_table, percent
 
 # the columns of the paper's table: without a background class, then with one
 PAPER_ORDER = (
@@ -76,8 +77,14 @@ class Summary:
         pamr = {True: "yes", False: "no", None: ""}[row.pamr]
         cells = [_cell(row, name) for name in self.benchmarks]
         mean = row.mean(self.benchmarks) if len(self.benchmarks) > 1 else None
-        last = ["" if mean is None else f"{mean:.1f}"] if len(self.benchmarks) > 1 else []
+        last = ["" if mean is None else percent(mean)] if len(self.benchmarks) > 1 else []
         return [row.label, pamr, *cells, *last]
+
+    def is_best(self, row: Row, benchmark: str) -> bool:
+        """Whether a row has the highest figure of its column among the own ones."""
+        own = [other.cells.get(benchmark) for other in self.rows if not other.published]
+        best = max((value for value in own if value is not None), default=None)
+        return best is not None and not row.published and row.cells.get(benchmark) == best
 
     def notes(self) -> list[str]:
         """How many images the columns rest on."""
@@ -91,10 +98,10 @@ def _cell(row: Row, benchmark: str) -> str:
     if benchmark not in row.cells:
         return ""
     value = row.cells[benchmark]
-    return FAILED if value is None else f"{value:.1f}"
+    return FAILED if value is None else percent(value)
 
 
-def summarise(runs: Sequence[Run]) -> Summary:
+def summarize(runs: Sequence[Run]) -> Summary:
     """Arrange runs in the paper's form; a later run replaces an earlier one of the same cell."""
     found = list(dict.fromkeys(run.benchmark for run in runs))
     known = [name for name in PAPER_ORDER if name in found]
@@ -175,17 +182,13 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
 def as_markdown(summary: Summary) -> str:
     """The table as Markdown; published rows are in italics."""
-    head = summary.header()
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "| --- | --- |" + " ---: |" * (len(head) - 2),
-    ]
+    rows = []
     for row in summary.rows:
-        cells = [cell.replace("|", "\\|") for cell in summary.text(row)]
-        if row.published:
-            cells = [f"*{cell}*" if cell else "" for cell in cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *summary.notes()]).rstrip() + "\n"
+        mark = "*" if row.published else ""
+        rows.append([cell and f"{mark}{cell}{mark}" for cell in summary.text(row)])
+    head = summary.header()
+    table = markdown_table(head, rows, "ll" + "r" * (len(head) - 2))
+    return "\n".join([table, *summary.notes()]).rstrip() + "\n"
 
 
 def as_csv(summary: Summary) -> str:
@@ -220,3 +223,26 @@ def as_table(summary: Summary, width: int) -> Table:
             table.add_section()
         table.add_row(*line, style="dim" if number >= own else None)
     return table
+
+
+def class_table(columns: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) -> Table:
+    """IoU per class, mIoU and pixel accuracy of one benchmark for a terminal, a column per result.
+
+    Args:
+        columns: results (see `SegmentationModule`) by heading.
+        reference: published mIoU, see `published`; printed below one's own.
+    """
+    first = next(iter(columns.values()))
+    out = Table(title=f"{first['benchmark']}: IoU in percent, {first['images']} images")
+    out.add_column("class")
+    for heading in columns:
+        out.add_column(heading, justify="right")
+    for name in first["per_class"]:
+        out.add_row(name, *(percent(result["per_class"][name]) for result in columns.values()))
+    out.add_section()
+    for key, label in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
+        out.add_row(label, *(percent(result[key]) for result in columns.values()), style="bold")
+    for name, pamr, value in published(reference):
+        label = f"published: {name}" + {True: ", PAMR", False: "", None: ""}[pamr]
+        out.add_row(label, *[""] * (len(columns) - 1), percent(value), style="dim")
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from talk2dino.errors import DataError
+from talk2dino.files import read_json
 
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
 # the axes of the table, and what does not change a figure
@@ -64,6 +64,16 @@ class Run:
         """In percent; None without results."""
         return float(self.results["miou"]) if self.results else None
 
+    @property
+    def file(self) -> Path:
+        """Where its results are, or would be."""
+        return self.folder / (UNTRAINED if self.untrained else RESULTS)
+
+    @property
+    def outputs(self) -> Path:
+        """Folder of its confusion matrix, figures per image and examples."""
+        return self.folder / "untrained" if self.untrained else self.folder
+
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
     """Read run folders, sweep folders (with a run folder per job), and `results.json` files.
@@ -84,10 +94,10 @@ def _from_folder(folder: Path) -> list[Run]:
     runs = [_from_file(folder / n) for n in (UNTRAINED, RESULTS) if (folder / n).is_file()]
     if (folder / RESULTS).is_file():
         return runs
-    config = _hydra_config(folder)
+    config = read_config(folder / ".hydra" / "config.yaml")  # noted before the job began
     if (folder / FAILED).is_file():
-        error = str(_json(folder / FAILED).get("error", "failed"))
-        return [*runs, _run(folder, config, {}, error)]
+        error = read_json(folder / FAILED, dict, "the error of a job").get("error", "failed")
+        return [*runs, _run(folder, config, {}, str(error))]
     if config and (folder / "records").is_dir():
         return [*runs, _run(folder, config, {}, "unfinished")]
     return runs
@@ -103,7 +113,7 @@ def read_sweep(folder: Path) -> list[Run]:
 
 
 def _from_file(file: Path) -> Run:
-    results = _json(file)
+    results = read_json(file, dict, "results of talk2dino.evaluate")
     absent = [key for key in ("benchmark", "miou", "images", "per_class") if key not in results]
     if absent:
         raise DataError(f"{file}: has no {absent[0]}; give results of talk2dino.evaluate")
@@ -129,39 +139,25 @@ def _run(
         pamr=bool(config.get("pamr")),
         results=results,
         error=error,
-        settings=dict(_flat(plain)),
+        settings=dict(flatten(plain)),
         reference=protocol.get("reference") or {},
         untrained=untrained,
     )
 
 
-def _flat(node: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted keys and values of a config, without those that point elsewhere."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flatten(value, f"{path}{key}.")
         elif "${" not in str(value):  # a failed job's config is not resolved
             yield f"{path}{key}", value
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not a json file ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{file}: holds {type(content).__name__}, not results of talk2dino.evaluate"
-        )
-    return content
-
-
-def _hydra_config(folder: Path) -> dict[str, Any]:
-    """The config that Hydra noted before the job began; empty if there is none."""
-    file = folder / ".hydra" / "config.yaml"
-    if not file.is_file():
-        return {}
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's config; empty if there is none or it is no YAML mapping."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

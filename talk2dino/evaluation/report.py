@@ -1,0 +1,178 @@
+"""`report.html` of an evaluation, or of several side by side, from the files of the run folders.
+
+This file collects what a page shows; `templates/report.html.j2` says how it looks.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from talk2dino.evaluation.charts import Confusion, HeatMap, heat_map, histogram, top_confusions
+from talk2dino.evaluation.images import Example, read_examples
+from talk2dino.evaluation.metrics import FILE as IMAGES
+from talk2dino.evaluation.metrics import read_ious
+from talk2dino.evaluation.runs import Run, read_runs
+from talk2dino.evaluation.summary import published, summarize
+from talk2dino.files import read_json, replacing
+from talk2dino.tables import percent
+
+NAME = "report.html"
+ENVIRONMENT = "environment.json"
+PICTURES = 16 << 20  # characters of pictures in one report; later runs of a large sweep show none
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page shows of one run.
+
+    Attributes:
+        run: the evaluation.
+        before: of the untrained projection, to compare with.
+        heat_map: of the confusion matrix; None if the run left no matrix.
+        confusions: its largest entries.
+        ious: of the images, percent.
+        examples: best and worst images, each with a data URI of its picture.
+        versions: of packages, and the device.
+    """
+
+    run: Run
+    before: Run | None
+    heat_map: HeatMap | None
+    confusions: list[Confusion]
+    ious: list[float]
+    examples: list[tuple[Example, str]]
+    versions: Mapping[str, str]
+
+    @property
+    def speed(self) -> float:
+        """Images per second."""
+        return float(self.run.results["images"] / max(float(self.run.results["seconds"]), 1e-9))
+
+    @property
+    def protocol(self) -> list[tuple[str, str]]:
+        """Names and values of what decides the figures."""
+        run = self.run
+        node = self._config.get("benchmark")
+        protocol = node if isinstance(node, Mapping) else {}
+        return [
+            ("checkpoint", run.checkpoint),
+            ("PAMR", "yes" if run.pamr else "no"),
+            *(
+                (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+                for key, value in protocol.items()
+                if key not in ("_target_", "reference", "classes")
+            ),
+        ]
+
+    @property
+    def config(self) -> str:
+        """The whole config as JSON."""
+        return json.dumps(self._config, indent=1, ensure_ascii=False)
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.run.results.get("config", {})
+        return found
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` of one run folder, and return its path.
+
+    Raises:
+        DataError: the folder holds no evaluation, or an unreadable file of one.
+    """
+    runs = read_runs([folder])
+    run = next(run for run in runs if not run.untrained)
+    before = next((run for run in runs if run.untrained), None)
+    title = f"{run.benchmark}: {percent(run.miou)} mIoU"
+    return _write(folder, title=title, sections=[section(run, before)], summary=None)
+
+
+def write_sweep_report(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `report.html` of several evaluations into `folder`: a summary, then every run.
+
+    Raises:
+        DataError: an unreadable file of a run.
+    """
+    sections: list[Section] = []
+    room = PICTURES
+    for run in runs:
+        if run.results:
+            sections.append(section(run, room=room))
+            room -= sum(len(picture) for _, picture in sections[-1].examples)
+    title = "Open-vocabulary segmentation"
+    return _write(folder, title=title, sections=sections, summary=summarize(runs), runs=runs)
+
+
+def section(run: Run, before: Run | None = None, room: int = PICTURES) -> Section:
+    """Read what a run left in its folder.
+
+    Args:
+        run: with results.
+        before: of the untrained projection.
+        room: for pictures, in characters; those beyond are left out.
+
+    Raises:
+        DataError: an unreadable file.
+    """
+    folder = run.outputs
+    chart, confusions = None, []
+    if (file := folder / "confusion.npz").is_file():
+        with np.load(file, allow_pickle=False) as arrays:
+            confusion, names = arrays["confusion"], [str(name) for name in arrays["classes"]]
+        chart, confusions = heat_map(confusion, names), top_confusions(confusion, names)
+    environment = run.folder / ENVIRONMENT
+    return Section(
+        run,
+        before,
+        chart,
+        confusions,
+        read_ious(folder / IMAGES) if (folder / IMAGES).is_file() else [],
+        _examples(folder, room),
+        read_json(environment, dict, "versions") if environment.is_file() else {},
+    )
+
+
+def _examples(folder: Path, room: int) -> list[tuple[Example, str]]:
+    """The examples of a run and their pictures, as many as fit."""
+    found = []
+    for example in read_examples(folder):
+        file = folder / example.file
+        if not file.is_file():
+            continue
+        picture = f"data:image/jpeg;base64,{b64encode(file.read_bytes()).decode()}"
+        room -= len(picture)
+        if room < 0:
+            break
+        found.append((example, picture))
+    return found
+
+
+def templates() -> Environment:
+    """The templates of this package; they escape what they are given."""
+    found = Environment(
+        loader=PackageLoader("talk2dino.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"percent": percent, "median": median, "histogram": histogram}
+    found.filters["published"] = published
+    return found
+
+
+def _write(folder: Path, **context: Any) -> Path:
+    text = templates().get_template("report.html.j2").render(context)
+    with replacing(folder / NAME) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return folder / NAME
