@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
 ]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 BELOW_ALL = {"errors", "files", "tables"}
+PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BELOW_ALL, "__init__")}
 HYDRA = {  # what composes a config or builds from it
     *(f"{name}.py" for name in COMMANDS),
@@ -93,6 +95,43 @@ def test_imports_point_one_way(source: str) -> None:
 def test_no_command_imports_another(source: str) -> None:
     others = {f"talk2dino.{name}" for name in COMMANDS} - {f"talk2dino.{source[:-3]}"}
     assert not imported(source) & others
+
+
+def drawn() -> dict[str, set[str]]:
+    """The arrows of the page."""
+    arrows = re.findall(r"^(\w+) ─+▶ (.+)$", PAGE.read_text(), re.M)
+    return {package: set(targets.split(", ")) for package, targets in arrows}
+
+
+def reached(package: str, arrows: dict[str, set[str]]) -> set[str]:
+    found = arrows.get(package, set())
+    return found | {far for near in found for far in reached(near, arrows)}
+
+
+def test_the_drawing_is_what_the_code_imports() -> None:
+    used: dict[str, set[str]] = {}
+    for source in SOURCES:
+        own = source.split("/")[0] if "/" in source else "commands"
+        if source != "__init__.py":
+            names = [name.split(".") for name in imported(source) if name.startswith("talk2dino.")]
+            used.setdefault(own, set()).update(
+                n[1] for n in names if n[1] in LAYERS and n[1] != own
+            )
+    arrows = drawn()
+    for package, targets in used.items():
+        assert targets <= reached(package, arrows), (
+            f"{package}: {targets - reached(package, arrows)}"
+        )
+    for package, targets in arrows.items():
+        assert targets <= used[package], f"{package}: no import of {targets - used[package]}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`([\w/]+\.(?:py|yaml))`", PAGE.read_text())))
+)
+def test_files_that_the_page_names_exist(name: str) -> None:
+    roots = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir()), PAGE.parents[1]]
+    assert any((root / name).is_file() for root in roots)
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
