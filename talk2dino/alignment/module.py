@@ -53,7 +53,7 @@ class AlignmentModule(L.LightningModule):
         super().__init__()
         self.projection, self.similarity, self.loss = projection, similarity, loss
         self.val_similarity = val_similarity
-        self._optimizer, self._scheduler, self._encoders = optimizer, scheduler, encoders
+        self._optimizer, self._scheduler, self.encoders = optimizer, scheduler, encoders
         self._val_batches: list[dict[str, Tensor]] = []
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class AlignmentModule(L.LightningModule):
 
     def description(self) -> dict[str, Any]:
         """Plain values: the projection's class and arguments, and the encoders' specs."""
-        return {"projection": describe_projection(self.projection), **self._encoders}
+        return {"projection": describe_projection(self.projection), **self.encoders}
 
 
 def gather_rows(rows: Tensor) -> Tensor:
