@@ -1,4 +1,4 @@
-"""Text meets image: projections, similarities, losses, schedules, retrieval, checkpoints."""
+"""Text and image in one space: projections, similarities, losses, retrieval, checkpoints."""
 
 from talk2dino.alignment import similarity
 from talk2dino.alignment.losses import InfoNCE, TripletLoss

@@ -1,4 +1,4 @@
-"""ψ behind CLIP's last text block, which is fine-tuned with it (original `CLIPLastLayer`)."""
+"""CLIP's last text block followed by ψ, fine-tuned together (original `CLIPLastLayer`)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CLIPLastLayer(Projection):
         self.last_block = _LastBlock(width, num_text_heads, mlp_width or 4 * width, quick_gelu)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, text_dim))
-        nn.init.normal_(self.text_projection, std=width**-0.5)  # CLIP's own initialisation
+        nn.init.normal_(self.text_projection, std=width**-0.5)  # CLIP's own initialization
         self.projection = ProjectionLayer(text_dim, vision_dim, hidden_layers, activation)
 
     @classmethod
