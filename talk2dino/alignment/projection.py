@@ -34,8 +34,6 @@ class Projection(nn.Module):
         vision_dim: width D of the visual features.
         text_fields: caption fields that `project_text` takes, in order:
             `projection.project_text(*(batch[name] for name in projection.text_fields))`.
-        pooled_fields: image fields that `pool_visual` takes, in order; empty if the projection has
-            no pooling of its own.
         projects_visual: whether `project_visual` does anything.
     """
 
@@ -51,8 +49,12 @@ class Projection(nn.Module):
 
     @property
     def pooled_fields(self) -> tuple[str, ...]:
-        """See the class."""
+        """Image fields that `pool_visual` takes, in order; empty without a pooling of its own."""
         return ()
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """The same as `project_text`."""
+        return self.project_text(*features)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """First stage of the text side: `text_fields` to one embedding, `[..., C]`.
@@ -165,7 +167,7 @@ class ProjectionLayer(Projection):
             "num_heads": self.num_heads,
         }
 
-    def forward(self, text: Tensor) -> Tensor:
+    def project_text(self, text: Tensor) -> Tensor:
         """ψ(text): `[..., C]` of any float dtype to `[..., D]` in the parameters' dtype.
 
         Raises:
@@ -174,14 +176,9 @@ class ProjectionLayer(Projection):
         check_width(text, self.text_dim, "text features", "projection.text_dim")
         return self._mlp(text, self.linear_layer, self.hidden_layers)
 
-    def project_text(self, text: Tensor) -> Tensor:
-        """The same as calling the module: `[..., C]` to `[..., D]`."""
-        projected: Tensor = self(text)
-        return projected
-
     @property
     def pooled_fields(self) -> tuple[str, ...]:
-        """Image fields that `pool_visual` takes; empty without `head_weighting`."""
+        """Patch tokens and attention, and for "conditioned" the CLS token."""
         dense = ("patch_tokens", "self_attn_maps")
         return {"static": dense, "conditioned": (*dense, "cls_token")}.get(
             self.head_weighting or "", ()
@@ -324,17 +321,16 @@ class VisualProjectionLayer(Projection):
             "activation": self.activation,
         }
 
-    def forward(self, visual: Tensor) -> Tensor:
+    def forward(self, *features: Tensor) -> Tensor:
+        """The same as `project_visual`."""
+        return self.project_visual(*features)
+
+    def project_visual(self, visual: Tensor) -> Tensor:
         """`[..., D]` of any float dtype to `[..., C]` in the parameters' dtype."""
         check_width(visual, self.vision_dim, "visual features", "projection.vision_dim")
         x = self.linear_layer(visual.to(self.linear_layer.weight.dtype))
         x = activate(self.activation, x)
         return x if self.linear_layer2 is None else self.linear_layer2(x)
-
-    def project_visual(self, visual: Tensor) -> Tensor:
-        """The same as calling the module: `[..., D]` to `[..., C]`."""
-        projected: Tensor = self(visual)
-        return projected
 
 
 class VisualSide(nn.Module):
