@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,21 @@ from typing import Any
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from talk2dino.alignment.inputs import caption_fields, check_combination, image_fields
 from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.projection import Projection
 from talk2dino.config import command
+from talk2dino.encoders.build import build_text
+from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.sweeps.study import PruneTrial
+from talk2dino.training.callbacks import callbacks, check_metric, check_mode
 from talk2dino.training.results import close_loggers
-from talk2dino.training.resume import AtomicCheckpointIO
-from talk2dino.training.setup import (
-    build_projection,
-    callbacks,
-    check_metric,
-    check_mode,
-    encoder_specs,
-    fill_widths,
-)
+from talk2dino.training.resume import AtomicCheckpointIO, checkpoint_to_resume, keep_logs
 
 
 def train(config: DictConfig) -> None:
@@ -38,7 +36,7 @@ def train(config: DictConfig) -> None:
     store = FeatureStore(config.store)
     module = build_module(config, store)
     data = build_data(config, store, module)
-    checkpoint = checkpoint_to_resume(config, folder)
+    checkpoint = checkpoint_to_resume(folder, config.resume, config.ckpt_path)
     if checkpoint is not None:
         keep_logs(folder)
     trainer: L.Trainer = command.build(
@@ -50,14 +48,50 @@ def train(config: DictConfig) -> None:
     )
     if trainer.is_global_zero:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
-        logger.log_hyperparams(_plain(config))
+        logger.log_hyperparams(plain)
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     finally:
         close_loggers(trainer)
     if trainer.is_global_zero:
         report(folder, trainer)
+
+
+def fill_widths(config: DictConfig) -> None:
+    """Set the projection's widths and heads that the config leaves open to those of the store.
+
+    Raises:
+        ConfigError: the config's widths are not those of the store.
+    """
+    store = FeatureStore(config.store)
+    other = ("id", "file_name", "patch_index", "self_attn_maps")  # not of the vision width
+    visual = next(name for name in store.images.fields if name not in other)
+    found = {"text_dim": text_width(store), "vision_dim": store.images[visual].shape[-1]}
+    for key, width in found.items():
+        wanted = config.projection.get(key)
+        if wanted is None:
+            config.projection[key] = width
+        elif wanted != width:
+            encoder = store.text if key == "text_dim" else store.vision
+            raise ConfigError(
+                f"projection.{key}={wanted} but {config.store} holds features of width {width}"
+                + (f" ({encoder.name})" if encoder else "")
+                + f"; set projection.{key}={width} or choose the experiment of these encoders"
+            )
+    if config.projection.get("head_weighting") and config.projection.get("num_heads") is None:
+        config.projection.num_heads = store.images["self_attn_maps"].shape[1]
+
+
+def text_width(store: FeatureStore) -> int:
+    """Width C of the text features, whichever of them the store holds."""
+    for name in ("embedding", "token_embeddings"):
+        if name in store.captions:
+            return store.captions[name].shape[-1]
+    if store.text is None or not store.text.embed_dim:
+        raise ConfigError(f"store={store.path}: has neither embedding nor the width of its text")
+    return store.text.embed_dim
 
 
 def build_module(config: DictConfig, store: FeatureStore) -> AlignmentModule:
@@ -74,52 +108,41 @@ def build_module(config: DictConfig, store: FeatureStore) -> AlignmentModule:
         optimizer=build_optimizer(config),
         scheduler=command.build(config.scheduler) if config.scheduler else None,
         val_similarity=val_similarity,
-        encoders=encoder_specs(store),
+        encoders={
+            "vision": store.vision.spec if store.vision else None,
+            "text": store.text.spec if store.text else None,
+        },
     )
 
 
-def build_data(
-    config: DictConfig, store: FeatureStore, module: AlignmentModule
-) -> FeatureDataModule:
-    """The fields that projection and similarities read, streamed from the store."""
-    stored = store.images.fields
-    projection, similarity, val_similarity = (
-        module.projection,
-        module.similarity,
-        module.val_similarity,
-    )
-    return FeatureDataModule(
-        store=config.store,
-        image_fields=image_fields(projection, similarity, stored),
-        val_image_fields=image_fields(projection, val_similarity, stored),
-        caption_fields=caption_fields(projection, similarity),
-        val_caption_fields=caption_fields(projection, val_similarity),
-        val_store=config.val_store,
-        seed=config.seed,
-        **config.data,
-    )
+def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
+    """Build ψ; one that starts from the text encoder's weights gets the store's encoder."""
+    target = get_object(config.projection._target_)
+    needs_text = "text" in inspect.signature(target).parameters
+    arguments = {"text": stored_text_encoder(store)} if needs_text else {}
+    projection: Projection = command.build(config.projection, **arguments)
+    return projection
 
 
-def checkpoint_to_resume(config: DictConfig, folder: Path) -> str | None:
-    """`last.ckpt` of this run folder with `resume`, if there is one; else `ckpt_path`.
+def stored_text_encoder(store: FeatureStore) -> TextEncoder:
+    """The text encoder that the store's features come from.
 
     Raises:
-        ConfigError: `ckpt_path` does not exist.
+        ConfigError: the store does not name it, or its weights are others now.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    if config.resume and last.is_file():
-        return str(last)
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={config.ckpt_path}: no such file; give a run's last.ckpt")
-    return config.ckpt_path and str(config.ckpt_path)
-
-
-def keep_logs(folder: Path) -> None:
-    """Move a former run's `metrics.csv` aside, which the CSV logger would overwrite."""
-    old = folder / "logs" / "metrics.csv"
-    if old.is_file():
-        number = len(list(old.parent.glob("metrics.*.csv"))) + 1
-        old.rename(old.with_name(f"metrics.{number}.csv"))
+    info = store.text
+    if info is None or not info.spec:
+        raise ConfigError(
+            f"store={store.path}: does not name its text encoder, whose weights this projection "
+            "starts from; extract with features=clip_last_layer"
+        )
+    encoder = build_text(info.spec)
+    if encoder.describe()["weights_sha256"] != info.weights_sha256:
+        raise ConfigError(
+            f"store={store.path}: its text encoder {info.name} has other weights now than at "
+            "extraction; extract again"
+        )
+    return encoder
 
 
 def build_optimizer(config: DictConfig) -> Any:
@@ -143,6 +166,23 @@ def build_optimizer(config: DictConfig) -> Any:
     return command.build(config.optimizer, fused=not clips_mixed if fused is None else fused)
 
 
+def build_data(
+    config: DictConfig, store: FeatureStore, module: AlignmentModule
+) -> FeatureDataModule:
+    """The fields that projection and similarities read, streamed from the store."""
+    projection, stored = module.projection, store.images.fields
+    return FeatureDataModule(
+        store=config.store,
+        image_fields=image_fields(projection, module.similarity, stored),
+        val_image_fields=image_fields(projection, module.val_similarity, stored),
+        caption_fields=caption_fields(projection, module.similarity),
+        val_caption_fields=caption_fields(projection, module.val_similarity),
+        val_store=config.val_store,
+        seed=config.seed,
+        **config.data,
+    )
+
+
 def check_sweep(config: DictConfig) -> None:
     """Refuse keys of a search in a grid, and in a sweep a metric that orders nothing.
 
@@ -159,23 +199,18 @@ def check_sweep(config: DictConfig) -> None:
 
 
 def report(folder: Path, trainer: L.Trainer) -> None:
-    """Say where things are, and what came out."""
+    """Print the metrics and the paths of the results."""
     if any(isinstance(c, PruneTrial) and c.pruned for c in trainer.callbacks):  # type: ignore[attr-defined]
         print(f"pruned after {trainer.current_epoch} epochs: others were better by then")
     metrics = json.loads((folder / "metrics.json").read_text())
     result = metrics["result"]
-    shown = {key: result[key] for key in result if "text_to_image/recall" in key}
-    if shown:
-        figures = "  ".join(f"{k.rpartition('/')[2]} {v:.1f}" for k, v in shown.items())
-        print(f"text → image, held-out captions: {figures} (step {int(result['step'])})")
+    recalls = {key: result[key] for key in result if "text_to_image/recall" in key}
+    if recalls:
+        shown = "  ".join(f"{k.rpartition('/')[2]} {v:.1f}" for k, v in recalls.items())
+        print(f"text → image, held-out captions: {shown} (step {int(result['step'])})")
     print(f"loss: {metrics['train/loss']:.4g} after {metrics['steps']} steps")
     for name, file in (("projection", "projection.safetensors"), ("loss curve", "loss.png")):
         print(f"{name}: {folder / file}")
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    return dict(plain)
 
 
 if __name__ == "__main__":

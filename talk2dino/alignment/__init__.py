@@ -1,9 +1,8 @@
-"""Text meets image: projections, similarities, losses, schedules, retrieval, checkpoints."""
+"""Text and image in one space: projections, similarities, losses, retrieval, checkpoints."""
 
 from talk2dino.alignment import similarity
 from talk2dino.alignment.losses import InfoNCE, TripletLoss
-from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
-from talk2dino.alignment.visual_projection import VisualProjectionLayer
+from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, VisualProjectionLayer
 from talk2dino.encoders.attention import pool_attention
 
 __all__ = [

@@ -23,8 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.projection import Activation, DoubleMLP, Projection, ProjectionLayer
-from talk2dino.alignment.visual_projection import VisualProjectionLayer
+from talk2dino.alignment.projection import (
+    Activation,
+    DoubleMLP,
+    Projection,
+    ProjectionLayer,
+    VisualProjectionLayer,
+)
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import replacing
 
@@ -37,7 +42,11 @@ _CLASSES: tuple[type[Projection], ...] = (
     VisualProjectionLayer,
     CLIPLastLayer,
 )
-_PACKAGES = {"talk2dino.alignment"} | {kind.__module__ for kind in _CLASSES}
+_PACKAGES = {  # with the one in which an earlier version kept VisualProjectionLayer
+    "talk2dino.alignment",
+    "talk2dino.alignment.visual_projection",
+    *(kind.__module__ for kind in _CLASSES),
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plain text and class names through encoder and projection, whatever fields that reads."""
+"""Plain text and class names through text encoder and projection, for evaluation and inference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def embed_classes(
     the mean is taken over the embeddings of its own last block.
 
     Args:
-        synonyms: per class, the names that stand for it.
+        synonyms: per class, its names.
         text: text encoder.
         projection: ψ.
         template_set: name of the prompt templates; None takes those that suit the encoder.

@@ -1,4 +1,4 @@
-"""ψ behind CLIP's last text block, which is fine-tuned with it (original `CLIPLastLayer`)."""
+"""CLIP's last text block followed by ψ, fine-tuned together (original `CLIPLastLayer`)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CLIPLastLayer(Projection):
         self.last_block = _LastBlock(width, num_text_heads, mlp_width or 4 * width, quick_gelu)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, text_dim))
-        nn.init.normal_(self.text_projection, std=width**-0.5)  # CLIP's own initialisation
+        nn.init.normal_(self.text_projection, std=width**-0.5)  # CLIP's own initialization
         self.projection = ProjectionLayer(text_dim, vision_dim, hidden_layers, activation)
 
     @classmethod
@@ -150,21 +150,6 @@ class CLIPLastLayer(Projection):
             "activation": self.projection.activation,
         }
 
-    def forward(self, second_last_tokens: Tensor, eot_index: Tensor) -> Tensor:
-        """Stored tokens to the vision space.
-
-        Args:
-            second_last_tokens: `[B, L, W]`, the output of the block before the last.
-            eot_index: `[B]` int64, position of the end-of-text token.
-
-        Returns:
-            `[B, D]`.
-
-        Raises:
-            ConfigError: the tokens' width is not `width`.
-        """
-        return self.project_embedding(self.embed_text(second_last_tokens, eot_index))
-
     def embed_text(self, text: Tensor, eot_index: Tensor | None = None) -> Tensor:
         """`second_last_tokens` `[B, L, W]` and `eot_index` `[B]` to CLIP's embedding, `[B, C]`.
 
@@ -187,10 +172,17 @@ class CLIPLastLayer(Projection):
         return self.projection.project_text(embedding)
 
     def project_text(self, text: Tensor, eot_index: Tensor | None = None) -> Tensor:
-        """The same as calling the module.
+        """Stored tokens to the vision space.
+
+        Args:
+            text: `second_last_tokens` `[B, L, W]`, the output of the block before the last.
+            eot_index: `[B]` int64, position of the end-of-text token.
+
+        Returns:
+            `[B, D]`.
 
         Raises:
-            ConfigError: `eot_index` is missing.
+            ConfigError: `eot_index` is missing, or the tokens' width is not `width`.
         """
         return self.project_embedding(self.embed_text(text, eot_index))
 

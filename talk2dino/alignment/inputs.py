@@ -1,8 +1,9 @@
-"""Which stored fields a projection and a similarity read, and what they make of a batch.
+"""Which stored fields a projection and a similarity read, and what they compute from a batch.
 
-The text side is decided by both: a projection with fields of its own (`CLIPLastLayer`) reads those;
-any other projects what the similarity's `text_field` names. On the image side `similarity.field` is
+Both decide the text side: a projection with fields of its own (`CLIPLastLayer`) reads those; any
+other projects what the similarity's `text_field` names. On the image side `similarity.field` is
 compared, except that a projection with learned head weights pools `avg_self_attn_out` itself.
+Training, validation and the record of the heads all follow these rules.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from talk2dino.errors import ConfigError
 
 POOLABLE = ("avg_self_attn_out", "disentangled_self_attn")
 DENSE = ("patch_tokens", "self_attn_maps")
+IMAGE = "avg_self_attn_out"  # the image as one vector
+POOLED = ("embedding",)
+TOKENS = ("token_embeddings", "token_mask")
 
 
 def stored_fields(wanted: str, stored: Iterable[str]) -> tuple[str, ...]:
     """Return the fields to read for `wanted`: itself, or the dense ones it can be pooled from.
 
-    A store with `patch_index` holds some patches only, and nothing is pooled from those.
+    A store with `patch_index` holds a subset of the patches, from which nothing can be pooled.
     """
     present = set(stored)
     whole = present.issuperset(DENSE) and "patch_index" not in present
@@ -35,7 +39,7 @@ def stored_fields(wanted: str, stored: Iterable[str]) -> tuple[str, ...]:
 
 
 def visual_feature(batch: Mapping[str, Any], wanted: str) -> Tensor:
-    """Return a visual feature of a batch, [B, …]; pools it where only dense features were read."""
+    """Return a visual feature of a batch, `[B, …]`, pooled if only dense features were read."""
     if wanted in batch:
         feature: Tensor = batch[wanted]
         return feature
@@ -44,11 +48,6 @@ def visual_feature(batch: Mapping[str, Any], wanted: str) -> Tensor:
         batch["self_attn_maps"],
         head_average=wanted == "avg_self_attn_out",
     )
-
-
-POOLED = ("embedding",)
-TOKENS = ("token_embeddings", "token_mask")
-IMAGE = "avg_self_attn_out"  # the image as one vector
 
 
 def check_combination(
@@ -88,7 +87,7 @@ def caption_fields(projection: Projection, similarity: Similarity) -> tuple[str,
 def image_fields(
     projection: Projection, similarity: Similarity, stored: Iterable[str]
 ) -> tuple[str, ...]:
-    """Image fields to read, out of the stored ones or to be missed there."""
+    """Image fields to read; the data module reports those that the store does not have."""
     if projection.pooled_fields and similarity.field == IMAGE:
         return projection.pooled_fields
     return stored_fields(similarity.field, stored)
@@ -110,7 +109,7 @@ def projected_text(
 def projected_visual(
     batch: Mapping[str, Any], projection: Projection, similarity: Similarity
 ) -> Tensor:
-    """Project what of a batch's images is compared: `[B, D]`, `[B, H, D]` or `[B, P, D]`.
+    """Project the visual feature of a batch's images: `[B, D]`, `[B, H, D]` or `[B, P, D]`.
 
     An image that several captions of the batch share is pooled and projected once.
     """
@@ -122,6 +121,6 @@ def projected_visual(
 
 
 def per_caption(visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Features of a batch's images `[U, …]`, once for each of its captions, `[B, …]`."""
-    place = batch.get("image_place")
-    return visual if place is None or len(place) == len(visual) else visual[place]
+    """Features of the distinct images `[U, …]` to one row per caption, `[B, …]`."""
+    rows = batch.get("image_place")  # [B], the image of each caption
+    return visual if rows is None or len(rows) == len(visual) else visual[rows]

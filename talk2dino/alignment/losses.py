@@ -19,7 +19,7 @@ class InfoNCE(nn.Module):
     Args:
         logit_scale: factor on the scores, 1/temperature; CLIP's 1/0.07 by default.
         learnable_logit_scale: train the factor's logarithm. The original creates the parameter but
-            never hands it to its optimiser, so it stays at 1/0.07.
+            never gives it to its optimizer, so it stays at 1/0.07.
         normalize_by_batch_squared: divide the mean by B² as well, as the original does. Adam
             cancels a constant factor except for its epsilon and for batches of different size.
         mask_same_image: captions of one image are not each other's negatives; needs `image_ids`.

@@ -1,4 +1,4 @@
-"""The LightningModule: projection, similarity and loss wired for one or many devices."""
+"""The LightningModule: projection, similarity and loss connected, on one or many devices."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class AlignmentModule(L.LightningModule):
         similarity: how a text and an image are compared in training.
         loss: of the score matrix, called with the image ids.
         optimizer: makes an optimizer of parameters.
-        scheduler: makes a learning rate schedule, stepped once per optimizer step, of an
-            optimizer, `total_steps` and `steps_per_epoch`; None keeps the rate.
+        scheduler: makes a learning rate schedule of an optimizer, `total_steps` and
+            `steps_per_epoch`, stepped once per optimizer step; None leaves the rate constant.
         val_similarity: how they are compared in validation (recall).
-        encoders: specs of the encoders, `{"vision": …, "text": …}`, kept in every checkpoint.
+        encoders: specs of the encoders, `{"vision": …, "text": …}`, stored in every checkpoint.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AlignmentModule(L.LightningModule):
         super().__init__()
         self.projection, self.similarity, self.loss = projection, similarity, loss
         self.val_similarity = val_similarity
-        self._optimizer, self._scheduler, self._encoders = optimizer, scheduler, encoders
+        self._optimizer, self._scheduler, self.encoders = optimizer, scheduler, encoders
         self._val_batches: list[dict[str, Tensor]] = []
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -74,14 +74,14 @@ class AlignmentModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Project and keep one batch; the metrics need all of them."""
+        """Project one batch; the metrics are computed from all of them."""
         text, mask = projected_text(batch, self.projection, self.val_similarity)
         visual = projected_visual(batch, self.projection, self.val_similarity)
         kept = {"text": text, "visual": visual, "image_id": batch["image_id"]}
         self._val_batches.append(kept if mask is None else kept | {"mask": mask})
 
     def on_validation_epoch_end(self) -> None:
-        """Log recall at 1, 5 and 10 and the median rank in both directions."""
+        """Log recall at 1, 5 and 10, median and mean rank in both directions."""
         if not self._val_batches:
             return
         text, visual, captions = (
@@ -103,7 +103,7 @@ class AlignmentModule(L.LightningModule):
         self.log("recall@5", metrics["text_to_image/recall@5"], prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimise the projection and, if it is learnable, the loss's logit scale."""
+        """Optimize the projection and, if it is learnable, the loss's logit scale."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = self._optimizer(iter(parameters))
         if self._scheduler is None:
@@ -117,12 +117,12 @@ class AlignmentModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is needed to use the projection without the training config."""
+        """Store what is needed to use the projection without the training config."""
         checkpoint["talk2dino"] = self.description()
 
     def description(self) -> dict[str, Any]:
         """Plain values: the projection's class and arguments, and the encoders' specs."""
-        return {"projection": describe_projection(self.projection), **self._encoders}
+        return {"projection": describe_projection(self.projection), **self.encoders}
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks use all rows, so a row's gradient is the sum of what every rank says about it.
+    """All ranks use all rows, so a row's gradient is the sum of the gradients of all ranks.
 
-    `torch.distributed.nn.functional.all_gather` did the same and is deprecated since torch 2.14;
+    `torch.distributed.nn.functional.all_gather` does the same and is deprecated since torch 2.14;
     these two collectives are in all versions and all backends.
     """
 

@@ -1,4 +1,14 @@
-"""ψ: text features to the vision encoder's space, with the original's parameter names."""
+"""Projections between the text encoder's space and the vision encoder's.
+
+| class | text side | image side |
+| --- | --- | --- |
+| `ProjectionLayer`: ψ, Talk2DINO's | C to D | unchanged |
+| `DoubleMLP` | C to D | D to D |
+| `VisualProjectionLayer` | unchanged | D to C |
+
+Classes and parameter names are those of the original's `src/model.py`, so its weights load.
+`clip_last_layer.py` has ψ with the end of CLIP's text encoder before it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +21,7 @@ from torch import Tensor, nn
 from talk2dino.errors import ConfigError
 
 Activation = Literal["tanh", "relu", "sigmoid"]
+HeadWeighting = Literal["static", "conditioned"]
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
 
@@ -23,8 +34,6 @@ class Projection(nn.Module):
         vision_dim: width D of the visual features.
         text_fields: caption fields that `project_text` takes, in order:
             `projection.project_text(*(batch[name] for name in projection.text_fields))`.
-        pooled_fields: image fields that `pool_visual` takes, in order; empty if the projection has
-            no pooling of its own.
         projects_visual: whether `project_visual` does anything.
     """
 
@@ -40,8 +49,12 @@ class Projection(nn.Module):
 
     @property
     def pooled_fields(self) -> tuple[str, ...]:
-        """See the class."""
+        """Image fields that `pool_visual` takes, in order; empty without a pooling of its own."""
         return ()
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """The same as `project_text`."""
+        return self.project_text(*features)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """First stage of the text side: `text_fields` to one embedding, `[..., C]`.
@@ -51,7 +64,7 @@ class Projection(nn.Module):
         return text
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
-        """Second stage, `[..., C]`: what `project_text` does behind `embed_text`."""
+        """Second stage, `[..., C]`: what `project_text` does after `embed_text`."""
         return self.project_text(embedding)
 
     def pool_visual(
@@ -67,62 +80,6 @@ class Projection(nn.Module):
     def project_visual(self, visual: Tensor) -> Tensor:
         """Visual features `[..., D]` in the space where similarities are computed."""
         return visual
-
-
-class VisualSide(nn.Module):
-    """`project_visual` as a module, which moves and saves with whatever holds it."""
-
-    def __init__(self, projection: Projection) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, visual: Tensor) -> Tensor:
-        """`[..., D]` to the space where similarities are computed."""
-        return self.projection.project_visual(visual)
-
-
-def visual_side(projection: Projection) -> VisualSide | None:
-    """The image side of a projection as a module; None where it changes nothing."""
-    return VisualSide(projection) if projection.projects_visual else None
-
-
-def check_width(x: Tensor, width: int, what: str, key: str) -> None:
-    """Raise a ConfigError that names `key` when the last dimension of `x` is not `width`."""
-    if x.shape[-1] != width:
-        raise ConfigError(
-            f"{key} is {width} but the {what} have shape {tuple(x.shape)}: "
-            f"set {key}={x.shape[-1]} or use the encoder the projection was made for"
-        )
-
-
-def activate(name: Activation | None, x: Tensor) -> Tensor:
-    """Apply an activation by name; None is the identity."""
-    return x if name is None else _ACTIVATIONS[name](x)
-
-
-def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ConfigError that names `key` unless the value is one of the choices or None."""
-    if value is not None and value not in choices:
-        raise ConfigError(f"{key} is {value!r}: choose one of {', '.join(choices)} or null")
-
-
-def original_width(config: Mapping[str, Any], key: str) -> int:
-    """A width from the `model` section of an original config file."""
-    if not isinstance(config.get(key), int):
-        raise ConfigError(f"original config: {key} is {config.get(key)!r}: give a whole number")
-    return int(config[key])
-
-
-def original_activation(config: Mapping[str, Any]) -> Activation | None:
-    """The activation's name from the `model` section of an original config file."""
-    act: Activation | None = config.get("act")
-    check_choice("original config: act", act, get_args(Activation))
-    return act
-
-
-__all__ = ["DoubleMLP", "Projection", "ProjectionLayer"]
-
-HeadWeighting = Literal["static", "conditioned"]
 
 
 class ProjectionLayer(Projection):
@@ -192,10 +149,8 @@ class ProjectionLayer(Projection):
             ConfigError: a width is missing or an option has an unknown value.
         """
         return cls(
-            text_dim=original_width(config, "clip_embed_dim"),
-            vision_dim=original_width(config, "dino_embed_dim"),
+            **_original_arguments(config),
             hidden_layers=config.get("hidden_layer") or 0,
-            activation=original_activation(config),
             head_weighting=config.get("weight_attn_heads"),
             num_heads=config.get("num_attn_head"),
         )
@@ -212,7 +167,7 @@ class ProjectionLayer(Projection):
             "num_heads": self.num_heads,
         }
 
-    def forward(self, text: Tensor) -> Tensor:
+    def project_text(self, text: Tensor) -> Tensor:
         """ψ(text): `[..., C]` of any float dtype to `[..., D]` in the parameters' dtype.
 
         Raises:
@@ -221,14 +176,9 @@ class ProjectionLayer(Projection):
         check_width(text, self.text_dim, "text features", "projection.text_dim")
         return self._mlp(text, self.linear_layer, self.hidden_layers)
 
-    def project_text(self, text: Tensor) -> Tensor:
-        """The same as calling the module: `[..., C]` to `[..., D]`."""
-        projected: Tensor = self(text)
-        return projected
-
     @property
     def pooled_fields(self) -> tuple[str, ...]:
-        """Image fields that `pool_visual` takes; empty without `head_weighting`."""
+        """Patch tokens and attention, and for "conditioned" the CLS token."""
         dense = ("patch_tokens", "self_attn_maps")
         return {"static": dense, "conditioned": (*dense, "cls_token")}.get(
             self.head_weighting or "", ()
@@ -321,6 +271,119 @@ class DoubleMLP(ProjectionLayer):
         """Image side: `[..., D]` of any float dtype to `[..., D]` in the parameters' dtype."""
         check_width(visual, self.vision_dim, "visual features", "projection.vision_dim")
         return self._mlp(visual, self.visual_linear, self.visual_hidden_layers)
+
+
+class VisualProjectionLayer(Projection):
+    """The other direction: image features to the text space; text passes unchanged.
+
+    Unlike in `ProjectionLayer`, the activation follows the first layer even if it is the only one.
+
+    Args:
+        text_dim: width C of the text features.
+        vision_dim: width D of the visual features.
+        hidden_dim: width between two layers (`linear_layer`, `linear_layer2`); None has one layer.
+        activation: "tanh", "relu", "sigmoid" or None.
+    """
+
+    projects_visual: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        text_dim: int,
+        vision_dim: int,
+        hidden_dim: int | None = None,
+        activation: Activation | None = "tanh",
+    ) -> None:
+        super().__init__()
+        check_choice("projection.activation", activation, get_args(Activation))
+        self.text_dim, self.vision_dim = text_dim, vision_dim
+        self.hidden_dim, self.activation = hidden_dim, activation
+        self.linear_layer = nn.Linear(vision_dim, hidden_dim or text_dim)
+        self.linear_layer2 = nn.Linear(hidden_dim, text_dim) if hidden_dim else None
+
+    @classmethod
+    def from_original_config(cls, config: Mapping[str, Any]) -> VisualProjectionLayer:
+        """Build from the `model` section of an original config file.
+
+        Raises:
+            ConfigError: a width is missing or an option has an unknown value.
+        """
+        hidden = _original_width(config, "hidden_embed_dim") if config.get("hidden_layer") else None
+        return cls(**_original_arguments(config), hidden_dim=hidden)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's keyword arguments as plain values (JSON)."""
+        return {
+            "text_dim": self.text_dim,
+            "vision_dim": self.vision_dim,
+            "hidden_dim": self.hidden_dim,
+            "activation": self.activation,
+        }
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """The same as `project_visual`."""
+        return self.project_visual(*features)
+
+    def project_visual(self, visual: Tensor) -> Tensor:
+        """`[..., D]` of any float dtype to `[..., C]` in the parameters' dtype."""
+        check_width(visual, self.vision_dim, "visual features", "projection.vision_dim")
+        x = self.linear_layer(visual.to(self.linear_layer.weight.dtype))
+        x = activate(self.activation, x)
+        return x if self.linear_layer2 is None else self.linear_layer2(x)
+
+
+class VisualSide(nn.Module):
+    """`project_visual` as a module, which moves and saves with whatever holds it."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, visual: Tensor) -> Tensor:
+        """`[..., D]` to the space where similarities are computed."""
+        return self.projection.project_visual(visual)
+
+
+def visual_side(projection: Projection) -> VisualSide | None:
+    """The image side of a projection as a module; None where it changes nothing."""
+    return VisualSide(projection) if projection.projects_visual else None
+
+
+def check_width(x: Tensor, width: int, what: str, key: str) -> None:
+    """Raise a ConfigError that names `key` when the last dimension of `x` is not `width`."""
+    if x.shape[-1] != width:
+        raise ConfigError(
+            f"{key} is {width} but the {what} have shape {tuple(x.shape)}: "
+            f"set {key}={x.shape[-1]} or use the encoder the projection was made for"
+        )
+
+
+def activate(name: Activation | None, x: Tensor) -> Tensor:
+    """Apply an activation by name; None is the identity."""
+    return x if name is None else _ACTIVATIONS[name](x)
+
+
+def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ConfigError that names `key` unless the value is one of the choices or None."""
+    if value is not None and value not in choices:
+        raise ConfigError(f"{key} is {value!r}: choose one of {', '.join(choices)} or null")
+
+
+def _original_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths and activation out of the `model` section of an original config file."""
+    check_choice("original config: act", config.get("act"), get_args(Activation))
+    return {
+        "text_dim": _original_width(config, "clip_embed_dim"),
+        "vision_dim": _original_width(config, "dino_embed_dim"),
+        "activation": config.get("act"),
+    }
+
+
+def _original_width(config: Mapping[str, Any], key: str) -> int:
+    if not isinstance(config.get(key), int):
+        raise ConfigError(f"original config: {key} is {config.get(key)!r}: give a whole number")
+    return int(config[key])
 
 
 def _square_layers(width: int, count: int) -> nn.ModuleList:

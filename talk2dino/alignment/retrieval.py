@@ -1,7 +1,7 @@
 """Caption-image retrieval: recall at 1, 5, 10, median and mean rank, both directions.
 
-Ranks count from 1. A wrong candidate that scores the same as the right one is placed before it, so
-a collapsed model that scores everything alike gets no credit.
+Ranks count from 1. A wrong candidate that scores the same as the right one is ranked before it, so
+a collapsed model, whose scores are all equal or NaN, gets no credit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DirectionReport:
 
     @classmethod
     def from_ranks(cls, ranks: Tensor) -> DirectionReport:
-        """Summarise ranks `[queries]` int64 that count from 1."""
+        """Summarize ranks `[queries]` int64 that count from 1."""
         return cls(
             recall={k: 100 * (ranks <= k).double().mean().item() for k in (1, 5, 10)},
             # quantile averages the two middle ranks as numpy does; torch.median takes the lower
@@ -93,8 +93,8 @@ def retrieval_metrics(
         DataError: a caption's image is not among the images, or an image has no caption.
     """
     ordered, order = image_ids.sort()
-    place = torch.searchsorted(ordered, text_image_ids).clamp_(max=len(ordered) - 1)
-    unknown = text_image_ids[ordered[place] != text_image_ids]
+    found = torch.searchsorted(ordered, text_image_ids).clamp_(max=len(ordered) - 1)
+    unknown = text_image_ids[ordered[found] != text_image_ids]
     if len(unknown):
         raise DataError(
             f"retrieval: image id {int(unknown[0])} of a caption is not among the images"
@@ -104,7 +104,7 @@ def retrieval_metrics(
         masks = () if text_mask is None else (text_mask[rows],)
         return scores(texts[rows], images, *masks)
 
-    report = retrieval_from_scores(score_rows, order[place], len(images), chunk_size)
+    report = retrieval_from_scores(score_rows, order[found], len(images), chunk_size)
     return report.as_dict()
 
 
@@ -117,7 +117,7 @@ def retrieval_from_scores(
         score_rows: gives the scores `[rows, images]` of a slice of captions.
         text_image: `[T]` int64, the row of each caption's image.
         images: number of images I.
-        chunk_size: captions per call; all scores `[T, I]` are kept in the CPU's memory.
+        chunk_size: captions per call; all scores `[T, I]` are collected on the CPU.
 
     Raises:
         DataError: `text_image` points outside the images, or an image has no caption.
@@ -126,9 +126,15 @@ def retrieval_from_scores(
     _check_pairs(text_image, images)
     rows = [slice(start, start + chunk_size) for start in range(0, len(text_image), chunk_size)]
     scores = torch.cat([score_rows(part).detach().float().cpu() for part in rows])  # [T, I]
+    right = scores.gather(1, text_image[:, None])[:, 0]  # [T]
+    # "not below" also counts NaN; the right image itself makes the ranks count from 1
+    text_ranks = (~(scores < right[:, None])).sum(dim=1)
+    best = scores.new_full((images,), float("-inf"))  # [I], of an image's own captions
+    best = best.scatter_reduce(0, text_image, right, "amax")
+    own = text_image[~(right < best[text_image])]  # the best own caption, and any that equals it
+    image_ranks = (~(scores < best)).sum(dim=0) - torch.bincount(own, minlength=images) + 1
     return RetrievalReport(
-        DirectionReport.from_ranks(_text_ranks(scores, text_image, chunk_size)),
-        DirectionReport.from_ranks(_image_ranks(scores, text_image, chunk_size)),
+        DirectionReport.from_ranks(text_ranks), DirectionReport.from_ranks(image_ranks)
     )
 
 
@@ -147,7 +153,7 @@ def retrieval(
         images: `[I, D]`.
         text_image: `[T]` int64, the row of each caption's image; several captions may share one.
         normalize: "vector" divides each vector by its norm. "feature" is the original's
-            `src/metrics.py`, which normalises over axis 0: each component over the rows that are
+            `src/metrics.py`, which normalizes over axis 0: each component over the rows that are
             compared together, where the rows of a query are the captions of one image.
         chunk_size: captions at a time.
 
@@ -174,26 +180,6 @@ def retrieval(
         lambda rows: captions[rows] @ signs.T, text_image, len(images), chunk_size
     )
     return RetrievalReport(by_text.text_to_image, by_image.image_to_text)
-
-
-def _text_ranks(scores: Tensor, text_image: Tensor, chunk_size: int) -> Tensor:
-    ranks = []
-    parts = zip(torch.split(scores, chunk_size), torch.split(text_image, chunk_size), strict=True)
-    for part, owner in parts:
-        right = part.gather(1, owner[:, None])
-        ranks.append((part >= right).sum(dim=1))  # the right image itself makes it count from 1
-    return torch.cat(ranks)
-
-
-def _image_ranks(scores: Tensor, text_image: Tensor, chunk_size: int) -> Tensor:
-    ranks = []
-    for start in range(0, scores.shape[1], chunk_size):
-        part = scores[:, start : start + chunk_size]  # [T, i]
-        columns = torch.arange(start, start + part.shape[1])
-        own = text_image[:, None] == columns  # [T, i]
-        best = part.masked_fill(~own, float("-inf")).amax(dim=0)
-        ranks.append(((part >= best) & ~own).sum(dim=0) + 1)
-    return torch.cat(ranks)
 
 
 def _group_norms(texts: Tensor, text_image: Tensor, images: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Learning-rate schedules with linear warm-up, one step per batch (original `src/scheduler.py`).
 
-Factories with the same two keywords, so that either fits the training module's one call.
+Both are called with the same keywords, so that the training module needs to know neither.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def constant_with_warmup(
     total_steps: int | None = None,
     steps_per_epoch: float | None = None,
 ) -> LambdaLR:
-    """Rise linearly to the optimiser's rate, then stay there (original `const_lr`).
+    """Rise linearly to the optimizer's rate, then stay there (original `const_lr`).
 
     Args:
         optimizer: its current rates are the base rates.
-        warmup_steps: optimiser steps of warm-up; step s has base * (s + 1) / warmup_steps.
+        warmup_steps: optimizer steps of warm-up; step s has base * (s + 1) / warmup_steps.
         warmup_epochs: the same in epochs, where `warmup_steps` is 0.
-        total_steps: not used; taken so that both schedules are called alike.
-        steps_per_epoch: optimiser steps of an epoch; needed with `warmup_epochs`.
+        total_steps: not used.
+        steps_per_epoch: optimizer steps of an epoch; needed with `warmup_epochs`.
 
     Raises:
         ConfigError: a warm-up is negative.
@@ -50,19 +50,24 @@ def cosine_with_warmup(
 
     Args:
         optimizer: its current rates are the base rates.
-        warmup_steps: optimiser steps of warm-up.
+        warmup_steps: optimizer steps of warm-up.
         warmup_epochs: the same in epochs, where `warmup_steps` is 0.
-        total_steps: optimiser steps of the whole run, warm-up included.
-        steps_per_epoch: optimiser steps of an epoch; needed with `warmup_epochs`.
+        total_steps: optimizer steps of the whole run, warm-up included.
+        steps_per_epoch: optimizer steps of an epoch; needed with `warmup_epochs`.
 
     Raises:
         ConfigError: `total_steps` is missing, or a warm-up is negative.
     """
-    warmup = warmup_length(warmup_steps, warmup_epochs, steps_per_epoch)
     if total_steps is None:
         raise ConfigError("scheduler.total_steps is None: a cosine needs the length of the run")
-    total = total_steps
-    return LambdaLR(optimizer, lambda step: cosine_factor(step, warmup, total))
+    warmup = warmup_length(warmup_steps, warmup_epochs, steps_per_epoch)
+    fall = max(1, total_steps - warmup)
+
+    def factor(step: int) -> float:
+        progress = min(1.0, max(0, step - warmup) / fall)
+        return warmup_factor(step, warmup) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 def warmup_length(warmup_steps: int, warmup_epochs: float, steps_per_epoch: float | None) -> int:
@@ -82,11 +87,3 @@ def warmup_length(warmup_steps: int, warmup_epochs: float, steps_per_epoch: floa
 def warmup_factor(step: int, warmup_steps: int) -> float:
     """Share of the base rate at `step` (from 0); the last warm-up step already has all of it."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Share of the base rate at `step` (from 0) of the cosine schedule."""
-    if step < warmup_steps:
-        return warmup_factor(step, warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return (1 + math.cos(math.pi * progress)) / 2

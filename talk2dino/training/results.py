@@ -1,7 +1,15 @@
-"""What training leaves behind: weights without pickle, figures, curves, and what trackers show."""
+"""What a training leaves in its run folder, and what trackers show of it.
+
+| file | callback |
+| --- | --- |
+| `projection.safetensors` | `SaveProjection` |
+| `metrics.json`, `retrieval.md`, `loss.png` | `LossCurve` |
+| `heads.json`, `heads.png` | `RecordHeads` |
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,51 +24,16 @@ from PIL import Image
 from torch import Tensor
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
-from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.inputs import projected_text, projected_visual
+from talk2dino.alignment.module import AlignmentModule, gather_rows
+from talk2dino.alignment.similarity import Similarity, head_choice
+from talk2dino.errors import ConfigError
 from talk2dino.files import replacing, write_json
 from talk2dino.tables import markdown_table
 
-
-def boards(trainer: L.Trainer) -> list[tuple[Any, Any]]:
-    """Every logger, and what it writes to."""
-    loggers: list[Any] = trainer.loggers
-    return [(logger, logger.experiment) for logger in loggers]
-
-
-def show_picture(trainer: L.Trainer, name: str, file: Path) -> None:
-    """Give the picture `file` to every logger that takes pictures, under `name`."""
-    for logger, board in boards(trainer):
-        if hasattr(logger, "log_image"):  # Weights & Biases
-            logger.log_image(name, [str(file)])
-        elif hasattr(board, "add_image"):  # TensorBoard
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            board.add_image(name, pixels, trainer.global_step, dataformats="HWC")
-
-
-def show_table(
-    trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-) -> None:
-    """Give a table to every logger that takes tables or text."""
-    for logger, board in boards(trainer):
-        if hasattr(logger, "log_table"):  # Weights & Biases
-            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows])
-        elif hasattr(board, "add_text"):  # TensorBoard
-            board.add_text(name, markdown_table(columns, rows), trainer.global_step)
-
-
-def close_loggers(trainer: L.Trainer) -> None:
-    """Write everything out; the next run of a sweep in this process then starts its own."""
-    for _, board in boards(trainer):
-        for name in ("finish", "close"):  # of Weights & Biases, of TensorBoard
-            if hasattr(board, name):
-                getattr(board, name)()
-                break
-
-
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
-FIGURES = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
-METRICS = [direction + name for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT) for name in FIGURES]
+RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
+METRICS = [direction + name for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT) for name in RETRIEVAL]
 
 
 class SaveProjection(L.Callback):
@@ -78,20 +51,18 @@ class SaveProjection(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save the trained projection."""
         assert isinstance(module, AlignmentModule)
-        description = module.description()
-        del description["projection"]  # save_projection says it again
         projection = module.projection
         if self.best is not None and self.best.best_model_path:
             projection = read_checkpoint(Path(self.best.best_model_path)).projection
-        save_projection(projection, self.path, description)
+        save_projection(projection, self.path, module.encoders)
 
 
 class LossCurve(L.Callback):
-    """Collects the logged figures; at the end writes `metrics.json`, `retrieval.md`, `loss.png`.
+    """Collects the logged metrics; at the end writes `metrics.json`, `retrieval.md`, `loss.png`.
 
     `metrics.json`: `steps`, `seconds` of training, the last `train/loss`, `validation` with the
-    figures of every validation, and `result`, those of the weights in `projection.safetensors`.
-    What it collected is part of every checkpoint, so a resumed run's curves are whole.
+    metrics of every validation, and `result`, those of the weights in `projection.safetensors`.
+    What it collected is part of every checkpoint, so a resumed run's curves are complete.
 
     Args:
         folder: run folder.
@@ -115,10 +86,10 @@ class LossCurve(L.Callback):
         self.train.append((trainer.global_step, outputs["loss"].detach()))  # no device sync
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Remember the validation figures of every epoch."""
-        figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if figures and not trainer.sanity_checking:
-            self.validation.append({"step": trainer.global_step, **figures})
+        """Remember the metrics of every validation."""
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if metrics and not trainer.sanity_checking:
+            self.validation.append({"step": trainer.global_step, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
         """Steps `[N]` and losses `[N]` float32 so far, the validations, and the seconds."""
@@ -132,9 +103,8 @@ class LossCurve(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the figures of a checkpoint."""
-        pairs = zip(state_dict["steps"].tolist(), state_dict["losses"], strict=True)
-        self.train = list(pairs)
+        """Go on with the metrics of a checkpoint."""
+        self.train = list(zip(state_dict["steps"].tolist(), state_dict["losses"], strict=True))
         self.validation = list(state_dict["validation"])
         self._before = float(state_dict["seconds"])
 
@@ -175,20 +145,93 @@ class LossCurve(L.Callback):
         return self._before + time.monotonic() - self._started
 
 
+class RecordHeads(L.Callback):
+    """Writes `heads.json` and `heads.png`: which attention head each caption chose.
+
+    The choice is that of `max_score` in the last epoch, with the weights that the training step
+    uses, before its update. An epoch that was resumed in its middle, or that `trainer.max_steps`
+    cut short, is recorded as far as it ran. `heads.json` holds the number of the `epoch` (from 0),
+    how many captions chose each head (`captions_per_head`), and columns with one entry per
+    caption: `caption_id`, `image_id` and `head`.
+
+    Args:
+        folder: run folder.
+        similarity: of training.
+
+    Raises:
+        ConfigError: the similarity does not compare one vector per caption with heads.
+    """
+
+    def __init__(self, folder: Path, similarity: Similarity) -> None:
+        if (
+            similarity.field != "disentangled_self_attn"
+            or similarity.text_field == "token_embeddings"
+        ):
+            raise ConfigError(
+                f"record_heads=true: similarity.field={similarity.field} with "
+                f"similarity.text_field={similarity.text_field} has no choice of a head; use "
+                "similarity=max_score or record_heads=false"
+            )
+        self.folder = folder
+        self.similarity = similarity
+        self._rows: list[Tensor] = []  # [B, 3]: caption id, image id, head
+        self._epoch, self._heads = 0, 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Forget the epoch before."""
+        self._rows.clear()
+        self._epoch = trainer.current_epoch
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: dict[str, Any], *_: Any
+    ) -> None:
+        """Remember the choices of this rank's batch."""
+        if not may_be_last_epoch(trainer):
+            return
+        assert isinstance(module, AlignmentModule)
+        with torch.no_grad(), trainer.precision_plugin.train_step_context():
+            text = projected_text(batch, module.projection, self.similarity)[0]
+            heads = projected_visual(batch, module.projection, self.similarity)
+            choice = head_choice(text, heads, self.similarity.cosine)
+        self._heads = heads.shape[1]
+        self._rows.append(torch.stack([batch["caption_id"], batch["image_id"], choice], dim=1))
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Bring all ranks' choices together; the first rank writes both files."""
+        if not self._rows:
+            return
+        rows = gather_rows(torch.cat(self._rows)).cpu()  # ranks have equally many
+        if not trainer.is_global_zero:
+            return
+        rows = rows[rows[:, 0].argsort(stable=True)]
+        counts = torch.bincount(rows[:, 2], minlength=self._heads).tolist()
+        columns = dict(zip(("caption_id", "image_id", "head"), rows.T.tolist(), strict=True))
+        content = {"epoch": self._epoch, "captions_per_head": counts, **columns}
+        with replacing(self.folder / "heads.json") as path:
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        with replacing(self.folder / "heads.png") as path:
+            draw_histogram(path, counts)
+        show_picture(trainer, "heads", self.folder / "heads.png")
+
+
+def may_be_last_epoch(trainer: L.Trainer) -> bool:
+    """False only if another epoch is certain to follow."""
+    last = trainer.max_epochs
+    stops_early = trainer.max_steps != -1 or trainer.early_stopping_callbacks
+    return last is None or last == -1 or bool(stops_early) or trainer.current_epoch == last - 1
+
+
 def retrieval_table(result: dict[str, float]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a validation: one row per direction."""
     directions = {"text → image": TEXT_TO_IMAGE, "image → text": IMAGE_TO_TEXT}
-    rows = [
-        [name, *(result[key + figure] for figure in FIGURES)] for name, key in directions.items()
-    ]
-    return ["direction", *FIGURES], rows
+    rows = [[name, *(result[key + m] for m in RETRIEVAL)] for name, key in directions.items()]
+    return ["direction", *RETRIEVAL], rows
 
 
 def draw_curves(
     path: Path, train: list[tuple[int, float]], validation: list[dict[str, float]]
 ) -> None:
     """Draw the loss of every step and, below it, the recalls of every validation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     recalls = [
@@ -196,10 +239,8 @@ def draw_curves(
     ]
     rows = 2 if recalls else 1
     figure = Figure(figsize=(7, 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    steps, losses = zip(*train, strict=True)
-    axes[0].plot(steps, losses, linewidth=1)
+    axes[0].plot(*zip(*train, strict=True), linewidth=1)
     axes[0].set_ylabel("loss")
     for key in recalls:
         points = [(row["step"], row[key]) for row in validation]
@@ -209,3 +250,55 @@ def draw_curves(
         axes[1].legend()
     axes[-1].set_xlabel("step")
     figure.savefig(path, format="png", dpi=110)
+
+
+def draw_histogram(path: Path, counts: list[int]) -> None:
+    """Draw a bar per head: the share of the captions that chose it, in percent."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    total = sum(counts)
+    axes.bar(range(len(counts)), [100 * count / total for count in counts])
+    axes.axhline(100 / len(counts), linestyle="--", linewidth=1, color="gray")  # no preference
+    axes.set_xticks(range(len(counts)))
+    axes.set_xlabel("head")
+    axes.set_ylabel(f"% of {total} captions")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def loggers_of(trainer: L.Trainer) -> list[tuple[Any, Any]]:
+    """Every logger, and its client: W&B's run, TensorBoard's writer."""
+    loggers: list[Any] = trainer.loggers
+    return [(logger, logger.experiment) for logger in loggers]
+
+
+def show_picture(trainer: L.Trainer, name: str, file: Path) -> None:
+    """Give the picture `file` to every logger that takes pictures, under `name`."""
+    for logger, client in loggers_of(trainer):
+        if hasattr(logger, "log_image"):  # Weights & Biases
+            logger.log_image(name, [str(file)])
+        elif hasattr(client, "add_image"):  # TensorBoard
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            client.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+
+
+def show_table(
+    trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Give a table to every logger that takes tables or text."""
+    for logger, client in loggers_of(trainer):
+        if hasattr(logger, "log_table"):  # Weights & Biases
+            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows])
+        elif hasattr(client, "add_text"):  # TensorBoard
+            client.add_text(name, markdown_table(columns, rows), trainer.global_step)
+
+
+def close_loggers(trainer: L.Trainer) -> None:
+    """Write everything out; the next run of a sweep in this process then starts its own."""
+    for _, client in loggers_of(trainer):
+        if hasattr(client, "finish"):  # Weights & Biases
+            client.finish()
+        elif hasattr(client, "close"):  # TensorBoard
+            client.close()

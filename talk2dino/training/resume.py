@@ -1,8 +1,11 @@
-"""What makes a training that was killed and resumed equal one that was not, bit for bit.
+"""Resuming: a training that was killed and started again equals one that was not, bit for bit.
 
-Lightning's checkpoint holds weights, optimizer, schedule, counters, and the loader's place. Three
-things are missing: random numbers that a step draws, a checkpoint that is taken where nothing is
-left half done, and a file that is whole whenever the process dies.
+Lightning's checkpoint holds weights, optimizer, schedule, counters, and the data module's position.
+Three things are added here:
+
+- `SeedSteps`: the random numbers of a step do not depend on what was drawn before;
+- `LastCheckpoint`: `last.ckpt` is written only where no step, epoch or validation is half done;
+- `AtomicCheckpointIO`: the file is complete whenever the process dies.
 """
 
 from __future__ import annotations
@@ -16,16 +19,39 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from talk2dino.errors import ConfigError
 from talk2dino.files import replacing
 
 STOPPED = "stopped_early"  # key of a checkpoint
 
 
+def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> str | None:
+    """`last.ckpt` of this run folder with `resume`, if there is one; else `ckpt_path`.
+
+    Raises:
+        ConfigError: `ckpt_path` does not exist.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if resume and last.is_file():
+        return str(last)
+    if ckpt_path is not None and not Path(ckpt_path).is_file():
+        raise ConfigError(f"ckpt_path={ckpt_path}: no such file; give a run's last.ckpt")
+    return ckpt_path
+
+
+def keep_logs(folder: Path) -> None:
+    """Rename an earlier run's `metrics.csv`, which the CSV logger would overwrite."""
+    old = folder / "logs" / "metrics.csv"
+    if old.is_file():
+        number = len(list(old.parent.glob("metrics.*.csv"))) + 1
+        old.rename(old.with_name(f"metrics.{number}.csv"))
+
+
 class SeedSteps(L.Callback):
     """Seeds torch's generators at every training step from (seed, rank, epoch, batch).
 
-    What a step draws (patches of `Dense`, heads of `SampledHead`) then depends neither on
-    what was drawn before nor on whether the run was resumed.
+    What a step draws (patches of `Dense`, heads of `SampledHead`) then depends neither on what was
+    drawn before nor on whether the run was resumed.
 
     Args:
         seed: of the run.
@@ -55,15 +81,20 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: of the checkpoint, overwritten each time.
         every_n_steps: optimizer steps between two of them within an epoch; None for none.
+
+    Raises:
+        ConfigError: `every_n_steps` is below 1.
     """
 
     def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(f"checkpoint.every_n_steps={every_n_steps}: use 1 or more, or null")
         self.path, self.every_n_steps = path, every_n_steps
         self._step = 0
         self._due = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Know the step from which this run goes on."""
+        """Remember the step from which this run goes on."""
         self._step, self._due = trainer.global_step, False
 
     def on_train_batch_end(
@@ -113,14 +144,14 @@ class LastCheckpoint(Checkpoint):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints under another name first, so that none is ever half written.
 
-    Lightning renames too, but from the system's folder for temporary files, and that is a copy
-    where it lies on another disk.
+    Lightning renames too, but from the system's folder for temporary files, which is a copy if that
+    folder is on another disk.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Save with `torch.save`; paths with a protocol (`s3://`) go Lightning's way."""
+        """Save with `torch.save`; Lightning saves to paths with a protocol (`s3://`)."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -154,5 +185,5 @@ def _begin_next_epoch(loop: dict[str, Any]) -> None:
         counts["completed"] = counts["processed"]
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
-    # The step that the loggers show: Lightning's first turn, which trains nothing, adds one.
+    # The step that the loggers show: Lightning adds one in its first pass, which trains nothing.
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

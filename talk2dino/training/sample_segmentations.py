@@ -1,4 +1,4 @@
-"""A few pictures, segmented while training goes on: what the figures mean, seen."""
+"""A few pictures, segmented with the weights of the moment while training goes on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FOLDER = "pictures"  # in the run folder
 
 
 class SampleSegmentations(L.Callback):
-    """Segments pictures with the weights of the moment, after validations and at the end.
+    """Segments pictures after validations, with the weights that were validated, and at the end.
 
     The overlays become `pictures/{picture}-epoch{number}.png` in the run folder and go to the
-    loggers. The encoders are those the store names; they are built on first use, and only here.
+    loggers. The encoders are those that the store names; they are built on first use.
 
     Args:
         folder: run folder.
@@ -70,8 +70,8 @@ class SampleSegmentations(L.Callback):
         self._drawn = -1
         self._encoders: tuple[TimmVisionEncoder, TextEncoder] | None = None
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Draw after every n-th epoch; under an average of the weights, with that."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Draw after every n-th epoch, before `AverageWeights` takes the average out again."""
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         self._draw(trainer, module, trainer.current_epoch)

@@ -34,7 +34,7 @@ from talk2dino.alignment.similarity import (
 )
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.features import write_store
-from talk2dino.training.weight_average import AverageWeights
+from talk2dino.training.callbacks import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
 
@@ -368,40 +368,70 @@ def test_the_average_of_the_weights() -> None:
     """Against the formula by hand; accumulated batches and validation leave it as it is."""
     module, average, want = Weight(), AverageWeights(0.5), 1.0
     trainer: Any = SimpleNamespace(global_step=0)
-    average.on_train_start(trainer, module)
-    average.on_train_batch_end(trainer, module)  # no step yet
+
+    def end_of_batch() -> None:
+        average.on_train_batch_end(trainer, module, None, None, 0)
+
+    average.setup(trainer, module, "fit")
+    average.on_fit_start(trainer, module)
+    end_of_batch()  # no step yet
     for step, value in enumerate([2.0, 4.0, 8.0], start=1):
         module.value.data.fill_(value)
         trainer.global_step = step
-        average.on_train_batch_end(trainer, module)
-        average.on_train_batch_end(trainer, module)  # the second of two accumulated batches
+        end_of_batch()
+        end_of_batch()  # the second of two accumulated batches
         decay = min(0.5, (1 + step) / (10 + step))
         want = decay * want + (1 - decay) * value
-    average.on_validation_start(trainer, module)
+    average.on_validation_epoch_start(trainer, module)
     assert module.value.item() == pytest.approx(want)
-    average.on_validation_end(trainer, module)
+    average.on_validation_epoch_end(trainer, module)
     assert (module.value.item(), module.frozen.item()) == (8.0, 5.0)
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     average.on_save_checkpoint(trainer, module, checkpoint)
     assert checkpoint["state_dict"]["value"].item() == pytest.approx(want)
     other, resumed = Weight(), AverageWeights(0.5)
+    resumed.setup(trainer, other, "fit")
     resumed.on_load_checkpoint(trainer, other, checkpoint)
     assert other.value.item() == 8.0
     resumed.on_train_end(trainer, other)
     assert other.value.item() == pytest.approx(want)
 
 
-def test_a_run_with_an_average_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+def as_version_0_1(file: Path) -> None:
+    """Rename what version 0.1 called otherwise; it wrote the same values."""
+    content = torch.load(file, weights_only=True)
+    content["raw_state_dict"] = content.pop("current_model_state")
+    del content["averaging_state"]
+    state = content["callbacks"]["AverageWeights"]
+    content["callbacks"]["AverageWeights"] = {"steps": state["latest_update_step"]}
+    torch.save(content, file)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_with_an_average_goes_on_exactly(store: Path, tmp_path: Path, old: bool) -> None:
     whole = trained(store, tmp_path / "whole", "ema.decay=0.9")
     content = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
     assert same(
         load_projection(tmp_path / "whole" / "checkpoints" / "last.ckpt").state_dict(), whole
     )
-    raw = {name.removeprefix("projection."): v for name, v in content["raw_state_dict"].items()}
-    assert not same(whole, raw)
-    trained(store, tmp_path / "half", "ema.decay=0.9", "trainer.max_epochs=1")
+    raw = content["current_model_state"]
+    assert not same(whole, {name.removeprefix("projection."): v for name, v in raw.items()})
+    half = trained(store, tmp_path / "half", "ema.decay=0.9", "trainer.max_epochs=1")
+    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    if old:
+        as_version_0_1(last)
+        assert same(load_projection(last).state_dict(), half)
     resumed = trained(store, tmp_path / "half", "ema.decay=0.9", "resume=true")
     assert same(whole, resumed)
+
+
+def test_an_average_begins_with_the_weights_of_a_run_without_one(
+    store: Path, tmp_path: Path
+) -> None:
+    """From a frozen optimizer on, the average of those weights is those weights."""
+    plain = trained(store, tmp_path, "trainer.max_epochs=1", "optimizer.lr=0.0")
+    averaged = trained(store, tmp_path, "ema.decay=0.9", "resume=true", "optimizer.lr=0.0")
+    assert same(plain, averaged)
 
 
 def files_of(folder: Path) -> set[Path]:

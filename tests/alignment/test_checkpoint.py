@@ -218,3 +218,12 @@ def test_saving_refuses_unknown_suffix_and_leaves_the_old_file(tmp_path) -> None
     with pytest.raises(CheckpointError, match="plain values"):
         save_projection(psi, path, {"vision": object()})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_class_under_the_path_of_an_earlier_version_loads(tmp_path) -> None:
+    layer = VisualProjectionLayer(6, 8)
+    state = {f"projection.{key}": value for key, value in layer.state_dict().items()}
+    old = "talk2dino.alignment.visual_projection.VisualProjectionLayer"
+    spec = {**layer.hyperparameters, "_target_": old}
+    torch.save({"state_dict": state, "talk2dino": {"projection": spec}}, tmp_path / "old.ckpt")
+    assert_same(load_projection(tmp_path / "old.ckpt"), layer)

@@ -70,6 +70,13 @@ def test_perfect_embeddings_and_collapsed_ones() -> None:
     assert collapsed.text_to_image.ranks.tolist() == [3, 3, 3, 3]
 
 
+def test_a_diverged_model_gets_no_credit() -> None:
+    owners = torch.tensor([0, 1, 1, 2])
+    report = retrieval(torch.full((4, 3), float("nan")), torch.ones(3, 3), owners)
+    assert report.text_to_image.ranks.tolist() == [3, 3, 3, 3]
+    assert report.image_to_text.ranks.tolist() == [4, 3, 4]
+
+
 def test_metrics_take_ids_in_any_order() -> None:
     texts, images = torch.randn(7, 4), torch.randn(4, 4)
     owners = torch.tensor([3, 0, 1, 2, 2, 0, 3])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from talk2dino.alignment import DoubleMLP, ProjectionLayer, VisualProjectionLayer
 from talk2dino.alignment import similarity as sim
+from talk2dino.alignment.similarity.all_pairs import trim_mask
+from talk2dino.alignment.similarity.heads import take_head
 from talk2dino.errors import ConfigError
 from tests.alignment.test_projection import parameters
 
@@ -67,7 +69,7 @@ def test_token_text_matches_original(golden, parity, strategy, cosine, kc, ke) -
         parity.check(f"similarity {strategy}, tokens", ORIGINAL, got, arrays[name].T, 3e-5)
     assert torch.equal(mask, arrays["in/mask"].bool())
     assert torch.equal(
-        sim.trim_mask(mask, kc, ke), arrays[f"mask_after/kc{int(kc)}_ke{int(ke)}"].bool()
+        trim_mask(mask, kc, ke), arrays[f"mask_after/kc{int(kc)}_ke{int(ke)}"].bool()
     )
 
 
@@ -109,7 +111,7 @@ def test_head_choice_and_sampled_head_match_original(golden, parity, cosine) -> 
     # Given what was drawn: the generator's sequence belongs to one torch version.
     similarity = sim.SampledHead(cosine=cosine)
     unit = F.normalize(heads, dim=-1) if cosine else heads
-    picked = sim.take_head(unit, arrays[f"{case}/sampled_attn_map_index"])
+    picked = take_head(unit, arrays[f"{case}/sampled_attn_map_index"])
     want = arrays[f"{case}/sampled_attn_map"]
     parity.check(
         "similarity sampled_attn_map", ORIGINAL, similarity.scores(text, picked), want, 2e-5
@@ -240,7 +242,7 @@ def test_sampled_heads_follow_the_softmax_and_the_generator() -> None:
 def test_max_row_sum_and_nucleus_equal_a_loop() -> None:
     text, visual, mask = torch.randn(3, 5, 6), torch.randn(4, 2, 6), torch.ones(3, 5).bool()
     mask[1, 3:] = False
-    kept = sim.trim_mask(mask, keep_cls=True, keep_end_seq=False)
+    kept = trim_mask(mask, keep_cls=True, keep_end_seq=False)
     units, heads = F.normalize(text, dim=-1), F.normalize(visual, dim=-1)
     for t in range(3):
         for i in range(4):
@@ -272,8 +274,8 @@ def test_masks_of_one_caption() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
     inner = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
     before = mask.clone()
-    assert torch.equal(sim.trim_mask(mask, keep_cls=False, keep_end_seq=False), inner)
-    assert torch.equal(sim.trim_mask(mask, keep_cls=True, keep_end_seq=True), mask)
+    assert torch.equal(trim_mask(mask, keep_cls=False, keep_end_seq=False), inner)
+    assert torch.equal(trim_mask(mask, keep_cls=True, keep_end_seq=True), mask)
     assert torch.equal(mask, before)
 
 

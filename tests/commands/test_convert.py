@@ -18,8 +18,12 @@ from torch import Tensor
 from talk2dino import load_projection
 from talk2dino.alignment.checkpoint import describe_projection, read_checkpoint, save_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
-from talk2dino.alignment.visual_projection import VisualProjectionLayer
+from talk2dino.alignment.projection import (
+    DoubleMLP,
+    Projection,
+    ProjectionLayer,
+    VisualProjectionLayer,
+)
 from talk2dino.config.command import quote_ranges
 from talk2dino.config.schemas import ConvertConfig
 from talk2dino.convert import TASKS, task_first

@@ -31,7 +31,7 @@ HYDRA = {  # what composes a config or builds from it
     *(f"{name}.py" for name in COMMANDS),
     *(source for source in SOURCES if source.startswith("config/")),
     "config/words.py",
-    "training/setup.py",
+    "training/callbacks.py",
     "sweeps/table.py",
 }
 ONLY_IN = {

@@ -16,7 +16,7 @@ from talk2dino import load_projection
 from talk2dino.alignment.similarity import MaxRowSum, MaxScore
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore, write_store
-from talk2dino.training.head_records import RecordHeads, may_be_last_epoch
+from talk2dino.training.results import RecordHeads, may_be_last_epoch
 from tests.helpers.pipeline import TRAIN, run
 from tests.helpers.ranks import two_ranks
 

@@ -18,9 +18,9 @@ from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
 from talk2dino.features import FeatureDataModule, write_store
+from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import LossCurve
 from talk2dino.training.resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
-from talk2dino.training.weight_average import AverageWeights
 from tests.helpers.ranks import two_ranks
 
 IMAGES, BATCH, EPOCHS = 14, 4, 2  # two images held out: six steps per epoch

@@ -15,7 +15,12 @@ from talk2dino import Talk2DINO, load_projection
 from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.inputs import caption_fields, projected_text, projected_visual
-from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
+from talk2dino.alignment.projection import (
+    DoubleMLP,
+    ProjectionLayer,
+    VisualProjectionLayer,
+    visual_side,
+)
 from talk2dino.alignment.similarity import (
     DotProduct,
     MaxRowSum,
@@ -24,7 +29,6 @@ from talk2dino.alignment.similarity import (
     Similarity,
     SumHeads,
 )
-from talk2dino.alignment.visual_projection import VisualProjectionLayer
 from talk2dino.datasets.captions import CaptionFolder
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.errors import ConfigError

@@ -1,4 +1,17 @@
-"""The interface of all similarities, and the checks of their input."""
+"""The interface of all similarities, and the checks of their input.
+
+A text and an image are compared in two stages:
+
+1. `select` is local. Row i of the texts meets row i of the images, its own one: `MaxScore` picks
+   the attention head that stands for the image, `Dense` draws a random subset of patches in
+   training, all others leave the visual features unchanged.
+2. `scores` compares any number of texts with any number of selected images and always returns
+   `[text, image]`; some strategies of the original return the transpose.
+
+With several devices every rank selects among its own pairs, gathers the *texts* of all ranks and
+scores them against its own images, so that heads and patch tokens never leave their device
+(`alignment/module.py`).
+"""
 
 from __future__ import annotations
 
@@ -51,11 +64,11 @@ class Similarity(nn.Module):
             )
 
     def select(self, text: Tensor, visual: Tensor) -> Tensor:
-        """Local stage, row i of text `[B, D]` with row i of visual: identity unless overridden."""
+        """First stage, row i of text `[B, D]` with row i of visual: identity unless overridden."""
         return visual
 
     def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Compare selected features: `[text, image]`, any number of each."""
+        """Second stage: selected features to `[text, image]`, any number of each."""
         raise NotImplementedError
 
     def forward(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -71,7 +84,7 @@ class Similarity(nn.Module):
 
 
 def as_heads(visual: Tensor) -> Tensor:
-    """Visual `[I, D]` as one head, `[I, 1, D]`; `[I, H, D]` as it is."""
+    """Visual `[I, D]` as one head, `[I, 1, D]`; `[I, H, D]` unchanged."""
     return visual[:, None] if visual.ndim == 2 else visual
 
 
@@ -85,7 +98,7 @@ def like(visual: Tensor, text: Tensor) -> Tensor:
     return visual.to(text.dtype)
 
 
-def refuse_tokens(similarity: Similarity, text: Tensor, mask: Tensor | None) -> None:
+def refuse_tokens(similarity: Similarity, text: Tensor, mask: Tensor | None = None) -> None:
     """Raise a ConfigError unless text is `[T, D]` without a mask."""
     if text.ndim != 2 or mask is not None:
         raise ConfigError(
@@ -95,13 +108,7 @@ def refuse_tokens(similarity: Similarity, text: Tensor, mask: Tensor | None) -> 
         )
 
 
-def positive(key: str, value: float) -> float:
-    """The value; a ConfigError that names `key` if it is not positive."""
-    if value <= 0:
+def check_positive(key: str, value: float | None) -> None:
+    """Raise a ConfigError that names `key` if the value is neither positive nor None."""
+    if value is not None and value <= 0:
         raise ConfigError(f"{key} is {value}: it must be positive")
-    return value
-
-
-def positive_or_none(key: str, value: int | None) -> int | None:
-    """The value, None included; a ConfigError that names `key` if it is not positive."""
-    return None if value is None else int(positive(key, value))

@@ -1,4 +1,7 @@
-"""Similarities of vectors: one vector an image, or every text pools every image's patches first."""
+"""Dense alignment: every text pools every image's patches before it is compared with the image.
+
+Not in the original, which pools each image once, by the attention of its encoder.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,61 @@ from torch.utils.checkpoint import checkpoint
 from talk2dino.alignment.similarity.base import (
     Similarity,
     TextField,
-    like,
-    positive,
-    positive_or_none,
+    check_positive,
     refuse_tokens,
 )
 from talk2dino.errors import ConfigError
 
 _EPS = 1e-12  # of torch's normalize, for vectors of length zero
+
+
+class Dense(Similarity):
+    """Every text pools every image's patches by softmax(cosine / temperature) first.
+
+    score = cos(t, sum_p w_p unit(x_p)) with w = softmax_p(cos(t, x_p) / τ).
+    Text is `[T, D]`, visual `[I, P, D]` in half or single precision.
+
+    Args:
+        temperature: of the softmax over patches.
+        max_patches: in training, compare with a random subset of so many patches, drawn anew for
+            each image and step; None uses all.
+        chunk_size: images at a time, recomputed in backward, to bound memory; None is all at once.
+        field: name of the visual feature.
+        generator: source of randomness of the subset; None is torch's default generator.
+        text_field: what of a caption is compared.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        max_patches: int | None = None,
+        chunk_size: int | None = None,
+        field: str = "patch_tokens",
+        generator: torch.Generator | None = None,
+        text_field: TextField = "embedding",
+    ) -> None:
+        super().__init__(field, cosine=True, text_field=text_field)
+        check_positive("similarity.temperature", temperature)
+        check_positive("similarity.max_patches", max_patches)
+        check_positive("similarity.chunk_size", chunk_size)
+        self.temperature, self.max_patches, self.chunk_size = temperature, max_patches, chunk_size
+        self.generator = generator
+
+    def select(self, text: Tensor, visual: Tensor) -> Tensor:
+        """In training a random subset of patches, `[B, P, D]` to `[B, max_patches, D]`."""
+        if not self.training or self.max_patches is None:
+            return visual
+        return sample_patches(visual, self.max_patches, self.generator)
+
+    def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Text `[T, D]`, visual `[I, P, D]` to `[T, I]`."""
+        refuse_tokens(self, text, text_mask)
+        if visual.ndim != 3 or visual.shape[-1] != text.shape[-1]:
+            raise ConfigError(
+                f"similarity=Dense: text has shape {tuple(text.shape)} [T, D], {self.field} "
+                f"{tuple(visual.shape)} [I, P, D]: projection.vision_dim must be their common D"
+            )
+        return dense_scores(text, visual, self.temperature, self.chunk_size)
 
 
 def dense_scores(
@@ -105,68 +155,3 @@ class _PooledCosine(torch.autograd.Function):
             grad_cosines.permute(1, 2, 0), text.expand(len(patches), *text.shape)
         )
         return grad_text, grad_patches, None
-
-
-class DotProduct(Similarity):
-    """One vector per image, one per text (the original's comparison of 2-D inputs)."""
-
-    def __init__(
-        self,
-        field: str = "avg_self_attn_out",
-        cosine: bool = True,
-        text_field: TextField = "embedding",
-    ) -> None:
-        super().__init__(field, cosine, text_field)
-
-    def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Text `[T, D]`, visual `[I, D]` to `[T, I]`."""
-        refuse_tokens(self, text, text_mask)
-        return self._unit(text) @ self._unit(like(visual, text)).T
-
-
-class Dense(Similarity):
-    """Every text pools every image's patches by softmax(cosine / temperature) first.
-
-    score = cos(t, sum_p w_p unit(x_p)). Text is `[T, D]`, visual `[I, P, D]` in half or single
-    precision. Not in the original, which pools each image once, by attention.
-
-    Args:
-        temperature: of the softmax over patches.
-        max_patches: in training, compare with a random subset of so many patches, drawn anew for
-            each image and step; None uses all.
-        chunk_size: images at a time, recomputed in backward, to bound memory; None is all at once.
-        field: name of the visual feature.
-        generator: source of randomness of the subset; None is torch's default generator.
-        text_field: what of a caption is compared.
-    """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        max_patches: int | None = None,
-        chunk_size: int | None = None,
-        field: str = "patch_tokens",
-        generator: torch.Generator | None = None,
-        text_field: TextField = "embedding",
-    ) -> None:
-        super().__init__(field, cosine=True, text_field=text_field)
-        self.temperature = positive("similarity.temperature", temperature)
-        self.max_patches = positive_or_none("similarity.max_patches", max_patches)
-        self.chunk_size = positive_or_none("similarity.chunk_size", chunk_size)
-        self.generator = generator
-
-    def select(self, text: Tensor, visual: Tensor) -> Tensor:
-        """In training a random subset of patches, `[B, P, D]` to `[B, max_patches, D]`."""
-        if not self.training or self.max_patches is None:
-            return visual
-        return sample_patches(visual, self.max_patches, self.generator)
-
-    def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Text `[T, D]`, visual `[I, P, D]` to `[T, I]`."""
-        refuse_tokens(self, text, text_mask)
-        if visual.ndim != 3 or visual.shape[-1] != text.shape[-1]:
-            raise ConfigError(
-                f"similarity=Dense: text has shape {tuple(text.shape)} [T, D], {self.field} "
-                f"{tuple(visual.shape)} [I, P, D]: projection.vision_dim must be their common D"
-            )
-        return dense_scores(text, visual, self.temperature, self.chunk_size)

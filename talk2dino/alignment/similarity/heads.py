@@ -1,8 +1,10 @@
-"""Similarities over the attention heads of an image: one chosen by a caption, or all of them."""
+"""The head choice: an image's own caption decides which attention head stands for the image.
+
+`MaxScore` is Talk2DINO's choice. The others are alternatives of the original (`src/model.py`,
+`alignment_strategy`) and, in `SoftHead`, of this project.
+"""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +14,18 @@ from talk2dino.alignment.similarity.base import (
     Similarity,
     TextField,
     as_heads,
+    check_positive,
     like,
-    positive,
     refuse_tokens,
 )
 from talk2dino.errors import ConfigError
 
 
 class PairedHead(Similarity):
-    """Strategies that let an image's own caption decide what stands for the image.
+    """Base of the strategies that choose; `select` chooses, `scores` is a plain comparison.
 
     `select` needs as many texts as images: visual `[B, H, D]` to `[B, D]`. A visual feature
-    `[B, D]` is one head and thus no choice, as in the original. The pick for the true pair is then
+    `[B, D]` is one head and thus no choice, as in the original. The choice of the true pair is then
     compared with every text; it is not a choice per pair.
     """
 
@@ -37,7 +39,7 @@ class PairedHead(Similarity):
 
     def select(self, text: Tensor, visual: Tensor) -> Tensor:
         """Text `[B, D]`, visual `[B, H, D]` to what stands for each image, `[B, D]`."""
-        refuse_tokens(self, text, None)
+        refuse_tokens(self, text)
         if text.shape[0] != visual.shape[0]:
             raise ConfigError(
                 f"similarity={type(self).__name__} pairs text i with image i, but text has shape "
@@ -52,11 +54,15 @@ class PairedHead(Similarity):
         return self._unit(text) @ like(visual, text).T
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
+        """Text `[B, D]`, heads `[B, H, D]`, both of unit length with `cosine`, to `[B, D]`."""
         raise NotImplementedError
 
 
 class MaxScore(PairedHead):
-    """The head closest to the image's own caption (Talk2DINO; original `max_score`)."""
+    """The head most similar to the image's own caption (Talk2DINO; original `max_score`).
+
+    The choice has no gradient; the chosen head's vector has one.
+    """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
         return take_head(heads, _head_logits(text, heads).argmax(dim=-1))
@@ -65,7 +71,7 @@ class MaxScore(PairedHead):
 class WeightedAverage(PairedHead):
     """Mean over heads of softmax(similarity) times head (original `weighted_avg`).
 
-    The mean makes it 1/H of a weighted average, and it is not normalised again.
+    The mean makes it 1/H of a weighted average, and it is not normalized again.
     """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
@@ -115,7 +121,8 @@ class SoftHead(PairedHead):
         text_field: TextField = "embedding",
     ) -> None:
         super().__init__(field, cosine, text_field)
-        self.temperature = positive("similarity.temperature", temperature)
+        check_positive("similarity.temperature", temperature)
+        self.temperature = temperature
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
         weights = (_head_logits(text, heads) / self.temperature).softmax(dim=-1)
@@ -137,132 +144,3 @@ def take_head(heads: Tensor, index: Tensor) -> Tensor:
 
 def _head_logits(text: Tensor, heads: Tensor) -> Tensor:
     return torch.bmm(heads, text[:, :, None])[..., 0]  # [B, H]
-
-
-class AllPairs(Similarity):
-    """Strategies over all heads of an image and all tokens of a text.
-
-    Text is `[T, D]`, or `[T, S, D]` with a bool mask `[T, S]` (True is a token). Masked tokens
-    have alignment 0 and still count as entries, as in the original; the mask is not modified.
-
-    Args:
-        field: name of the visual feature, `[I, H, D]` or `[I, D]` (one head).
-        cosine: compare directions.
-        keep_cls: the start token takes part.
-        keep_end_seq: the last unmasked token takes part.
-        text_field: what of a caption is compared.
-    """
-
-    takes_tokens: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        field: str = "disentangled_self_attn",
-        cosine: bool = True,
-        keep_cls: bool = False,
-        keep_end_seq: bool = False,
-        text_field: TextField = "embedding",
-    ) -> None:
-        super().__init__(field, cosine, text_field)
-        self.keep_cls = keep_cls
-        self.keep_end_seq = keep_end_seq
-
-    def scores(self, text: Tensor, visual: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Text `[T, D]` or `[T, S, D]` with mask, visual `[I, H, D]` or `[I, D]` to `[T, I]`."""
-        tokens, mask = self._tokens(text, text_mask)
-        return self._compare(self._unit(tokens), mask, self._unit(like(as_heads(visual), text)))
-
-    def _tokens(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        name = f"similarity={type(self).__name__}"
-        if text.ndim == 2:
-            if mask is not None:
-                raise ConfigError(
-                    f"{name}: text of shape {tuple(text.shape)} is one vector per caption, but a "
-                    f"token mask {tuple(mask.shape)} was given: store token_embeddings or drop it"
-                )
-            return text[:, None], torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
-        if mask is None or mask.shape != text.shape[:2]:
-            found = "none" if mask is None else str(tuple(mask.shape))
-            raise ConfigError(
-                f"{name}: token text of shape {tuple(text.shape)} needs a token mask of shape "
-                f"{tuple(text.shape[:2])}, found {found}"
-            )
-        return text, trim_mask(mask.bool(), self.keep_cls, self.keep_end_seq)
-
-    def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class SumHeads(AllPairs):
-    """Sum over heads and tokens of the similarities (original `sum`)."""
-
-    def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-        # A sum of dot products is the dot product of the sums.
-        return (tokens * mask[..., None]).sum(dim=1) @ heads.sum(dim=1).T
-
-
-class MeanHeads(AllPairs):
-    """Mean over heads and tokens; masked tokens count in the divisor (original `mean`)."""
-
-    def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-        return (tokens * mask[..., None]).mean(dim=1) @ heads.mean(dim=1).T
-
-
-class MaxRowSum(AllPairs):
-    """Each token's best head, summed over tokens (original `max-row_sum`)."""
-
-    def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-        return best_head(tokens, mask, heads).sum(dim=-1)
-
-
-class Nucleus(AllPairs):
-    """Sum of the best tokens that hold the share `alpha` of a pair (original `nucleus-sampling`).
-
-    Per pair: each token's best head, sorted, scaled to [0, 1] and to sum one; the tokens up to the
-    first whose cumulative share exceeds `alpha` are summed at their unscaled value. If no share
-    exceeds `alpha` (from 1 on), only the best token counts.
-    """
-
-    def __init__(
-        self,
-        alpha: float = 0.6,
-        field: str = "disentangled_self_attn",
-        cosine: bool = True,
-        keep_cls: bool = False,
-        keep_end_seq: bool = False,
-        text_field: TextField = "embedding",
-    ) -> None:
-        super().__init__(field, cosine, keep_cls, keep_end_seq, text_field)
-        self.alpha = alpha
-
-    def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-        values = best_head(tokens, mask, heads).sort(dim=-1, descending=True).values  # [T, I, S]
-        low, high = values[..., -1:], values[..., :1]
-        share = (values.detach() - low) / (high - low)  # 0/0 with equal values: no share exceeds
-        share = (share / share.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
-        # argmax finds the first True, and 0 if there is none.
-        last = (share > self.alpha).to(torch.uint8).argmax(dim=-1, keepdim=True)
-        positions = torch.arange(values.shape[-1], device=values.device)
-        return (values * (positions <= last)).sum(dim=-1)
-
-
-def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
-    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    kept = mask.clone()
-    if not keep_end_seq:
-        last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)
-        kept &= positions != last
-    if not keep_cls:
-        kept[:, 0] = False
-    return kept
-
-
-def best_head(tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
-    """Each token's similarity to its best head, 0 where masked.
-
-    Tokens `[T, S, D]`, mask `[T, S]`, heads `[I, H, D]` to `[T, I, S]`.
-    """
-    flat = tokens.flatten(0, 1) @ heads.flatten(0, 1).T  # [T*S, I*H]
-    grid = flat.view(*tokens.shape[:2], *heads.shape[:2])  # [T, S, I, H]
-    return (grid.max(dim=-1).values * mask[..., None]).transpose(1, 2)
