@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from talk2dino.config.checks import check_given, check_targets
+from talk2dino.config.checks import check_given, check_targets, use_current_names
 from talk2dino.config.messages import config_folder, config_groups, explain
 from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import ConfigError, UserError
@@ -51,6 +51,7 @@ def run(
     sys.argv[1:] = quote_ranges(sys.argv[1:])
 
     def checked(config: DictConfig) -> Any:
+        use_current_names(config)
         check_given(config)
         complete(config)
         check_targets(config)

@@ -1,4 +1,8 @@
-"""Schemas of the plain config nodes: one dataclass per command, with every default."""
+"""Keys and types of the plain config nodes: one dataclass per command.
+
+Values stand in `conf/`. A default here is only for what no file there states: the groups that may be
+left out (`~scheduler`), and the keys that only some options of a group have.
+"""
 
 from __future__ import annotations
 
@@ -13,60 +17,60 @@ from omegaconf import MISSING
 class DataConfig:
     """Node `data` of train.yaml."""
 
-    batch_size: int = 128
-    captions: str = "all"
-    val_fraction: float = 0.05
-    shuffle: str = "global"
-    block_rows: int = 256
-    mix_blocks: int = 16
-    num_workers: int = 0
-    prefetch: int | None = None
+    batch_size: int = MISSING
+    captions: str = MISSING
+    val_fraction: float = MISSING
+    shuffle: str = MISSING
+    block_rows: int = MISSING
+    mix_blocks: int = MISSING
+    num_workers: int = MISSING
+    prefetch: int | None = MISSING
 
 
 @dataclass
 class CheckpointConfig:
     """Node `checkpoint` of train.yaml."""
 
-    every_n_steps: int | None = None
-    monitor: str | None = None
-    mode: str = "max"
-    save_top_k: int = 1
+    every_n_steps: int | None = MISSING
+    monitor: str | None = MISSING
+    mode: str = MISSING
+    save_top_k: int = MISSING
 
 
 @dataclass
 class EarlyStoppingConfig:
     """Node `early_stopping` of train.yaml."""
 
-    patience: int | None = None
-    monitor: str = "val/text_to_image/recall@1"
-    mode: str = "max"
-    min_delta: float = 0.0
+    patience: int | None = MISSING
+    monitor: str = MISSING
+    mode: str = MISSING
+    min_delta: float = MISSING
 
 
 @dataclass
 class EMAConfig:
     """Node `ema` of train.yaml."""
 
-    decay: float | None = None
+    decay: float | None = MISSING
 
 
 @dataclass
 class SampleSegmentationsConfig:
     """Node `sample_segmentations` of train.yaml."""
 
-    images: Any = None
-    classes: list[str] = field(default_factory=list)
-    every_n_epochs: int = 1
-    short_side: int = 448
-    pamr: bool = False
+    images: Any = MISSING
+    classes: list[str] = MISSING
+    every_n_epochs: int = MISSING
+    short_side: int = MISSING
+    pamr: bool = MISSING
 
 
 @dataclass
 class SweepConfig:
-    """Group `sweep` of train.yaml."""
+    """Node `sweep` of train.yaml; all but the first two keys are given by `sweep=optuna` only."""
 
-    metric: str = "val/text_to_image/recall@1"
-    mode: str = "max"
+    metric: str = MISSING
+    mode: str = MISSING
     space: Any = None
     n_trials: int | None = None
     parallel: int | None = None
@@ -78,12 +82,12 @@ class SweepConfig:
 
 @dataclass
 class FeaturesConfig:
-    """Group `features` of extract.yaml."""
+    """Node `features` of extract.yaml."""
 
-    image_fields: list[str] = field(default_factory=list)
-    caption_fields: list[str] = field(default_factory=lambda: ["embedding"])
-    dtype: str = "float16"
-    patches_per_image: int | None = None
+    image_fields: list[str] = MISSING
+    caption_fields: list[str] = MISSING
+    dtype: str = MISSING
+    patches_per_image: int | None = MISSING
 
 
 @dataclass
@@ -95,13 +99,13 @@ class ExtractConfig:
     text: Any = MISSING
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     store: str = MISSING
-    split: str = "train"
-    images_per_shard: int = 1024
-    num_workers: int = 2
-    accelerator: str = "auto"
-    precision: str = "32"
-    text_precision: str = "32"
-    compile: bool = False
+    split: str = MISSING
+    images_per_shard: int = MISSING
+    num_workers: int = MISSING
+    accelerator: str = MISSING
+    precision: str = MISSING
+    text_precision: str = MISSING
+    compile: bool = MISSING
 
 
 @dataclass
@@ -116,13 +120,13 @@ class TrainConfig:
     scheduler: Any = None
     trainer: Any = MISSING
     logger: Any = None
-    name: str | None = None
+    name: str | None = MISSING
     store: str = MISSING
-    val_store: str | None = None
-    seed: int = 0
-    ckpt_path: str | None = None
-    resume: bool = False
-    record_heads: bool = False
+    val_store: str | None = MISSING
+    seed: int = MISSING
+    ckpt_path: str | None = MISSING
+    resume: bool = MISSING
+    record_heads: bool = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
@@ -143,68 +147,68 @@ class EvaluateConfig:
     vision: Any = None
     text: Any = None
     refinement: Any = None
-    pamr: bool = False
-    pamr_whole_image: bool = False
-    compare_untrained: bool = False
-    pictures: int = 6
-    label_maps: bool = False
-    examples: int = 4
-    resume: bool = True
-    batch_size: int = 4
-    window_batch_size: int = 8
-    num_workers: int = 2
-    seed: int = 0
+    pamr: bool = MISSING
+    pamr_whole_image: bool = MISSING
+    compare_untrained: bool = MISSING
+    pictures: int = MISSING
+    label_maps: bool = MISSING
+    examples: int = MISSING
+    resume: bool = MISSING
+    batch_size: int = MISSING
+    window_batch_size: int = MISSING
+    num_workers: int = MISSING
+    seed: int = MISSING
 
 
 @dataclass
 class SegmentConfig:
     """segment.yaml."""
 
-    checkpoint: str | None = None
-    image: str | None = None
-    classes: Any = None
-    output: str = "segmented.png"
+    checkpoint: str | None = MISSING
+    image: str | None = MISSING
+    classes: Any = MISSING
+    output: str = MISSING
     vision: Any = None
     text: Any = None
-    negatives: list[str] = field(default_factory=list)
-    templates: str | None = None
-    background: float | None = None
-    pamr: bool = True
-    short_side: int = 448
-    heatmaps: bool = False
-    resume: bool = False
-    accelerator: str = "auto"
+    negatives: list[str] = MISSING
+    templates: str | None = MISSING
+    background: float | None = MISSING
+    pamr: bool = MISSING
+    short_side: int = MISSING
+    heatmaps: bool = MISSING
+    resume: bool = MISSING
+    accelerator: str = MISSING
 
 
 @dataclass
 class AppConfig:
     """app.yaml."""
 
-    checkpoint: str | None = None
-    classes: list[str] = field(default_factory=list)
+    checkpoint: str | None = MISSING
+    classes: list[str] = MISSING
     vision: Any = None
     text: Any = None
-    short_side: int = 448
-    host: str = "127.0.0.1"
-    port: int | None = None
-    max_upload_mb: float = 20
-    browser: bool = False
-    accelerator: str = "auto"
+    short_side: int = MISSING
+    host: str = MISSING
+    port: int | None = MISSING
+    max_upload_mb: float = MISSING
+    browser: bool = MISSING
+    accelerator: str = MISSING
 
 
 @dataclass
 class ExportConfig:
     """export.yaml."""
 
-    checkpoint: str | None = None
-    output: str = "onnx"
-    classes: Any = None
-    templates: str | None = None
+    checkpoint: str | None = MISSING
+    output: str = MISSING
+    classes: Any = MISSING
+    templates: str | None = MISSING
     vision: Any = None
     text: Any = None
-    image_size: int = 448
-    upsample: bool = True
-    tolerance: float = 1e-4
+    image_size: int = MISSING
+    upsample: bool = MISSING
+    tolerance: float = MISSING
 
 
 @dataclass
@@ -214,24 +218,29 @@ class ConvertConfig:
     task: str = MISSING
     vision: Any = None
     text: Any = None
-    input: str | None = None
-    output: str | None = None
-    activation: str | None = "tanh"
-    store: str | None = None
-    split: str = "train"
-    dtype: str = "float16"
-    images_per_shard: int = 1024
-    embedding: str | None = None
-    num_workers: int = 2
+    input: str | None = MISSING
+    output: str | None = MISSING
+    activation: str | None = MISSING
+    store: str | None = MISSING
+    split: str = MISSING
+    dtype: str = MISSING
+    images_per_shard: int = MISSING
+    embedding: str | None = MISSING
+    num_workers: int = MISSING
+
+
+SCHEMAS = {
+    "extract": ExtractConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "segment": SegmentConfig,
+    "app": AppConfig,
+    "export": ExportConfig,
+    "convert": ConvertConfig,
+}
 
 
 def register_schemas() -> None:
     """Make the schemas known to Hydra under `<command>_schema`."""
-    store = ConfigStore.instance()
-    store.store(name="extract_schema", node=ExtractConfig)
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(name="segment_schema", node=SegmentConfig)
-    store.store(name="app_schema", node=AppConfig)
-    store.store(name="export_schema", node=ExportConfig)
-    store.store(name="convert_schema", node=ConvertConfig)
+    for command, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{command}_schema", node=schema)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from talk2dino.errors import ConfigError
 from talk2dino.files import write_json
+from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
 
@@ -132,6 +133,7 @@ def _lines(part: Path) -> Iterator[Record]:
 
 
 def _refuse_others(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found, wanted = with_current_names(found), with_current_names(wanted)
     for key in sorted(found.keys() | wanted.keys()):
         old, new = found.get(key), wanted.get(key)
         if old != new:

@@ -23,7 +23,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "web",
 ]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-BELOW_ALL = {"errors", "files"}
+BELOW_ALL = {"errors", "files", "renamed"}
 COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BELOW_ALL, "__init__")}
 HYDRA = {  # what composes a config or builds from it
     *(f"{name}.py" for name in COMMANDS),
