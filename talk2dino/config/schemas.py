@@ -1,76 +1,75 @@
 """Keys and types of the plain config nodes: one dataclass per command.
 
-Values stand in `conf/`. A default here is only for what no file there states: the groups that may be
-left out (`~scheduler`), and the keys that only some options of a group have.
+The values stand in `conf/`; a field without one there is required. None stands here only for what
+not every config has: groups that may be left out (`~scheduler`) and the keys of `sweep=optuna`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig:
     """Node `data` of train.yaml."""
 
-    batch_size: int = MISSING
-    captions: str = MISSING
-    val_fraction: float = MISSING
-    shuffle: str = MISSING
-    block_rows: int = MISSING
-    mix_blocks: int = MISSING
-    num_workers: int = MISSING
-    prefetch: int | None = MISSING
+    batch_size: int
+    captions: str
+    val_fraction: float
+    shuffle: str
+    block_rows: int
+    mix_blocks: int
+    num_workers: int
+    prefetch: int | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """Node `checkpoint` of train.yaml."""
 
-    every_n_steps: int | None = MISSING
-    monitor: str | None = MISSING
-    mode: str = MISSING
-    save_top_k: int = MISSING
+    every_n_steps: int | None
+    monitor: str | None
+    mode: str
+    save_top_k: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EarlyStoppingConfig:
     """Node `early_stopping` of train.yaml."""
 
-    patience: int | None = MISSING
-    monitor: str = MISSING
-    mode: str = MISSING
-    min_delta: float = MISSING
+    patience: int | None
+    monitor: str
+    mode: str
+    min_delta: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EMAConfig:
     """Node `ema` of train.yaml."""
 
-    decay: float | None = MISSING
+    decay: float | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SampleSegmentationsConfig:
     """Node `sample_segmentations` of train.yaml."""
 
-    images: Any = MISSING
-    classes: list[str] = MISSING
-    every_n_epochs: int = MISSING
-    short_side: int = MISSING
-    pamr: bool = MISSING
+    images: Any
+    classes: list[str]
+    every_n_epochs: int
+    short_side: int
+    pamr: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SweepConfig:
     """Node `sweep` of train.yaml; all but the first two keys are given by `sweep=optuna` only."""
 
-    metric: str = MISSING
-    mode: str = MISSING
+    metric: str
+    mode: str
     space: Any = None
     n_trials: int | None = None
     parallel: int | None = None
@@ -80,153 +79,151 @@ class SweepConfig:
     trial: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FeaturesConfig:
     """Node `features` of extract.yaml."""
 
-    image_fields: list[str] = MISSING
-    caption_fields: list[str] = MISSING
-    dtype: str = MISSING
-    patches_per_image: int | None = MISSING
+    image_fields: list[str]
+    caption_fields: list[str]
+    dtype: str
+    patches_per_image: int | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExtractConfig:
     """extract.yaml."""
 
-    source: Any = MISSING
-    vision: Any = MISSING
-    text: Any = MISSING
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    store: str = MISSING
-    split: str = MISSING
-    images_per_shard: int = MISSING
-    num_workers: int = MISSING
-    accelerator: str = MISSING
-    precision: str = MISSING
-    text_precision: str = MISSING
-    compile: bool = MISSING
+    source: Any
+    vision: Any
+    text: Any
+    features: FeaturesConfig
+    store: str
+    split: str
+    images_per_shard: int
+    num_workers: int
+    accelerator: str
+    precision: str
+    text_precision: str
+    compile: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
     """train.yaml."""
 
-    projection: Any = MISSING
-    similarity: Any = MISSING
-    val_similarity: Any = MISSING
-    loss: Any = MISSING
-    optimizer: Any = MISSING
+    projection: Any
+    similarity: Any
+    val_similarity: Any
+    loss: Any
+    optimizer: Any
     scheduler: Any = None
-    trainer: Any = MISSING
+    trainer: Any
     logger: Any = None
-    name: str | None = MISSING
-    store: str = MISSING
-    val_store: str | None = MISSING
-    seed: int = MISSING
-    ckpt_path: str | None = MISSING
-    resume: bool = MISSING
-    record_heads: bool = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    sample_segmentations: SampleSegmentationsConfig = field(
-        default_factory=SampleSegmentationsConfig
-    )
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    name: str | None
+    store: str
+    val_store: str | None
+    seed: int
+    ckpt_path: str | None
+    resume: bool
+    record_heads: bool
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    early_stopping: EarlyStoppingConfig
+    ema: EMAConfig
+    sample_segmentations: SampleSegmentationsConfig
+    sweep: SweepConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """evaluate.yaml."""
 
-    checkpoint: str = MISSING
-    benchmark: Any = MISSING
-    trainer: Any = MISSING
+    checkpoint: str
+    benchmark: Any
+    trainer: Any
     vision: Any = None
     text: Any = None
     refinement: Any = None
-    pamr: bool = MISSING
-    pamr_whole_image: bool = MISSING
-    compare_untrained: bool = MISSING
-    pictures: int = MISSING
-    label_maps: bool = MISSING
-    examples: int = MISSING
-    resume: bool = MISSING
-    batch_size: int = MISSING
-    window_batch_size: int = MISSING
-    num_workers: int = MISSING
-    seed: int = MISSING
+    pamr: bool
+    pamr_whole_image: bool
+    compare_untrained: bool
+    pictures: int
+    label_maps: bool
+    examples: int
+    resume: bool
+    batch_size: int
+    window_batch_size: int
+    num_workers: int
+    seed: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SegmentConfig:
     """segment.yaml."""
 
-    checkpoint: str | None = MISSING
-    image: str | None = MISSING
-    classes: Any = MISSING
-    output: str = MISSING
+    checkpoint: str | None
+    image: str | None
+    classes: Any
+    output: str
     vision: Any = None
     text: Any = None
-    negatives: list[str] = MISSING
-    templates: str | None = MISSING
-    background: float | None = MISSING
-    pamr: bool = MISSING
-    short_side: int = MISSING
-    heatmaps: bool = MISSING
-    resume: bool = MISSING
-    accelerator: str = MISSING
+    negatives: list[str]
+    templates: str | None
+    background: float | None
+    pamr: bool
+    short_side: int
+    heatmaps: bool
+    resume: bool
+    accelerator: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AppConfig:
     """app.yaml."""
 
-    checkpoint: str | None = MISSING
-    classes: list[str] = MISSING
+    checkpoint: str | None
+    classes: list[str]
     vision: Any = None
     text: Any = None
-    short_side: int = MISSING
-    host: str = MISSING
-    port: int | None = MISSING
-    max_upload_mb: float = MISSING
-    browser: bool = MISSING
-    accelerator: str = MISSING
+    short_side: int
+    host: str
+    port: int | None
+    max_upload_mb: float
+    browser: bool
+    accelerator: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExportConfig:
     """export.yaml."""
 
-    checkpoint: str | None = MISSING
-    output: str = MISSING
-    classes: Any = MISSING
-    templates: str | None = MISSING
+    checkpoint: str | None
+    output: str
+    classes: Any
+    templates: str | None
     vision: Any = None
     text: Any = None
-    image_size: int = MISSING
-    upsample: bool = MISSING
-    tolerance: float = MISSING
+    image_size: int
+    upsample: bool
+    tolerance: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ConvertConfig:
     """convert.yaml."""
 
-    task: str = MISSING
+    task: str
     vision: Any = None
     text: Any = None
-    input: str | None = MISSING
-    output: str | None = MISSING
-    activation: str | None = MISSING
-    store: str | None = MISSING
-    split: str = MISSING
-    dtype: str = MISSING
-    images_per_shard: int = MISSING
-    embedding: str | None = MISSING
-    num_workers: int = MISSING
+    input: str | None
+    output: str | None
+    activation: str | None
+    store: str | None
+    split: str
+    dtype: str
+    images_per_shard: int
+    embedding: str | None
+    num_workers: int
 
 
 SCHEMAS = {
