@@ -55,8 +55,8 @@ RENAMED: Mapping[str, str] = {  # old dotted name: present one
     ),
     **_moved("talk2dino.segmentation.mosaic", "talk2dino.datasets.mosaic", "MosaicBenchmark"),
     # refinements of label maps
-    **_moved("talk2dino.segmentation.knn", "talk2dino.segmentation.refinement.knn", "KNN"),
-    **_moved("talk2dino.segmentation.pamr", "talk2dino.segmentation.refinement.pamr", "PAMR"),
+    # **_moved("talk2dino.segmentation.knn", "talk2dino.segmentation.refinement.knn", "KNN"),
+    # **_moved("talk2dino.segmentation.pamr", "talk2dino.segmentation.refinement.pamr", "PAMR"),
     # similarities by the modules that held them; `talk2dino.alignment.similarity` has them all
     **_moved(
         "talk2dino.alignment.all_pairs", _HEADS, "MaxRowSum", "MeanHeads", "Nucleus", "SumHeads"

@@ -28,10 +28,6 @@ from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json
 
-CHECKPOINTS = (
-    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
-    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
-)
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
 
 
@@ -131,6 +127,13 @@ def note_failure(error: Exception, message: str | None) -> None:
     write_json(failure_file(), described)
     line = " ".join(described["error"].split())
     print(f"error: run {job.num}: {line}", file=sys.stderr)
+
+
+def folder_override(folder: Path) -> str:
+    """The override by which the same command line finds this run folder again, sweep or not."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+    return f"hydra.run.dir={folder}"
 
 
 def failure_file() -> Path:

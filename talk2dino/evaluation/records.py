@@ -121,6 +121,20 @@ class Records:
         return sorted(self.folder.glob("part-*.jsonl"))
 
 
+def how_to_go_on(folder: Path, override: str) -> str:
+    """What to do after an image could not be read.
+
+    Args:
+        folder: of the evaluation.
+        override: of the command line, by which the same command finds this folder again.
+    """
+    done = len(Records(folder / "records").read())
+    return (
+        f"{done} images are finished and kept: mend the file and run the same command with "
+        f"{override}, and with resume=false if its settings change"
+    )
+
+
 def _lines(part: Path) -> Iterator[Record]:
     names = {item.name for item in fields(Record)}
     for line in part.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -28,7 +28,6 @@ COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BEL
 HYDRA = {  # what composes a config or builds from it
     *(f"{name}.py" for name in COMMANDS),
     *(source for source in SOURCES if source.startswith("config/")),
-    "config/words.py",
     "training/setup.py",
     "sweeps/table.py",
 }
