@@ -156,19 +156,22 @@ def quiet_libraries() -> None:
     """Keep advertisements and inner affairs of libraries out of the terminal."""
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch's pytree in a way that torch 2.14 no longer likes: not ours to mend.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # A resumed run has moved its metrics.csv aside; its checkpoints are meant to be there.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Memory-mapped features need no loader processes, and short runs log rarely: both are chosen.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # Every rank validates on everything, so its figures are already those of all ranks.
-    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist.*")
-    # Evaluation counts into one confusion matrix and hands out nothing per image.
-    warnings.filterwarnings("ignore", message=".*predict returned None.*")
-    # The val loader's length is known; batches have their own sizes.
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    for message in (
+        # Lightning 2.6 uses torch's pytree in a way that torch 2.14 warns about.
+        "isinstance.treespec, LeafSpec",
+        # A resumed run has moved its metrics.csv aside; its checkpoints are meant to be there.
+        "exists and is not empty",
+        # Memory-mapped features need no loader processes, and short runs log rarely.
+        "does not have many workers",
+        "smaller than the logging interval",
+        # Every rank validates on everything, so its figures are already those of all ranks.
+        "It is recommended to use .self.log.*sync_dist",
+        # Evaluation counts into one confusion matrix and returns nothing per image.
+        "predict returned None",
+        # The validation loader's length is known; batches have their own sizes.
+        "Trying to infer the `batch_size`",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
