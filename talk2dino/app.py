@@ -7,20 +7,17 @@ import importlib.util
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import CHECKPOINTS
-from talk2dino.encoders.devices import choose_device
+from talk2dino.config.given import load_model, require
 from talk2dino.errors import ConfigError
-from talk2dino.inference.model import Talk2DINO
 
 
-def require(config: DictConfig) -> None:
+def require_all(config: DictConfig) -> None:
     """Say what is missing before anything is loaded.
 
     Raises:
         ConfigError: no checkpoint, or Gradio is not installed.
     """
-    if config.checkpoint is None:
-        raise ConfigError(f"checkpoint=… not given; {CHECKPOINTS}")
+    require(config, "checkpoint")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the web page needs Gradio: pip install 'talk2dino[app]'")
 
@@ -29,12 +26,7 @@ def app(config: DictConfig) -> None:
     """Load the model and serve the page."""
     from talk2dino.web.page import Page, serve
 
-    model = Talk2DINO.from_pretrained(
-        config.checkpoint,
-        device=choose_device(config.accelerator),
-        vision=command.build(config.vision) if config.vision else None,
-        text=command.build(config.text) if config.text else None,
-    )
+    model = load_model(config)
     words = ", ".join(config.classes)
     page = Page(model, str(config.checkpoint), words, config.short_side).build()
     address = serve(page, config.host, config.port, config.max_upload_mb, config.browser)
@@ -43,4 +35,4 @@ def app(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command.run("app", app, require)
+    command.run("app", app, require_all)

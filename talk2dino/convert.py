@@ -1,15 +1,16 @@
 """`python -m talk2dino.convert TASK …`: weights, features and label maps from one form to another.
 
-A task is a function of plain parameters, named like the config's keys; those without a default are
-required.
+A task is a function whose parameters are keys of the config; those without a default must not be
+null.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from talk2dino.alignment.checkpoint import Checkpoint, read_checkpoint, save_projection
+from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Activation
 from talk2dino.config import command
@@ -34,201 +35,7 @@ from talk2dino.features.store.reader import FeatureStore
 from talk2dino.features.store.schema import Manifest
 from talk2dino.features.store.verify import verify_store
 
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives `advance(done, total)`, which moves a bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(what, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance
-
-
-def coco_object(input: str, output: str, num_workers: int = 2) -> None:
-    """Convert COCO-Stuff label maps into those of COCO-Object; see `convert_coco_object`.
-
-    Args:
-        input: folder with `train2017` and `val2017` of stuffthingmaps_trainval2017, or one of them.
-        output: folder to write into; may be the same.
-        num_workers: processes.
-    """
-    target = Path(output).expanduser()
-    with progress("coco_object") as advance:
-        written = convert_coco_object(Path(input).expanduser(), target, num_workers, advance)
-    print(f"{target}: {written} label maps written")
-
-
-Spec = dict[str, Any]
-
-
-def features(
-    input: str,
-    store: str,
-    split: str = "train",
-    dtype: str = "float16",
-    images_per_shard: int = 1024,
-    embedding: str | None = None,
-    vision: Spec | None = None,
-    text: Spec | None = None,
-) -> None:
-    """Convert the original's `.pth` of pre-extracted features; see `convert_features`."""
-    samples = FeatureFile(Path(input).expanduser())
-    _fill(samples, store, split, dtype, images_per_shard, embedding, vision, text)
-
-
-def tars(
-    input: str,
-    store: str,
-    split: str = "train",
-    dtype: str = "float16",
-    images_per_shard: int = 1024,
-    embedding: str | None = None,
-    vision: Spec | None = None,
-    text: Spec | None = None,
-) -> None:
-    """Convert the original's tars (brace range, glob or folder) of features; see `features`."""
-    samples = FeatureTars(expand_tars(input, "input"))
-    _fill(samples, store, split, dtype, images_per_shard, embedding, vision, text)
-
-
-def archive(store: str, output: str) -> None:
-    """Write a compressed copy of a store; see `archive_store`."""
-    _copy(store, output, compressed=True)
-
-
-def unarchive(store: str, output: str) -> None:
-    """Write a contiguous copy of an archive; see `archive_store`."""
-    _copy(store, output, compressed=False)
-
-
-def verify(store: str) -> None:
-    """Read all of a store; print every bad shard and exit with status 1 if there is one."""
-    folder = Path(store).expanduser()
-    with progress("verify") as advance:
-        problems = verify_store(folder, advance)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise SystemExit(1)
-    opened = FeatureStore(folder)
-    print(
-        f"{folder}: sound, {len(opened.manifest.shards)} shards, {len(opened.images)} images, "
-        f"{len(opened.captions)} captions"
-    )
-
-
-def _fill(
-    samples: OriginalSamples,
-    store: str,
-    split: str,
-    dtype: str,
-    images_per_shard: int,
-    embedding: str | None,
-    vision: Spec | None,
-    text: Spec | None,
-) -> None:
-    folder = require_output_folder(Path(store).expanduser(), "store")
-    with progress("convert") as advance:
-        manifest = convert_features(
-            samples,
-            folder,
-            split=split,
-            dtype=dtype,
-            images_per_shard=images_per_shard,
-            embedding=embedding,
-            vision=vision,
-            text=text,
-            advance=advance,
-        )
-    for kind, spec in (("vision", vision), ("text", text)):
-        print(f"{kind}: {spec['name'] if spec else f'not named; say it with {kind}=…'}")
-    for table, names in manifest.fields.items():
-        print(f"{table}: {', '.join(names)}")
-    if manifest.skipped:
-        print(
-            f"{manifest.skipped} images without features were skipped; the list is "
-            f"{folder / f'{split}-skipped.jsonl'}"
-        )
-    print(f"{folder}: {_sizes(manifest)}")
-
-
-def _copy(store: str, output: str, compressed: bool) -> None:
-    source, target = Path(store).expanduser(), Path(output).expanduser()
-    before = Manifest.read(source)
-    require_output_folder(target, "output")
-    with progress("archive" if compressed else "unarchive") as advance:
-        manifest = archive_store(source, target, compressed, advance)
-    print(f"{source}: {_sizes(before)}")
-    print(f"{target}: {_sizes(manifest)}")
-
-
-def _sizes(manifest: Manifest) -> str:
-    shards = manifest.shards
-    images, captions = sum(s.images for s in shards), sum(s.captions for s in shards)
-    size = sum(shard.bytes for shard in shards) / 1e6
-    return f"{images} images, {captions} captions, {len(shards)} shards, {size:.1f} MB"
-
-
-def weights(
-    input: str,
-    output: str,
-    activation: Activation | None = "tanh",
-    vision: dict[str, Any] | None = None,
-    text: dict[str, Any] | None = None,
-) -> None:
-    """Read a projection in any format and write it as `.safetensors` or `.pth`.
-
-    Args:
-        input: `.pth`, `.safetensors`, `.ckpt`, run folder, or Hub id.
-        output: file to write, never overwritten.
-        activation: of a file that holds tensors only.
-        vision: spec of the vision encoder; None keeps the input's.
-        text: spec of the text encoder; None keeps the input's.
-
-    Raises:
-        ConfigError: the output exists or cannot hold the projection.
-        CheckpointError: the input is no projection.
-    """
-    target = Path(output).expanduser()
-    if target.suffix not in (".safetensors", ".pth"):
-        raise ConfigError(f"output={target}: the name must end in .safetensors or .pth")
-    if target.exists():
-        raise ConfigError(f"output={target}: is there already; use another name or remove it")
-    checkpoint = read_checkpoint(resolve_checkpoint(input), activation)
-    if target.suffix == ".pth" and isinstance(checkpoint.projection, CLIPLastLayer):
-        raise ConfigError(f"output={target}: .pth has no CLIPLastLayer; write .safetensors")
-    specs = {"vision": vision or checkpoint.vision, "text": text or checkpoint.text}
-    require_output_folder(target.parent, "output")
-    save_projection(checkpoint.projection, target, checkpoint.extra | specs)
-    print(f"projection: {type(checkpoint.projection).__name__} {described(checkpoint)}")
-    for kind, spec in specs.items():
-        print(f"{kind}: {spec['name'] if spec else f'not named; say it with {kind}=…'}")
-    if target.suffix == ".pth":
-        print("a .pth holds the weights only: its encoders and its activation are not written")
-    print(f"weights: {target}")
-
-
-def described(checkpoint: Checkpoint) -> str:
-    """The projection's arguments in one line."""
-    arguments = checkpoint.projection.hyperparameters
-    return " ".join(f"{key}={value}" for key, value in arguments.items() if value is not None)
-
-
-TASKS: dict[str, Callable[..., None]] = {
-    task.__name__: task
-    for task in (weights, features, tars, archive, unarchive, verify, coco_object)
-}
+Spec = dict[str, Any]  # of an encoder
 
 
 def convert(config: DictConfig) -> None:
@@ -262,10 +69,178 @@ def plain(config: DictConfig, name: str) -> Any:
     value = config[name]
     if not OmegaConf.is_config(value):
         return value
-    spec = OmegaConf.to_container(value, resolve=True)
-    assert isinstance(spec, dict)
-    check_spec({str(key): item for key, item in spec.items()}, name)
+    spec: Any = OmegaConf.to_container(value, resolve=True)
+    check_spec(spec, name)
     return spec
+
+
+def weights(
+    input: str,
+    output: str,
+    activation: Activation | None = None,
+    vision: Spec | None = None,
+    text: Spec | None = None,
+) -> None:
+    """Read a projection in any format and write it as `.safetensors` or `.pth`.
+
+    Args:
+        input: `.pth`, `.safetensors`, `.ckpt`, run folder, or Hub id.
+        output: file to write, never overwritten.
+        activation: of a file that holds tensors only; None for no activation.
+        vision: spec of the vision encoder; None keeps the input's.
+        text: spec of the text encoder; None keeps the input's.
+
+    Raises:
+        ConfigError: the output exists or cannot hold the projection.
+        CheckpointError: the input is no projection.
+    """
+    target = Path(output).expanduser()
+    if target.suffix not in (".safetensors", ".pth"):
+        raise ConfigError(f"output={target}: the name must end in .safetensors or .pth")
+    if target.exists():
+        raise ConfigError(f"output={target}: is there already; use another name or remove it")
+    checkpoint = read_checkpoint(resolve_checkpoint(input), activation)
+    projection = checkpoint.projection
+    if target.suffix == ".pth" and isinstance(projection, CLIPLastLayer):
+        raise ConfigError(f"output={target}: .pth has no CLIPLastLayer; write .safetensors")
+    specs = {"vision": vision or checkpoint.vision, "text": text or checkpoint.text}
+    require_output_folder(target.parent, "output")
+    save_projection(projection, target, checkpoint.extra | specs)
+    arguments = (f"{k}={v}" for k, v in projection.hyperparameters.items() if v is not None)
+    print(f"projection: {type(projection).__name__} {' '.join(arguments)}")
+    print_encoders(specs)
+    if target.suffix == ".pth":
+        print("a .pth holds the weights only: its encoders and its activation are not written")
+    print(f"weights: {target}")
+
+
+def fill_store(
+    open_samples: Callable[[str], OriginalSamples],
+    input: str,
+    store: str,
+    split: str,
+    dtype: str,
+    images_per_shard: int,
+    embedding: str | None = None,
+    vision: Spec | None = None,
+    text: Spec | None = None,
+) -> None:
+    """Convert features that the original extracted; see `convert_features`."""
+    samples = open_samples(input)
+    folder = require_output_folder(Path(store).expanduser(), "store")
+    with progress("convert") as advance:
+        manifest = convert_features(
+            samples,
+            folder,
+            split=split,
+            dtype=dtype,
+            images_per_shard=images_per_shard,
+            embedding=embedding,
+            vision=vision,
+            text=text,
+            advance=advance,
+        )
+    print_encoders({"vision": vision, "text": text})
+    for table, names in manifest.fields.items():
+        print(f"{table}: {', '.join(names)}")
+    if manifest.skipped:
+        print(
+            f"{manifest.skipped} images without features were skipped; the list is "
+            f"{folder / f'{split}-skipped.jsonl'}"
+        )
+    print(f"{folder}: {sizes(manifest)}")
+
+
+def feature_file(path: str) -> FeatureFile:
+    """The original's `.pth` of pre-extracted features."""
+    return FeatureFile(Path(path).expanduser())
+
+
+def feature_tars(pattern: str) -> FeatureTars:
+    """The original's tars of features, by a brace range, a glob or a folder."""
+    return FeatureTars(expand_tars(pattern, "input"))
+
+
+def copy_store(compressed: bool, store: str, output: str) -> None:
+    """Write a compressed or a contiguous copy of a store; see `archive_store`."""
+    source, target = Path(store).expanduser(), Path(output).expanduser()
+    before = Manifest.read(source)
+    require_output_folder(target, "output")
+    with progress("archive" if compressed else "unarchive") as advance:
+        manifest = archive_store(source, target, compressed, advance)
+    print(f"{source}: {sizes(before)}")
+    print(f"{target}: {sizes(manifest)}")
+
+
+def verify(store: str) -> None:
+    """Read all of a store; print every bad shard and exit with status 1 if there is one."""
+    folder = Path(store).expanduser()
+    with progress("verify") as advance:
+        problems = verify_store(folder, advance)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise SystemExit(1)
+    opened = FeatureStore(folder)
+    print(
+        f"{folder}: sound, {len(opened.manifest.shards)} shards, {len(opened.images)} images, "
+        f"{len(opened.captions)} captions"
+    )
+
+
+def coco_object(input: str, output: str, num_workers: int) -> None:
+    """Convert COCO-Stuff label maps into those of COCO-Object; see `convert_coco_object`.
+
+    Args:
+        input: folder with `train2017` and `val2017` of stuffthingmaps_trainval2017, or one of them.
+        output: folder to write into; may be the same.
+        num_workers: processes.
+    """
+    target = Path(output).expanduser()
+    with progress("coco_object") as advance:
+        written = convert_coco_object(Path(input).expanduser(), target, num_workers, advance)
+    print(f"{target}: {written} label maps written")
+
+
+TASKS: Mapping[str, Callable[..., None]] = {
+    "weights": weights,
+    "features": partial(fill_store, feature_file),
+    "tars": partial(fill_store, feature_tars),
+    "archive": partial(copy_store, True),
+    "unarchive": partial(copy_store, False),
+    "verify": verify,
+    "coco_object": coco_object,
+}
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives `advance(done, total)`, which moves a bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_encoders(specs: Mapping[str, Spec | None]) -> None:
+    """Say which encoders the result names, and how to name one."""
+    for kind, spec in specs.items():
+        print(f"{kind}: {spec['name'] if spec else f'not named; say it with {kind}=…'}")
+
+
+def sizes(manifest: Manifest) -> str:
+    """Counts and bytes of a store in one line."""
+    shards = manifest.shards
+    images, captions = sum(s.images for s in shards), sum(s.captions for s in shards)
+    size = sum(shard.bytes for shard in shards) / 1e6
+    return f"{images} images, {captions} captions, {len(shards)} shards, {size:.1f} MB"
 
 
 def task_first(arguments: list[str]) -> list[str]:

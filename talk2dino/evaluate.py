@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-from contextlib import suppress
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -24,17 +18,24 @@ from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.config import command
+from talk2dino.config.given import load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
-from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import OutputOptions, SegmentationModule
 from talk2dino.evaluation.progress import EvaluationProgress
-from talk2dino.evaluation.records import Records
+from talk2dino.evaluation.records import how_to_go_on
 from talk2dino.evaluation.report import ENVIRONMENT, write_report
+from talk2dino.evaluation.settings import (
+    PRECISION,
+    check_counts,
+    check_precision,
+    describe_environment,
+    describe_run,
+)
 from talk2dino.evaluation.summary import class_table
 from talk2dino.files import read_json, write_json
 from talk2dino.inference.model import Talk2DINO
@@ -45,12 +46,13 @@ def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
     command.refuse_ddp_in_sweep(config)
     check_counts(config)
-    check_precision(str(config.trainer.get("precision", "32-true")))
+    precision = str(config.trainer.get("precision", PRECISION))
+    check_precision(precision)
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = command.build(config.benchmark)
     check_files(benchmark)
-    model = load_model(config)
+    model = load_model(config, "cpu")  # the trainer moves it
     plain = OmegaConf.to_container(config, resolve=True)
     columns: dict[str, Any] = {}
     if config.compare_untrained:
@@ -68,10 +70,11 @@ def evaluate(config: DictConfig) -> None:
     columns["trained" if columns else "IoU"] = results
     Console().print(class_table(columns, benchmark.reference))
     print(f"results: {file}")
-    write_json(folder / ENVIRONMENT, describe_environment(config.trainer))
+    where = describe_environment(config.trainer.get("accelerator"), precision)
+    write_json(folder / ENVIRONMENT, where)
     print(f"report: {write_report(folder)}")
-    for kind, wished in (("pictures", config.pictures), ("label_maps", config.label_maps)):
-        if wished:
+    for kind, wanted in (("pictures", config.pictures), ("label_maps", config.label_maps)):
+        if wanted:
             print(f"{kind.replace('_', ' ')}: {folder / kind}")
 
 
@@ -86,48 +89,6 @@ def check_files(benchmark: Benchmark) -> None:
     with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("checking files", total=None)
         benchmark.check(lambda done, total: bar.update(task, completed=done, total=total))
-
-
-def check_counts(config: DictConfig) -> None:
-    """Refuse numbers that nothing could be done with.
-
-    Raises:
-        ConfigError: the first of them.
-    """
-    least = {
-        "batch_size": 1,
-        "window_batch_size": 1,
-        "num_workers": 0,
-        "pictures": 0,
-        "examples": 0,
-    }
-    for key, value in least.items():
-        if config[key] < value:
-            raise ConfigError(f"{key}={config[key]}: use {value} or more")
-
-
-def check_precision(precision: str) -> None:
-    """Refuse a precision that would reach beyond the encoder.
-
-    Raises:
-        ConfigError: `bf16-true` and its like, which convert the class embeddings as well.
-    """
-    if precision.endswith("-true") and not precision.startswith(("32", "64")):
-        mixed = precision.replace("-true", "-mixed")
-        raise ConfigError(
-            f"trainer.precision={precision}: would round the class scores too; use {mixed}, which "
-            "runs the encoder alone in lower precision"
-        )
-
-
-def load_model(config: DictConfig) -> Talk2DINO:
-    """Load the checkpoint with its own encoders, or those that the config chooses."""
-    return Talk2DINO.from_pretrained(
-        config.checkpoint,
-        device="cpu",  # the trainer moves it
-        vision=command.build(config.vision) if config.vision else None,
-        text=command.build(config.text) if config.text else None,
-    )
 
 
 def fresh_projection(trained: Projection, text: TextEncoder) -> Projection:
@@ -153,6 +114,7 @@ def predict(
     Raises:
         DataError: an image or label map is bad; what was finished before it is kept in `folder`.
     """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     text, row_classes = embed_classes(
         [spec.synonyms for spec in benchmark.class_list.prompted],
         cached_text(model.text, projection),
@@ -166,7 +128,7 @@ def predict(
         row_classes,
         folder,
         OutputOptions(
-            describe_run(config, model, projection, benchmark),
+            describe_run(plain, model.vision, model.text, projection, benchmark),
             config.resume,
             config.pictures,
             config.label_maps,
@@ -188,7 +150,9 @@ def predict(
         message = command.user_message(error)
         if message is None or isinstance(error, ConfigError):
             raise
-        raise DataError(f"{message} ({how_to_go_on(folder)})") from error
+        run = folder.parent if folder.name == "untrained" else folder
+        hint = how_to_go_on(folder, command.folder_override(run))
+        raise DataError(f"{message} ({hint})") from error
     if not trainer.is_global_zero:
         return {}
     return read_json(file, dict, "results")  # the ranks may be other processes
@@ -221,70 +185,6 @@ def name_refinement(config: DictConfig) -> None:
     if config.refinement and str(config.refinement.get("_target_")).endswith(".PAMR"):
         config.pamr = True
         config.pamr_whole_image = config.refinement.whole_image
-
-
-def describe_run(
-    config: DictConfig, model: Talk2DINO, projection: Projection, benchmark: Benchmark
-) -> dict[str, Any]:
-    """Everything that decides the figures: a run goes on with the records of its like only."""
-    node = config.get("benchmark")
-    protocol: Any = _plain(node) or {}
-    return {
-        "classes": [asdict(spec) for spec in benchmark.class_list.classes],
-        "unlabelled": list(benchmark.class_list.unlabelled),
-        **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
-        "pamr": config.pamr,
-        "pamr_whole_image": config.pamr_whole_image,
-        "refinement": _plain(config.refinement),
-        "trainer.precision": str(config.trainer.get("precision", "32-true")),
-        "projection": state_dict_digest(projection),
-        "vision": state_dict_digest(model.vision),
-        "text": model.text.describe()["weights_sha256"],
-        **_specs(model),
-    }
-
-
-def _specs(model: Talk2DINO) -> dict[str, Any]:
-    """How the encoders are built, without what changes no figure or stands in a digest."""
-    specs = {
-        "vision": getattr(model.vision, "spec", None),
-        "text": model.text.describe().get("spec"),
-    }
-    return {
-        f"{side}.{key}": value
-        for side, spec in specs.items()
-        for key, value in (spec or {}).items()
-        if key not in ("weights", "batch_size", "image_size")
-    }
-
-
-def _plain(node: DictConfig | None) -> Any:
-    return None if node is None else OmegaConf.to_container(node, resolve=True)
-
-
-def describe_environment(trainer: DictConfig) -> dict[str, str]:
-    """Versions and device, for the report."""
-    packages = ("talk2dino", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy")
-    found = {"python": platform.python_version(), "machine": platform.platform()}
-    for name in (*packages, "pillow"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    on_gpu = torch.cuda.is_available() and trainer.get("accelerator") != "cpu"
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    return found | {"device": device, "precision": str(trainer.get("precision", "32-true"))}
-
-
-def how_to_go_on(folder: Path) -> str:
-    """What to do after an image could not be read."""
-    done = len(Records(folder / "records").read())
-    run = folder.parent if folder.name == "untrained" else folder
-    where = f"run.dir={run}"
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        where = f"sweep.dir={HydraConfig.get().sweep.dir}"
-    return (
-        f"{done} images are finished and kept: mend the file and run the same command with "
-        f"hydra.{where}, and with resume=false if its settings change"
-    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import CHECKPOINTS
-from talk2dino.config.words import class_words
+from talk2dino.config.given import class_words, load_model, require
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import (
@@ -21,15 +20,14 @@ from talk2dino.inference.onnx_export import (
 )
 
 
-def require(config: DictConfig) -> None:
+def require_all(config: DictConfig) -> None:
     """Say what is missing, before anything is loaded.
 
     Raises:
         ConfigError: no checkpoint, or no classes for a single dense file.
         EncoderError: packages of the extra `export` are absent.
     """
-    if config.checkpoint is None:
-        raise ConfigError(f"checkpoint=… not given; {CHECKPOINTS}")
+    require(config, "checkpoint")
     if Path(config.output).suffix == ".onnx" and config.classes is None:
         raise ConfigError(
             f"output={config.output}: a single file is the dense path, which needs "
@@ -44,12 +42,7 @@ def export(config: DictConfig) -> None:
     single = output.suffix == ".onnx"
     words = class_words(config.classes) if config.classes is not None else {}
     command.require_output_folder(output.parent if single else output, "output")
-    model = Talk2DINO.from_pretrained(
-        config.checkpoint,
-        device="cpu",
-        vision=command.build(config.vision) if config.vision else None,
-        text=command.build(config.text) if config.text else None,
-    )
+    model = load_model(config, "cpu")
     facts = _facts(model)
     if not single:
         path = output / "projection.onnx"
@@ -88,4 +81,4 @@ def _say(done: ExportedFile) -> None:
 
 
 if __name__ == "__main__":
-    command.run("export", export, require)
+    command.run("export", export, require_all)

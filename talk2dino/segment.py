@@ -14,30 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from talk2dino.config import command
-from talk2dino.config.command import CHECKPOINTS
-from talk2dino.config.words import class_words, listed
-from talk2dino.encoders.devices import choose_device
-from talk2dino.errors import ConfigError, DataError
-from talk2dino.inference.model import Talk2DINO
+from talk2dino.config.given import class_words, listed, load_model, require
+from talk2dino.errors import DataError
+from talk2dino.evaluation.settings import deciding
 from talk2dino.inference.outputs import Job, plan, write
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.segmentation.overlay import legend_colors
-
-# what makes two results differ; kept with each result, so that `resume=true` can compare
-SETTINGS = ("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side")
-
-
-def require(config: DictConfig) -> None:
-    """Say all that is missing at once, and where a checkpoint comes from.
-
-    Raises:
-        ConfigError: checkpoint, image or classes are not given.
-    """
-    missing = [key for key in ("checkpoint", "image", "classes") if config[key] is None]
-    if missing:
-        how = CHECKPOINTS if "checkpoint" in missing else "for instance classes='[cat,sofa]'"
-        raise ConfigError(f"{', '.join(f'{key}=…' for key in missing)} not given; {how}")
 
 
 def segment(config: DictConfig) -> None:
@@ -47,32 +30,21 @@ def segment(config: DictConfig) -> None:
     output = Path(config.output).expanduser()
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    settings = {key: settings[key] for key in SETTINGS}
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    settings = deciding(plain, "segment")  # kept with each result, for resume=true
     left = [job for job in jobs if not (config.resume and job.done_with(settings))]
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} pictures were done before")
     if left:
-        vocabulary = open_vocabulary(config, classes)
+        vocabulary = load_model(config).open_vocabulary(
+            classes,
+            config.background,
+            config.pamr,
+            config.short_side,
+            config.templates,
+            negatives=listed(config.negatives),
+        )
         _segment(left, vocabulary, settings, bool(config.heatmaps), single=len(jobs) == 1)
-
-
-def open_vocabulary(config: DictConfig, classes: dict[str, tuple[str, ...]]) -> OpenVocabulary:
-    """Load the model and settle the classes."""
-    model = Talk2DINO.from_pretrained(
-        config.checkpoint,
-        device=choose_device(config.accelerator),
-        vision=command.build(config.vision) if config.vision else None,
-        text=command.build(config.text) if config.text else None,
-    )
-    return model.open_vocabulary(
-        classes,
-        config.background,
-        config.pamr,
-        config.short_side,
-        config.templates,
-        negatives=listed(config.negatives),
-    )
 
 
 def _segment(
@@ -108,7 +80,7 @@ def _segment(
 
 
 def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Table:
-    """Classes, their share of the picture and their colour; several pictures: the mean share."""
+    """Classes, their share of the picture and their color; several pictures: the mean share."""
     table = Table()
     table.add_column("")
     table.add_column("class", overflow="fold")
@@ -116,9 +88,9 @@ def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Tab
     if totals is not None:
         table.add_column("pictures", justify="right")
     shares = result.areas() if totals is None else {k: sum(v) / len(v) for k, v in totals.items()}
-    colours = dict(zip(result.classes, legend_colors(result.classes), strict=True))
+    colors = dict(zip(result.classes, legend_colors(result.classes), strict=True))
     for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
-        red, green, blue = colours[name]
+        red, green, blue = colors[name]
         swatch = Text("██", style=f"rgb({red},{green},{blue})")
         seen = [] if totals is None else [str(sum(one > 0 for one in totals[name]))]
         table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
@@ -126,4 +98,6 @@ def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Tab
 
 
 if __name__ == "__main__":
-    command.run("segment", segment, require)
+    command.run(
+        "segment", segment, lambda config: require(config, "checkpoint", "image", "classes")
+    )

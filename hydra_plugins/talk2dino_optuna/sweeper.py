@@ -84,7 +84,7 @@ class OptunaSweeper(Sweeper):
         from optuna.trial import TrialState
 
         from talk2dino.sweeps.study import as_override
-        from talk2dino.sweeps.table import read_run
+        from talk2dino.sweeps.table import read_sweep_run
 
         assert self.launcher is not None and self.config is not None
         folder, metric = Path(self.config.hydra.sweep.dir).absolute(), self.config.sweep.metric
@@ -101,7 +101,7 @@ class OptunaSweeper(Sweeper):
         except Exception as error:  # a job's process was killed: its run has no figures
             print(f"error: the launcher lost a job ({error})", file=sys.stderr)
         for trial in trials:
-            run = read_run(folder, folder / str(trial.number), metric)
+            run = read_sweep_run(folder, folder / str(trial.number), metric)
             if run.state == "pruned":
                 study.tell(trial.number, state=TrialState.PRUNED)
             elif run.state == "ok" and run.value is not None:

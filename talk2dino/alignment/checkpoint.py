@@ -32,6 +32,7 @@ from talk2dino.alignment.projection import (
 )
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import replacing
+from talk2dino.renamed import current
 
 _KEY = "talk2dino"
 _PREFIX = "projection."
@@ -182,7 +183,7 @@ def _checked_metadata(metadata: object, path: Path) -> dict[str, Any] | None:
 def _build(spec: object, path: Path) -> Projection:
     """The projection that a checkpoint's entry names, one of this package's own classes."""
     arguments = dict(spec) if isinstance(spec, dict) else {}
-    target = str(arguments.pop("_target_", None))
+    target = current(str(arguments.pop("_target_", None)))
     package, _, name = target.rpartition(".")
     known = {kind.__name__: kind for kind in _CLASSES}
     if name not in known or package not in _PACKAGES:

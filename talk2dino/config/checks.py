@@ -18,6 +18,7 @@ from hydra.utils import get_object
 from omegaconf import Container, DictConfig, OmegaConf
 
 from talk2dino.errors import ConfigError
+from talk2dino.renamed import TARGET, current
 
 
 def argument_types(target: Any) -> dict[str, Any]:
@@ -90,6 +91,13 @@ def _check_keys(node: DictConfig, path: str) -> None:
             _check_keys(child, f"{path}{key}.")
 
 
+def use_current_names(config: DictConfig) -> None:
+    """Give every `_target_` the present name of its class, for configs of earlier versions."""
+    for _, node in _targets(config, ""):
+        if not OmegaConf.is_interpolation(node, TARGET):
+            node[TARGET] = current(str(node[TARGET]))
+
+
 def check_targets(config: DictConfig) -> None:
     """Refuse arguments that a `_target_` does not take.
 
@@ -104,20 +112,20 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
     """All nodes with a `_target_`, with their dotted paths."""
     if not isinstance(node, DictConfig):
         return
-    if "_target_" in node:
+    if TARGET in node:
         yield path, node
     for key in node:
         name = key if isinstance(key, int) else str(key)  # an int in benchmark.label_map
-        if not OmegaConf.is_interpolation(node, name):
+        if not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
             yield from _targets(node[key], f"{path}.{key!s}" if path else str(key))
 
 
 def _check_arguments(path: str, node: DictConfig) -> None:
     try:
-        target = get_object(node["_target_"])
+        target = get_object(node[TARGET])
     except Exception as error:  # Hydra wraps whatever the import raised
         raise ConfigError(
-            f"{path}._target_={node['_target_']!r} cannot be imported ({error})"
+            f"{path}.{TARGET}={node[TARGET]!r} cannot be imported ({error})"
         ) from error
     parameters = inspect.signature(target).parameters
     types = argument_types(target)

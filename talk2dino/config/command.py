@@ -22,16 +22,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from talk2dino.config.checks import check_given, check_targets
+from talk2dino.config.checks import check_given, check_targets, use_current_names
 from talk2dino.config.messages import config_folder, config_groups, explain
 from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json
 
-CHECKPOINTS = (
-    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
-    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
-)
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
 
 
@@ -51,6 +47,7 @@ def run(
     sys.argv[1:] = quote_ranges(sys.argv[1:])
 
     def checked(config: DictConfig) -> Any:
+        use_current_names(config)
         check_given(config)
         complete(config)
         check_targets(config)
@@ -132,6 +129,13 @@ def note_failure(error: Exception, message: str | None) -> None:
     print(f"error: run {job.num}: {line}", file=sys.stderr)
 
 
+def folder_override(folder: Path) -> str:
+    """The override by which the same command line finds this run folder again, sweep or not."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+    return f"hydra.run.dir={folder}"
+
+
 def failure_file() -> Path:
     """Where the running job of a sweep notes its failure."""
     return Path(HydraConfig.get().runtime.output_dir) / FAILED
@@ -152,19 +156,22 @@ def quiet_libraries() -> None:
     """Keep advertisements and inner affairs of libraries out of the terminal."""
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch's pytree in a way that torch 2.14 no longer likes: not ours to mend.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # A resumed run has moved its metrics.csv aside; its checkpoints are meant to be there.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Memory-mapped features need no loader processes, and short runs log rarely: both are chosen.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # Every rank validates on everything, so its figures are already those of all ranks.
-    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist.*")
-    # Evaluation counts into one confusion matrix and hands out nothing per image.
-    warnings.filterwarnings("ignore", message=".*predict returned None.*")
-    # The val loader's length is known; batches have their own sizes.
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    for message in (
+        # Lightning 2.6 uses torch's pytree in a way that torch 2.14 warns about.
+        "isinstance.treespec, LeafSpec",
+        # A resumed run has moved its metrics.csv aside; its checkpoints are meant to be there.
+        "exists and is not empty",
+        # Memory-mapped features need no loader processes, and short runs log rarely.
+        "does not have many workers",
+        "smaller than the logging interval",
+        # Every rank validates on everything, so its figures are already those of all ranks.
+        "It is recommended to use .self.log.*sync_dist",
+        # Evaluation counts into one confusion matrix and returns nothing per image.
+        "predict returned None",
+        # The validation loader's length is known; batches have their own sizes.
+        "Trying to infer the `batch_size`",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from talk2dino.config.checks import unknown_key
+from talk2dino.renamed import current
 
 
 def config_folder() -> Path:
@@ -53,6 +54,9 @@ def explain(error: Exception, command: str) -> str:
         if group.group(1).startswith("hydra/"):  # a plugin of Hydra, chosen by a group of ours
             return f"{group.group(2)}: not installed; pip install 'talk2dino[sweep]'"
         return unknown_option(group.group(1), group.group(2), options)
+    absent = re.search(r"Error locating target '([^']+)'", text)
+    if absent and current(absent.group(1)) != absent.group(1):  # Hydra builds callbacks on its own
+        return f"_target_={absent.group(1)}: is called {current(absent.group(1))} now"
     nested = re.search(r"Key '([^']+)' not in '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     if nested and full:

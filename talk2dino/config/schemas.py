@@ -1,72 +1,75 @@
-"""Schemas of the plain config nodes: one dataclass per command, with every default."""
+"""Keys and types of the plain config nodes: one dataclass per command.
+
+The values stand in `conf/`; a field without one there is required. None stands here only for what
+not every config has: groups that may be left out (`~scheduler`) and the keys of `sweep=optuna`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig:
     """Node `data` of train.yaml."""
 
-    batch_size: int = 128
-    captions: str = "all"
-    val_fraction: float = 0.05
-    shuffle: str = "global"
-    block_rows: int = 256
-    mix_blocks: int = 16
-    num_workers: int = 0
-    prefetch: int | None = None
+    batch_size: int
+    captions: str
+    val_fraction: float
+    shuffle: str
+    block_rows: int
+    mix_blocks: int
+    num_workers: int
+    prefetch: int | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """Node `checkpoint` of train.yaml."""
 
-    every_n_steps: int | None = None
-    monitor: str | None = None
-    mode: str = "max"
-    save_top_k: int = 1
+    every_n_steps: int | None
+    monitor: str | None
+    mode: str
+    save_top_k: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EarlyStoppingConfig:
     """Node `early_stopping` of train.yaml."""
 
-    patience: int | None = None
-    monitor: str = "val/text_to_image/recall@1"
-    mode: str = "max"
-    min_delta: float = 0.0
+    patience: int | None
+    monitor: str
+    mode: str
+    min_delta: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EMAConfig:
     """Node `ema` of train.yaml."""
 
-    decay: float | None = None
+    decay: float | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SampleSegmentationsConfig:
     """Node `sample_segmentations` of train.yaml."""
 
-    images: Any = None
-    classes: list[str] = field(default_factory=list)
-    every_n_epochs: int = 1
-    short_side: int = 448
-    pamr: bool = False
+    images: Any
+    classes: list[str]
+    every_n_epochs: int
+    short_side: int
+    pamr: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SweepConfig:
-    """Group `sweep` of train.yaml."""
+    """Node `sweep` of train.yaml; all but the first two keys are given by `sweep=optuna` only."""
 
-    metric: str = "val/text_to_image/recall@1"
-    mode: str = "max"
+    metric: str
+    mode: str
     space: Any = None
     n_trials: int | None = None
     parallel: int | None = None
@@ -76,162 +79,165 @@ class SweepConfig:
     trial: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FeaturesConfig:
-    """Group `features` of extract.yaml."""
+    """Node `features` of extract.yaml."""
 
-    image_fields: list[str] = field(default_factory=list)
-    caption_fields: list[str] = field(default_factory=lambda: ["embedding"])
-    dtype: str = "float16"
-    patches_per_image: int | None = None
+    image_fields: list[str]
+    caption_fields: list[str]
+    dtype: str
+    patches_per_image: int | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExtractConfig:
     """extract.yaml."""
 
-    source: Any = MISSING
-    vision: Any = MISSING
-    text: Any = MISSING
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    store: str = MISSING
-    split: str = "train"
-    images_per_shard: int = 1024
-    num_workers: int = 2
-    accelerator: str = "auto"
-    precision: str = "32"
-    text_precision: str = "32"
-    compile: bool = False
+    source: Any
+    vision: Any
+    text: Any
+    features: FeaturesConfig
+    store: str
+    split: str
+    images_per_shard: int
+    num_workers: int
+    accelerator: str
+    precision: str
+    text_precision: str
+    compile: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
     """train.yaml."""
 
-    projection: Any = MISSING
-    similarity: Any = MISSING
-    val_similarity: Any = MISSING
-    loss: Any = MISSING
-    optimizer: Any = MISSING
+    projection: Any
+    similarity: Any
+    val_similarity: Any
+    loss: Any
+    optimizer: Any
     scheduler: Any = None
-    trainer: Any = MISSING
+    trainer: Any
     logger: Any = None
-    name: str | None = None
-    store: str = MISSING
-    val_store: str | None = None
-    seed: int = 0
-    ckpt_path: str | None = None
-    resume: bool = False
-    record_heads: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    sample_segmentations: SampleSegmentationsConfig = field(
-        default_factory=SampleSegmentationsConfig
-    )
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    name: str | None
+    store: str
+    val_store: str | None
+    seed: int
+    ckpt_path: str | None
+    resume: bool
+    record_heads: bool
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    early_stopping: EarlyStoppingConfig
+    ema: EMAConfig
+    sample_segmentations: SampleSegmentationsConfig
+    sweep: SweepConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """evaluate.yaml."""
 
-    checkpoint: str = MISSING
-    benchmark: Any = MISSING
-    trainer: Any = MISSING
+    checkpoint: str
+    benchmark: Any
+    trainer: Any
     vision: Any = None
     text: Any = None
     refinement: Any = None
-    pamr: bool = False
-    pamr_whole_image: bool = False
-    compare_untrained: bool = False
-    pictures: int = 6
-    label_maps: bool = False
-    examples: int = 4
-    resume: bool = True
-    batch_size: int = 4
-    window_batch_size: int = 8
-    num_workers: int = 2
-    seed: int = 0
+    pamr: bool
+    pamr_whole_image: bool
+    compare_untrained: bool
+    pictures: int
+    label_maps: bool
+    examples: int
+    resume: bool
+    batch_size: int
+    window_batch_size: int
+    num_workers: int
+    seed: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SegmentConfig:
     """segment.yaml."""
 
-    checkpoint: str | None = None
-    image: str | None = None
-    classes: Any = None
-    output: str = "segmented.png"
+    checkpoint: str | None
+    image: str | None
+    classes: Any
+    output: str
     vision: Any = None
     text: Any = None
-    negatives: list[str] = field(default_factory=list)
-    templates: str | None = None
-    background: float | None = None
-    pamr: bool = True
-    short_side: int = 448
-    heatmaps: bool = False
-    resume: bool = False
-    accelerator: str = "auto"
+    negatives: list[str]
+    templates: str | None
+    background: float | None
+    pamr: bool
+    short_side: int
+    heatmaps: bool
+    resume: bool
+    accelerator: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AppConfig:
     """app.yaml."""
 
-    checkpoint: str | None = None
-    classes: list[str] = field(default_factory=list)
+    checkpoint: str | None
+    classes: list[str]
     vision: Any = None
     text: Any = None
-    short_side: int = 448
-    host: str = "127.0.0.1"
-    port: int | None = None
-    max_upload_mb: float = 20
-    browser: bool = False
-    accelerator: str = "auto"
+    short_side: int
+    host: str
+    port: int | None
+    max_upload_mb: float
+    browser: bool
+    accelerator: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExportConfig:
     """export.yaml."""
 
-    checkpoint: str | None = None
-    output: str = "onnx"
-    classes: Any = None
-    templates: str | None = None
+    checkpoint: str | None
+    output: str
+    classes: Any
+    templates: str | None
     vision: Any = None
     text: Any = None
-    image_size: int = 448
-    upsample: bool = True
-    tolerance: float = 1e-4
+    image_size: int
+    upsample: bool
+    tolerance: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ConvertConfig:
     """convert.yaml."""
 
-    task: str = MISSING
+    task: str
     vision: Any = None
     text: Any = None
-    input: str | None = None
-    output: str | None = None
-    activation: str | None = "tanh"
-    store: str | None = None
-    split: str = "train"
-    dtype: str = "float16"
-    images_per_shard: int = 1024
-    embedding: str | None = None
-    num_workers: int = 2
+    input: str | None
+    output: str | None
+    activation: str | None
+    store: str | None
+    split: str
+    dtype: str
+    images_per_shard: int
+    embedding: str | None
+    num_workers: int
+
+
+SCHEMAS = {
+    "extract": ExtractConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "segment": SegmentConfig,
+    "app": AppConfig,
+    "export": ExportConfig,
+    "convert": ConvertConfig,
+}
 
 
 def register_schemas() -> None:
     """Make the schemas known to Hydra under `<command>_schema`."""
-    store = ConfigStore.instance()
-    store.store(name="extract_schema", node=ExtractConfig)
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(name="segment_schema", node=SegmentConfig)
-    store.store(name="app_schema", node=AppConfig)
-    store.store(name="export_schema", node=ExportConfig)
-    store.store(name="convert_schema", node=ConvertConfig)
+    for command, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{command}_schema", node=schema)

@@ -17,6 +17,7 @@ from talk2dino.encoders.text import (
 )
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError
+from talk2dino.renamed import TARGET, current
 
 _VISION = {"talk2dino.encoders.vision.TimmVisionEncoder": TimmVisionEncoder}
 _TEXT = {
@@ -49,8 +50,8 @@ def check_spec(spec: Mapping[str, Any], kind: str) -> None:
         CheckpointError: another class than this package's own encoders.
     """
     known = _VISION if kind == "vision" else _TEXT
-    target = str(spec.get("_target_"))
-    if target not in known:
+    target = str(spec.get(TARGET))
+    if current(target) not in known:
         raise CheckpointError(
             f"the {kind} encoder {target!r} of this file is none of {', '.join(known)}; "
             f"choose one with {kind}=…"
@@ -59,9 +60,8 @@ def check_spec(spec: Mapping[str, Any], kind: str) -> None:
 
 def _build(spec: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Any:
     check_spec(spec, kind)
-    target = str(spec["_target_"])
-    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    arguments = {key: value for key, value in spec.items() if key != TARGET}
     try:
-        return known[target](**arguments)
+        return known[current(str(spec[TARGET]))](**arguments)
     except TypeError as error:
         raise CheckpointError(f"the {kind} encoder's settings in this file: {error}") from error

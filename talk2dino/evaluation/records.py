@@ -26,6 +26,7 @@ from torch import Tensor
 
 from talk2dino.errors import ConfigError
 from talk2dino.files import write_json
+from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
 
@@ -120,6 +121,20 @@ class Records:
         return sorted(self.folder.glob("part-*.jsonl"))
 
 
+def how_to_go_on(folder: Path, override: str) -> str:
+    """What to do after an image could not be read.
+
+    Args:
+        folder: of the evaluation.
+        override: of the command line, by which the same command finds this folder again.
+    """
+    done = len(Records(folder / "records").read())
+    return (
+        f"{done} images are finished and kept: mend the file and run the same command with "
+        f"{override}, and with resume=false if its settings change"
+    )
+
+
 def _lines(part: Path) -> Iterator[Record]:
     names = {item.name for item in fields(Record)}
     for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -132,6 +147,7 @@ def _lines(part: Path) -> Iterator[Record]:
 
 
 def _refuse_others(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found, wanted = with_current_names(found), with_current_names(wanted)
     for key in sorted(found.keys() | wanted.keys()):
         old, new = found.get(key), wanted.get(key)
         if old != new:

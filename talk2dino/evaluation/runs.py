@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from talk2dino.errors import DataError
 from talk2dino.files import read_json
+from talk2dino.renamed import with_current_names
 
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
 # the axes of the table, and what does not change a figure
@@ -127,6 +128,7 @@ def _run(
     error: str | None,
     untrained: bool = False,
 ) -> Run:
+    config = with_current_names(config)
     node = config.get("benchmark")
     protocol: Mapping[str, Any] = node if isinstance(node, Mapping) else {}
     plain = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}

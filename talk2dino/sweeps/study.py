@@ -5,22 +5,22 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
+
 from talk2dino.errors import ConfigError
+from talk2dino.files import write_json
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
-from pathlib import Path
-
-import lightning as L
-
-from talk2dino.files import write_json
 
 STUDY = "sweep"  # the study's name in its storage
+PRUNED = "pruned.json"  # in the run folder of a trial that was stopped
 RANGE_KEYS = ("low", "high", "step", "log")
 
 
@@ -113,9 +113,8 @@ def _distribution(key: str, choice: Any) -> BaseDistribution:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def as_override(key: str, value: Any) -> str:
@@ -132,9 +131,6 @@ def as_override(key: str, value: Any) -> str:
         raise ConfigError(f"sweep.space.{key}: {value!r} holds a quote or a backslash")
     plain = str(value).replace("_", "").replace(".", "").replace("/", "").isalnum()
     return f"{key}={value}" if plain or not isinstance(value, str) else f"{key}='{value}'"
-
-
-PRUNED = "pruned.json"  # in the run folder of a trial that was stopped
 
 
 class PruneTrial(L.Callback):

@@ -1,4 +1,4 @@
-"""What the runs of a sweep left behind, in one table and one picture, at its end."""
+"""What the runs of a sweep left in their folders, as one table and one picture at its end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,44 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from talk2dino.config.command import FAILED
 from talk2dino.errors import DataError
+from talk2dino.evaluation.comparison import report
+from talk2dino.evaluation.runs import read_sweep
 from talk2dino.files import read_json, replacing
 from talk2dino.sweeps.study import PRUNED
 from talk2dino.tables import markdown_table
 
 OVERRIDES = ".hydra/overrides.yaml"
+PANELS = 4  # varied keys that get a panel in the picture
+
+
+class SweepTable(Callback):
+    """A Hydra callback of training: at the end of a sweep it writes and prints its runs."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Read the run folders, whichever launcher filled them; the best run comes first."""
+        folder, sweep = Path(config.hydra.sweep.dir), config.sweep
+        runs = ordered(read_sweep_runs(folder, sweep.metric), sweep.mode)
+        if runs:
+            Console().print(write_tables(folder, runs, sweep.metric))
+            print(f"sweep: {folder / 'sweep.md'}, sweep.csv, sweep.png")
+
+
+class SweepReport(Callback):
+    """A Hydra callback of evaluation: at the end of a sweep it compares its runs."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table; write `summary.md`, `summary.csv` and `report.html`."""
+        folder = Path(config.hydra.sweep.dir)
+        runs = read_sweep(folder)
+        if runs:
+            report(runs, folder)
 
 
 @dataclass(frozen=True)
-class Run:
-    """One job of a sweep.
+class SweepRun:
+    """One training of a sweep.
 
     Attributes:
         name: of its folder below the sweep's.
@@ -44,15 +71,15 @@ class Run:
     error: str = ""
 
 
-def read_runs(sweep: Path, metric: str) -> list[Run]:
+def read_sweep_runs(sweep: Path, metric: str) -> list[SweepRun]:
     """All runs of a sweep folder, in the order of their names (numbers as numbers)."""
     folders = [path.parent.parent for path in sweep.rglob(OVERRIDES)]
-    return [read_run(sweep, folder, metric) for folder in sorted(folders, key=_natural)]
+    return [read_sweep_run(sweep, folder, metric) for folder in sorted(folders, key=_natural)]
 
 
-def read_run(sweep: Path, folder: Path, metric: str) -> Run:
+def read_sweep_run(sweep: Path, folder: Path, metric: str) -> SweepRun:
     """One run, by the files in its folder."""
-    metrics, failed = _read(folder / "metrics.json"), _read(folder / "failed.json")
+    metrics, failed = _read(folder / "metrics.json"), _read(folder / FAILED)
     state = "ok" if metrics else "unfinished"
     if failed:
         state = "failed"
@@ -60,9 +87,11 @@ def read_run(sweep: Path, folder: Path, metric: str) -> Run:
         state = "pruned"
     value = metrics.get("result", {}).get(metric, metrics.get(metric))
     usable = isinstance(value, (int, float)) and math.isfinite(value) and not failed
-    return Run(
+    given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8")) or []
+    pairs = [str(line).partition("=") for line in given]
+    return SweepRun(
         name=str(folder.relative_to(sweep)),
-        overrides=_overrides(folder / OVERRIDES),
+        overrides={key.lstrip("+~"): text.strip("'\"") for key, _, text in pairs},
         state=state,
         value=float(value) if usable else None,
         seconds=None if failed else metrics.get("seconds"),
@@ -70,52 +99,39 @@ def read_run(sweep: Path, folder: Path, metric: str) -> Run:
     )
 
 
-def ordered(runs: Iterable[Run], mode: str) -> list[Run]:
-    """The best first; pruned runs after finished ones, runs without a value last."""
-    sign = -1.0 if mode == "max" else 1.0
-
-    def key(run: Run) -> tuple[bool, bool, float]:
-        return run.value is None, run.state != "ok", sign * (run.value or 0.0)
-
-    return sorted(runs, key=key)
-
-
-def varied(runs: Iterable[Run]) -> list[str]:
-    """The overridden keys whose values differ between runs, without those of the search."""
-    seen: dict[str, set[str | None]] = {}
-    every = list(runs)
-    for run in every:
-        for name in run.overrides:
-            seen.setdefault(name, set())
-    for name, values in seen.items():
-        values.update(run.overrides.get(name) for run in every)
-    return [
-        name for name, values in seen.items() if len(values) > 1 and not name.startswith("sweep")
-    ]
-
-
-def _overrides(file: Path) -> dict[str, str]:
-    pairs = [str(line).partition("=") for line in yaml.safe_load(file.read_text()) or []]
-    return {name.lstrip("+~"): value.strip("'\"") for name, _, value in pairs}
+def _natural(folder: Path) -> tuple[float, str]:
+    return float(folder.name) if folder.name.isdecimal() else math.inf, str(folder)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if it is missing or no JSON."""
+    """Content of a JSON file; empty if it is missing or half written."""
     try:
         return read_json(file, dict, "what a run left")
     except DataError:
         return {}
 
 
-def _natural(folder: Path) -> tuple[int, float, str]:
-    number = folder.name.isdecimal()
-    return (0 if number else 1, float(folder.name) if number else 0.0, str(folder))
+def ordered(runs: Iterable[SweepRun], mode: str) -> list[SweepRun]:
+    """The best first; pruned runs after finished ones, runs without a value last."""
+    sign = -1.0 if mode == "max" else 1.0
+
+    def key(run: SweepRun) -> tuple[bool, bool, float]:
+        return run.value is None, run.state != "ok", sign * (run.value or 0.0)
+
+    return sorted(runs, key=key)
 
 
-PANELS = 4  # varied keys that get a panel in the picture
+def varied(runs: Sequence[SweepRun]) -> list[str]:
+    """The overridden keys whose values differ between runs, without those of the search."""
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    return [
+        key
+        for key in keys
+        if not key.startswith("sweep") and len({run.overrides.get(key) for run in runs}) > 1
+    ]
 
 
-def write_tables(folder: Path, runs: Sequence[Run], metric: str) -> Table:
+def write_tables(folder: Path, runs: Sequence[SweepRun], metric: str) -> Table:
     """Write `sweep.md`, `sweep.csv` and `sweep.png`, and return the terminal's table.
 
     Args:
@@ -143,9 +159,10 @@ def write_tables(folder: Path, runs: Sequence[Run], metric: str) -> Table:
     return shown
 
 
-def table(runs: Sequence[Run], metric: str) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: run, the varied keys, the metric, seconds, state, error."""
+def table(runs: Sequence[SweepRun], metric: str) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: run, the varied keys, the metric, seconds, state, and errors if any."""
     keys = varied(runs)
+    columns = ["run", *keys, metric, "seconds", "state", "error"]
     rows = [
         [
             run.name,
@@ -157,10 +174,8 @@ def table(runs: Sequence[Run], metric: str) -> tuple[list[str], list[list[Any]]]
         ]
         for run in runs
     ]
-    columns = ["run", *keys, metric, "seconds", "state", "error"]
-    if not any(run.error for run in runs):
-        return columns[:-1], [row[:-1] for row in rows]
-    return columns, rows
+    used = len(columns) if any(run.error for run in runs) else -1
+    return columns[:used], [row[:used] for row in rows]
 
 
 def _short(cell: Any) -> str:
@@ -171,7 +186,7 @@ def _short(cell: Any) -> str:
         return str(cell)
 
 
-def draw_sweep(path: Path, runs: Sequence[Run], metric: str) -> None:
+def draw_sweep(path: Path, runs: Sequence[SweepRun], metric: str) -> None:
     """Draw the metric of every run, best first, and against each of the first varied keys.
 
     Pruned runs are hollow; runs without a value are left out.
@@ -185,32 +200,31 @@ def draw_sweep(path: Path, runs: Sequence[Run], metric: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(keys), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel(metric)
-    panels[0].set_xlabel("run, best first")
-    _points(panels[0], [run.name for run in good], good)
+    _panel(panels[0], "run, best first", [run.name for run in good], good)
     for axes, key in zip(panels[1:], keys, strict=True):
-        axes.set_xlabel(key)
         values = [run.overrides.get(key, "default") for run in good]
         numbers = _numbers(values)
-        if numbers is not None:
-            if min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
-                axes.set_xscale("log")
-            elif len(set(numbers)) <= 6:
-                axes.set_xticks(sorted(set(numbers)))
-            _points(axes, numbers, good)
-        else:
-            in_order = sorted(zip(values, good, strict=True), key=lambda pair: pair[0])
-            _points(axes, [value for value, _ in in_order], [run for _, run in in_order])
+        if numbers is None:
+            by_name = sorted(zip(values, good, strict=True), key=lambda pair: pair[0])
+            _panel(axes, key, [value for value, _ in by_name], [run for _, run in by_name])
+            continue
+        if min(numbers) > 0 and max(numbers) >= 20 * min(numbers):
+            axes.set_xscale("log")
+        elif len(set(numbers)) <= 6:
+            axes.set_xticks(sorted(set(numbers)))
+        _panel(axes, key, numbers, good)
     figure.savefig(path, format="png", dpi=110)
 
 
-def _points(axes: Any, places: Sequence[Any], runs: Sequence[Run]) -> None:
-    """A dot per run; a list of texts makes a categorical axis."""
+def _panel(axes: Any, label: str, places: Sequence[Any], runs: Sequence[SweepRun]) -> None:
+    """A dot per run at its place on the horizontal axis; texts make a categorical axis."""
+    axes.set_xlabel(label)
     if places and isinstance(places[0], str):
         names = list(dict.fromkeys(places))
         axes.set_xticks(range(len(names)), names, rotation=60 if len(names) > 6 else 0)
         places = [names.index(place) for place in places]
-    colours = ["white" if run.state == "pruned" else "C0" for run in runs]
-    axes.scatter(places, [run.value for run in runs], c=colours, edgecolors="C0")
+    colors = ["white" if run.state == "pruned" else "C0" for run in runs]
+    axes.scatter(places, [run.value for run in runs], c=colors, edgecolors="C0")
 
 
 def _numbers(values: Sequence[str]) -> list[float] | None:
@@ -218,30 +232,3 @@ def _numbers(values: Sequence[str]) -> list[float] | None:
         return [float(value) for value in values] or None
     except ValueError:
         return None
-
-
-class SweepTable(Callback):
-    """A Hydra callback: after the last job it writes and prints the runs, the best first."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Read the run folders, whichever launcher filled them."""
-        folder, sweep = Path(config.hydra.sweep.dir), config.sweep
-        runs = ordered(read_runs(folder, sweep.metric), sweep.mode)
-        if not runs:
-            return
-        Console().print(write_tables(folder, runs, sweep.metric))
-        print(f"sweep: {folder / 'sweep.md'}, sweep.csv, sweep.png")
-
-
-class SweepReport(Callback):
-    """Hydra callback: reads the run folders of a sweep and writes the comparison beside them."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table; write `summary.md`, `summary.csv` and `report.html`."""
-        from talk2dino.compare import report  # Hydra makes the callback before anything else
-        from talk2dino.evaluation.runs import read_sweep
-
-        folder = Path(config.hydra.sweep.dir)
-        runs = read_sweep(folder)
-        if runs:
-            report(runs, folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 import numpy as np
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -20,7 +22,7 @@ from talk2dino.config import command
 from talk2dino.config.checks import check_given, check_targets
 from talk2dino.config.command import user_message
 from talk2dino.config.messages import config_folder
-from talk2dino.config.schemas import register_schemas
+from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.errors import DataError
 from talk2dino.evaluate import build_segmenter
 from talk2dino.features import write_store
@@ -461,3 +463,26 @@ def test_help_names_the_groups(command: str, capfd: pytest.CaptureFixture[str]) 
     out = capfd.readouterr().out
     for group in ("experiment", "vision", "text", "source", "benchmark", *USED[command]):
         assert f"{group}: " in out
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_values_stand_in_yaml_only(name: str) -> None:
+    """A schema says types; what it holds besides is None, for keys that no YAML of it states."""
+
+    def walk(schema: Any, stated: dict[str, Any], path: str) -> None:
+        hints = get_type_hints(schema)
+        for item in fields(schema):
+            kind, key = hints[item.name], f"{path}{item.name}"
+            if is_dataclass(kind):
+                walk(kind, stated[item.name], f"{key}.")
+            elif item.default is not MISSING:
+                assert item.default is None, f"{key}: the default belongs into conf/{name}.yaml"
+                assert item.name not in stated, f"{key}: conf/{name}.yaml has the default"
+            assert item.default_factory is MISSING, key
+
+    stated = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    walk(SCHEMAS[name], stated, "")
+    choices = [item for item in stated["defaults"] if isinstance(item, dict)]
+    groups = {key for choice in choices for key in choice} - {"launcher", "experiment"}
+    plain = set(stated) - {"defaults", "hydra"} | groups
+    assert {item.name for item in fields(SCHEMAS[name])} == {key for key in plain if "/" not in key}

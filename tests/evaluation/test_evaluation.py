@@ -25,8 +25,9 @@ from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.mosaic import MosaicBenchmark
 from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ConfigError, DataError, UserError
-from talk2dino.evaluate import check_precision, predict
+from talk2dino.evaluate import predict
 from talk2dino.evaluation.datamodule import SegmentationDataModule
+from talk2dino.evaluation.settings import check_precision
 from tests.helpers.pipeline import TRAIN, HashText, fails, need, run
 from tests.helpers.ranks import two_ranks
 from tests.segmentation.test_segmenter import MeanColourEncoder

@@ -17,7 +17,14 @@ from talk2dino.config.messages import explain
 from talk2dino.errors import ConfigError
 from talk2dino.features import write_store
 from talk2dino.sweeps.study import as_override, distributions, require_optuna
-from talk2dino.sweeps.table import Run, draw_sweep, ordered, read_runs, table, varied
+from talk2dino.sweeps.table import (
+    SweepRun,
+    draw_sweep,
+    ordered,
+    read_sweep_runs,
+    table,
+    varied,
+)
 from tests.helpers.pipeline import TRAIN, fails, need, run
 
 METRIC = "val/text_to_image/recall@1"
@@ -105,7 +112,7 @@ def test_joblib_runs_jobs_in_processes(
     need("joblib", "hydra_plugins.hydra_joblib_launcher")
     one = ("trainer.max_epochs=1", "launcher=joblib", "optimizer.lr=1e-3,abc")
     assert sweep(store, tmp_path, *one) == 1
-    assert [r.state for r in read_runs(tmp_path, METRIC)] == ["ok", "failed"]
+    assert [r.state for r in read_sweep_runs(tmp_path, METRIC)] == ["ok", "failed"]
     assert (tmp_path / "sweep.md").is_file()
 
 
@@ -130,7 +137,7 @@ def test_a_search_ends_with_best_values_and_goes_on(
     study = optuna.load_study(study_name="sweep", storage=url)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2 + ["FAIL", "COMPLETE"]
     assert study.trials[3].params == killed.params
-    runs = read_runs(tmp_path, METRIC)
+    runs = read_sweep_runs(tmp_path, METRIC)
     assert [run.name for run in runs] == ["0", "1", "3"]
     assert [run.value for run in runs] == [t.value for t in study.trials if t.value is not None]
     best = OmegaConf.load(tmp_path / "best.yaml")
@@ -162,7 +169,7 @@ def test_the_pruner_stops_runs(
         assert json.loads((folder / "metrics.json").read_text())["steps"] == 3
         assert (folder / "projection.safetensors").is_file()
     assert "pruned after" in capfd.readouterr().out
-    assert [run.state for run in read_runs(tmp_path, METRIC)] == ["pruned", "pruned"]
+    assert [run.state for run in read_sweep_runs(tmp_path, METRIC)] == ["pruned", "pruned"]
 
 
 @pytest.mark.parametrize(
@@ -252,10 +259,10 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_order_and_columns(tmp_path: Path) -> None:
     runs = [
-        Run("0", {"a": "1", "s": "x"}, "ok", 2.0, 1.0),
-        Run("1", {"a": "2", "s": "x"}, "failed", None, None, "broken"),
-        Run("2", {"a": "30", "s": "x"}, "pruned", 9.0, 1.0),
-        Run("3", {"s": "x"}, "ok", 3.0, 1.0),
+        SweepRun("0", {"a": "1", "s": "x"}, "ok", 2.0, 1.0),
+        SweepRun("1", {"a": "2", "s": "x"}, "failed", None, None, "broken"),
+        SweepRun("2", {"a": "30", "s": "x"}, "pruned", 9.0, 1.0),
+        SweepRun("3", {"s": "x"}, "ok", 3.0, 1.0),
     ]
     assert [run.name for run in ordered(runs, "max")] == ["3", "0", "2", "1"]
     assert [run.name for run in ordered(runs, "min")] == ["0", "3", "2", "1"]

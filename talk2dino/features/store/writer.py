@@ -36,6 +36,7 @@ from talk2dino.features.store.shard_writer import (
     write_hdf5,
 )
 from talk2dino.files import create_json, file_digest, replacing, temporary_name, write_json
+from talk2dino.renamed import with_current_names
 
 PARTS = ".parts"
 
@@ -182,7 +183,8 @@ def finish_manifest(
 
 def _refuse_other_settings(folder: Path, old: object, new: dict[str, Any]) -> None:
     """Compare settings key by key after the same round through JSON."""
-    before, now = _flat(old), _flat(json.loads(json.dumps(new)))
+    before = _flat(with_current_names(old))
+    now = _flat(with_current_names(json.loads(json.dumps(new))))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise StoreError(

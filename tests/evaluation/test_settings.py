@@ -1,0 +1,65 @@
+"""What decides a result, and what tells runs apart."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from talk2dino.config.schemas import SCHEMAS
+from talk2dino.evaluation.settings import DECIDING, compared, deciding
+
+# keys that change no result: how fast, where to, what else is written
+OTHERS = {
+    "evaluate": {
+        *("checkpoint", "vision", "text", "seed"),  # the weights' digests are compared
+        *("trainer", "batch_size", "window_batch_size", "num_workers"),
+        *("compare_untrained", "pictures", "label_maps", "examples", "resume"),
+    },
+    "segment": {"image", "output", "vision", "text", "heatmaps", "resume", "accelerator"},
+}
+
+
+@pytest.mark.parametrize("command", DECIDING)
+def test_every_key_of_a_command_is_sorted(command: str) -> None:
+    keys = {item.name for item in fields(SCHEMAS[command])}
+    chosen = {key for key in DECIDING[command] if "." not in key}
+    assert chosen.isdisjoint(OTHERS[command])
+    assert keys == chosen | OTHERS[command]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    benchmark = {
+        "_target_": "talk2dino.segmentation.folder.FolderBenchmark",
+        "name": "voc",
+        "root": "data/voc",
+        "window": 448,
+        "limit": None,
+        "reference": {"paper": 87.1},
+    }
+    plain = {"checkpoint": "run", "pamr": True, "pamr_whole_image": False, "seed": 3}
+    trainer = {"precision": "bf16-mixed", "devices": 4}
+    return plain | {"benchmark": benchmark, "trainer": trainer, "pictures": 6} | changes
+
+
+def test_the_deciding_entries() -> None:
+    chosen = deciding(config(), "evaluate")
+    assert list(chosen) == list(DECIDING["evaluate"])
+    assert chosen["trainer.precision"] == "bf16-mixed" and chosen["refinement"] is None
+    assert deciding({"trainer": None}, "evaluate")["trainer.precision"] is None
+
+
+def test_runs_are_told_apart_by_what_decides_them() -> None:
+    assert compared(config()) == {
+        "benchmark._target_": "talk2dino.datasets.benchmarks.labeled_folders.FolderBenchmark",
+        "benchmark.window": 448,
+        "benchmark.limit": None,
+        "refinement": None,
+        "pamr_whole_image": False,
+        "trainer.precision": "bf16-mixed",
+        "seed": 3,
+    }
+    knn = config(refinement={"_target_": "x.KNN", "k": "${oops}"}, benchmark=None)
+    assert compared(knn)["refinement._target_"] == "x.KNN"
+    assert "refinement.k" not in compared(knn)
