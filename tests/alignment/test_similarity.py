@@ -12,7 +12,7 @@ from torch import Tensor
 from talk2dino.alignment import DoubleMLP, ProjectionLayer, VisualProjectionLayer
 from talk2dino.alignment import similarity as sim
 from talk2dino.errors import ConfigError
-from tests.alignment.test_projection import parameters
+from tests.helpers.goldens import parameters
 
 PAIRED = {"max_score": sim.MaxScore, "weighted_avg": sim.WeightedAverage}
 ALL_PAIRS = {

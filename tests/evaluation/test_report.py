@@ -21,7 +21,7 @@ from talk2dino.segmentation.charts import class_bars, heat_map, histogram, top_c
 from talk2dino.segmentation.html_report import write_report, write_sweep_report
 from talk2dino.segmentation.runs import Run, read_runs
 from talk2dino.segmentation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarise
-from tests.evaluation.test_evaluation import (
+from tests.helpers.evaluations import (
     benchmark,
     evaluate,
     evaluate_mosaic,

@@ -19,9 +19,9 @@ from talk2dino.segmentation.windows import (
     slide,
     stitch,
 )
+from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
 
-Golden = Callable[[str], dict[str, Tensor]]
 SIZES = (
     "small20x24",
     "narrow50x20",
