@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from tests.helpers.goldens import Golden, golden_arrays
 from tests.helpers.once import once
 from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
 from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
-from tests.helpers.token_stores import pictures, token_store  # noqa: F401 (fixtures)
+from tests.helpers.stores import pictures, token_store  # noqa: F401 (fixtures)
 
-GOLDENS = Path(__file__).parent / "goldens"
 DESELECTED = pytest.StashKey[int]()
 COMPLETE = pytest.StashKey[bool]()
 STALE = pytest.StashKey[str]()
@@ -84,7 +83,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(config, "workeroutput"):
         config.workeroutput |= {"parity": record.to_plain(), "complete": complete}
         return
-    if not complete or exitstatus:  # a part that failed would be missing
+    if not complete or exitstatus or config.option.collectonly:
+        # a part that failed or did not run would be missing
         return
     if target := config.getoption("--write-parity"):
         Path(target).write_text(record.table())
@@ -108,14 +108,9 @@ def parity(pytestconfig: pytest.Config) -> ParityRecord:
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, torch.Tensor]]:
+def golden() -> Golden:
     """`golden("loss")` loads `tests/goldens/loss.npz` as tensors, names as stored."""
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as arrays:
-            return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
-
-    return load
+    return golden_arrays
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,10 +32,10 @@ from talk2dino.alignment.similarity import (
     WeightedAverage,
 )
 from talk2dino.encoders.attention import pool_attention
-from talk2dino.features import write_store
 from talk2dino.training.callbacks import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
+from tests.helpers.stores import tiny_store
 
 TEXT, WIDTH, HEADS, PATCHES, BATCH, TOKENS = 5, 7, 3, 11, 8, 4
 
@@ -206,26 +205,18 @@ def test_first_occurrences() -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 images of two captions that a projection can learn to tell apart."""
-    random = np.random.default_rng(0)
-    patches = random.normal(size=(40, 9, WIDTH))
-    folder = tmp_path_factory.mktemp("store")
-    write_store(
-        folder,
-        {
-            "patch_tokens": patches,
-            "self_attn_maps": random.normal(size=(40, HEADS, 9)),
-        },
-        {
-            "image_row": np.repeat(np.arange(40), 2),
-            "embedding": patches.mean(1).repeat(2, 0)[:, :TEXT]
-            + 0.01 * random.normal(size=(80, TEXT)),
-        },
+    return tiny_store(
+        tmp_path_factory.mktemp("store"),
+        {"patch_tokens": (9, WIDTH), "self_attn_maps": (HEADS, 9)},
+        images=40,
+        captions_per_image=2,
+        text_dim=TEXT,
+        learnable=True,
         images_per_shard=16,
         dtype="float32",
         vision={"name": "tiny", "weights_sha256": "aa", "spec": {"_target_": "vision"}},
         text={"name": "small", "weights_sha256": "bb", "spec": {"_target_": "text"}},
     )
-    return folder
 
 
 def train(store: Path, folder: Path, *overrides: str, trainer: tuple[str, ...] = TRAIN) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from talk2dino.alignment import InfoNCE, ProjectionLayer, TripletLoss
 from talk2dino.alignment import similarity as sim
 from talk2dino.errors import ConfigError
-from tests.alignment.test_projection import parameters
+from tests.helpers.goldens import parameters
 
 MATRICES = ["rand5", "cos5", "diag4", "b8", "b1"]
 

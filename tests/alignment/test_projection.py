@@ -12,13 +12,9 @@ from torch import Tensor
 from talk2dino.alignment import DoubleMLP, ProjectionLayer, VisualProjectionLayer
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.errors import ConfigError
+from tests.helpers.goldens import parameters
 
 ACTIVATIONS: list[Any] = ["tanh", "relu", "sigmoid", None]
-
-
-def parameters(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = f"{prefix}param/"
-    return {key[len(start) :]: value for key, value in arrays.items() if key.startswith(start)}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

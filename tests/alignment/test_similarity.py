@@ -14,7 +14,7 @@ from talk2dino.alignment import similarity as sim
 from talk2dino.alignment.similarity.all_pairs import trim_mask
 from talk2dino.alignment.similarity.heads import take_head
 from talk2dino.errors import ConfigError
-from tests.alignment.test_projection import parameters
+from tests.helpers.goldens import parameters
 
 PAIRED = {"max_score": sim.MaxScore, "weighted_avg": sim.WeightedAverage}
 ALL_PAIRS = {

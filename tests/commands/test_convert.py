@@ -27,9 +27,9 @@ from talk2dino.alignment.projection import (
 from talk2dino.config.command import quote_ranges
 from talk2dino.config.schemas import ConvertConfig
 from talk2dino.convert import TASKS, task_first
-from talk2dino.features import write_store
 from tests.helpers.pipeline import fails, run
 from tests.helpers.shared import shared_path
+from tests.helpers.stores import tiny_store
 
 PROJECTIONS: list[Projection] = [
     ProjectionLayer(6, 8),
@@ -167,10 +167,7 @@ def test_bad_requests_are_one_line(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    images = {"cls_token": random.normal(size=(10, 4))}
-    write_store(tmp_path / "store", images, {}, images_per_shard=4)
-    return tmp_path / "store"
+    return tiny_store(tmp_path / "store", {"cls_token": (4,)}, images=10, images_per_shard=4)
 
 
 def verify(store: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
-import numpy as np
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -25,8 +24,8 @@ from talk2dino.config.messages import config_folder
 from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.errors import DataError
 from talk2dino.evaluate import build_segmenter
-from talk2dino.features import write_store
 from tests.helpers.pipeline import TRAIN, fails, run
+from tests.helpers.stores import tiny_store
 
 CONF = config_folder()
 COMMANDS = ("extract", "train", "evaluate", "segment")
@@ -133,20 +132,15 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(text: int, vision: int) -> Path:
         if (text, vision) not in made:
-            random = np.random.default_rng(0)
             heads = vision // 64 or 2
-            images = {
-                "patch_tokens": random.normal(size=(24, 16, vision)),
-                "self_attn_maps": random.normal(size=(24, heads, 16)),
-                "avg_self_attn_out": random.normal(size=(24, vision)),
-                "disentangled_self_attn": random.normal(size=(24, heads, vision)),
+            fields = {
+                "patch_tokens": (16, vision),
+                "self_attn_maps": (heads, 16),
+                "avg_self_attn_out": (vision,),
+                "disentangled_self_attn": (heads, vision),
             }
-            captions = {
-                "image_row": np.arange(24),
-                "embedding": random.normal(size=(24, text)),
-            }
-            made[text, vision] = tmp_path_factory.mktemp("store")
-            write_store(made[text, vision], images, captions)
+            folder = tmp_path_factory.mktemp("store")
+            made[text, vision] = tiny_store(folder, fields, images=24, text_dim=text)
         return made[text, vision]
 
     return make

@@ -22,9 +22,8 @@ from talk2dino.datasets.pictures import picture_size, read_colors, read_image, r
 from talk2dino.errors import UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
-from tests.datasets.test_benchmarks import Named, directions
-from tests.helpers.pipeline import TRAIN, HashText, fails
-from tests.segmentation.test_segmenter import MeanColourEncoder
+from tests.helpers.encoders import HashText, MeanColorEncoder, NamedColors, directions
+from tests.helpers.pipeline import TRAIN, fails
 
 CLASSES = ["background", "cat", "dog"]
 EXIF_ORIENTATION = 0x0112
@@ -288,7 +287,9 @@ def test_the_command_says_it_in_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = SimpleNamespace(
-        vision=MeanColourEncoder(), text=HashText(), projection=Named(CLASSES[1:], directions(2))
+        vision=MeanColorEncoder(),
+        text=HashText(),
+        projection=NamedColors(CLASSES[1:], directions(2)),
     )
     monkeypatch.setattr(Talk2DINO, "from_pretrained", lambda *_, **__: model)
     command = ["evaluate", "checkpoint=stub", "benchmark=custom", f"benchmark.root={root}"]
@@ -355,7 +356,7 @@ def test_very_thin_images_are_segmented(root: Path, size: tuple[int, int]) -> No
     Image.new("RGB", size, (255, 0, 0)).save(root / "images" / "0.jpg")
     Image.new("L", size, 1).save(root / "masks" / "0.png")
     sample = build(root).sample(0)
-    segmenter = Segmenter(MeanColourEncoder(), window=448, stride=224, input_size=16)
+    segmenter = Segmenter(MeanColorEncoder(), window=448, stride=224, input_size=16)
     labels = segmenter(sample.image, torch.eye(3)).labels
     assert labels.shape == sample.target.shape == (rows, columns)
     assert (labels == 0).all()

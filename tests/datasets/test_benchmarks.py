@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.alignment.class_embeddings import embed_classes
-from talk2dino.alignment.projection import Projection
 from talk2dino.config import command
 from talk2dino.config.checks import check_targets
 from talk2dino.config.messages import config_folder
@@ -29,11 +28,11 @@ from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object
 from talk2dino.evaluation.metrics import mean_iou_metric, per_class_iou
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
+from tests.helpers.encoders import HashText, MeanColorEncoder, NamedColors, directions
+from tests.helpers.goldens import golden_json
 from tests.helpers.layouts import IGNORED, LAYOUTS, write_layout
-from tests.helpers.pipeline import TRAIN, HashText, run
-from tests.segmentation.test_segmenter import MeanColourEncoder
+from tests.helpers.pipeline import TRAIN, run
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 EIGHT = ["voc", "voc_bg", "context", "context_bg", "stuff", "coco_object", "cityscapes", "ade"]
 SMALL: dict[str, Any] = {"short_side": 80, "window": 80, "stride": 40, "input_size": 80}
 PAPER = {  # the paper's table: ViT-B without and with PAMR, ViT-L the same
@@ -46,10 +45,6 @@ PAPER = {  # the paper's table: ViT-B without and with PAMR, ViT-L the same
     "context_bg": (35.1, 37.7, 34.2, 37.3),
     "coco_object": (41.0, 45.1, 37.6, 42.3),
 }
-
-
-def golden_json(name: str) -> dict[str, Any]:
-    return dict(json.loads((GOLDENS / f"{name}.json").read_text()))
 
 
 def names_of(golden: str) -> list[str]:
@@ -71,29 +66,9 @@ def build(name: str, root: Path, *overrides: str) -> FolderBenchmark:
     return made
 
 
-def directions(count: int) -> Tensor:
-    """[count, 3] unit vectors, spread over the sphere."""
-    place = torch.arange(count) + 0.5
-    height, turn = 1 - 2 * place / count, place * np.pi * (1 + 5**0.5)
-    ring = (1 - height**2).sqrt()
-    return torch.stack([ring * turn.cos(), ring * turn.sin(), height], dim=1).float()
-
-
 def colors(count: int) -> NDArray[np.float32]:
-    """[count, 3] what `MeanColourEncoder` maps to `directions`, 0..255."""
+    """[count, 3] what `MeanColorEncoder` maps to `directions`, 0..255."""
     return (127.5 + 120 * directions(count)).numpy()
-
-
-class Named(Projection):
-    """ψ that puts `a NAME` where `MeanColourEncoder` puts pictures of that class's colour."""
-
-    def __init__(self, names: list[str], vectors: Tensor) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
-        self.known, self.vectors = HashText().encode([f"a {n}" for n in names]), vectors
-
-    def project_text(self, text: Tensor) -> Tensor:
-        return self.vectors[torch.cdist(text, self.known).argmin(dim=-1)]
 
 
 def brute_force(
@@ -121,7 +96,7 @@ def predictions(name: str, bench: FolderBenchmark, vectors: Tensor) -> dict[str,
     """Label maps by a segmenter with the settings that the original has for this benchmark."""
     background = name in ("voc_bg", "context_bg", "coco_object")
     segmenter = Segmenter(
-        MeanColourEncoder(),
+        MeanColorEncoder(),
         background_cleaning=name in ("voc_bg", "coco_object"),
         background_threshold=0.55 if background else None,
         **SMALL,
@@ -169,7 +144,7 @@ def test_the_command_on_a_miniature(
 ) -> None:
     meaning, vectors, names = prepare(layout, tmp_path / "data")
     model = SimpleNamespace(
-        vision=MeanColourEncoder(), text=HashText(), projection=Named(names, vectors)
+        vision=MeanColorEncoder(), text=HashText(), projection=NamedColors(names, vectors)
     )
     monkeypatch.setattr(Talk2DINO, "from_pretrained", lambda *_, **__: model)
     name = layout.removesuffix("_raw")
@@ -300,14 +275,14 @@ def test_synonyms_take_the_maximum(tmp_path: Path) -> None:
     synonyms = [spec.synonyms for spec in bench.class_list.prompted]
     assert synonyms == [("cat", "kitten"), ("dog",)]
     vectors = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    psi = Named(["cat", "kitten", "dog"], vectors)
+    psi = NamedColors(["cat", "kitten", "dog"], vectors)
     text, row_classes = embed_classes(synonyms, HashText(), psi)
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[2] = 255  # blue: what the prompt "kitten" means
     image[0, :, 8:] = 255
     image[2, :, 8:] = 0
     segmenter = Segmenter(
-        MeanColourEncoder(), short_side=16, long_side=16, window=16, stride=16, input_size=16
+        MeanColorEncoder(), short_side=16, long_side=16, window=16, stride=16, input_size=16
     )
     result = segmenter(image, text, row_classes=row_classes, return_scores=True)
     assert result.scores is not None and result.scores.shape[0] == 2
@@ -346,8 +321,8 @@ def test_a_benchmark_is_added_by_one_yaml(tmp_path: Path, monkeypatch: pytest.Mo
         "reference: {somebody: 12.5}\n"
         + "".join(f"{key}: {value}\n" for key, value in SMALL.items())
     )
-    psi = Named(["cat", "dog", "kitten"], directions(2)[[0, 1, 0]])
-    model = SimpleNamespace(vision=MeanColourEncoder(), text=HashText(), projection=psi)
+    psi = NamedColors(["cat", "dog", "kitten"], directions(2)[[0, 1, 0]])
+    model = SimpleNamespace(vision=MeanColorEncoder(), text=HashText(), projection=psi)
     monkeypatch.setattr(Talk2DINO, "from_pretrained", lambda *_, **__: model)
     run(
         "evaluate",

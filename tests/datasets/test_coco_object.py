@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object, object_labels
 from talk2dino.errors import ConfigError, DataError, UserError
+from tests.helpers.goldens import Golden
 from tests.helpers.pipeline import files_below
-
-Golden = Callable[[str], dict[str, Tensor]]
 
 
 def ignore(done: int, total: int) -> None:

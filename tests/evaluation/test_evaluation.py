@@ -12,107 +12,40 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.alignment.checkpoint import save_projection
-from talk2dino.alignment.projection import Projection, ProjectionLayer
+from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.datasets.benchmarks.classes import read_classes
-from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.mosaic import MosaicBenchmark
 from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ConfigError, DataError, UserError
-from talk2dino.evaluate import predict
 from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.settings import check_precision
-from tests.helpers.pipeline import TRAIN, HashText, fails, need, run
+from tests.helpers.encoders import MeanColorEncoder
+from tests.helpers.evaluations import (
+    COLORS,
+    NAMES,
+    SMALL,
+    benchmark,
+    evaluate,
+    evaluate_mosaic,
+    settings,
+    write_benchmark,
+)
+from tests.helpers.pipeline import fails, need, run
 from tests.helpers.ranks import two_ranks
-from tests.segmentation.test_segmenter import MeanColourEncoder
-
-NAMES = ["background", "red", "green", "blue"]
-SMALL: dict[str, Any] = {"short_side": 32, "window": 32, "stride": 16, "input_size": 32}
-
-
-class Colours(Projection):
-    """ψ that puts class prompts where `MeanColourEncoder` puts pictures of that colour."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
-        prompts = [f"a {name}" for name in NAMES[1:]]
-        self.known = HashText().encode(prompts)
-        self.colours = torch.eye(3) - 0.3
-
-    def project_text(self, text: Tensor) -> Tensor:
-        index = torch.cdist(text, self.known).argmin(dim=-1)
-        return self.colours[index]
-
-
-def write_benchmark(root: Path, count: int = 5, size: tuple[int, int] = (40, 56)) -> Path:
-    """Pictures of coloured squares with noise; label values 0, 10, 20, 30, and 99 unlabelled."""
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    random = np.random.default_rng(0)
-    values = np.array([0, 10, 20, 30, 99, 255])
-    for number in range(count):
-        blocks = random.integers(0, 6, (size[0] // 8, size[1] // 8))
-        labels = blocks.repeat(8, 0).repeat(8, 1)
-        shown = np.where(random.random(labels.shape) < 0.3, random.integers(0, 6), labels)
-        palette = np.array(
-            [[90, 90, 90], [220, 30, 30], [30, 220, 30], [30, 30, 220], [9, 9, 9], [200, 200, 0]]
-        )
-        pixels = (palette[shown] + random.integers(-9, 10, (*size, 3))).clip(0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"{number}.png")
-        Image.fromarray(values[labels].astype(np.uint8)).save(root / "masks" / f"{number}.png")
-    classes = [{"name": n, "id": 10 * i} for i, n in enumerate(NAMES)]
-    content = {"classes": classes, "unlabeled": 99}
-    (root / "classes.json").write_text(json.dumps(content))
-    return root
-
-
-def benchmark(root: Path, **options: Any) -> FolderBenchmark:
-    settings = {"name": "squares", "images": "images", "masks": "masks", "classes": "classes.json"}
-    settings |= {"root": str(root), "background_threshold": 0.6} | SMALL | options
-    return FolderBenchmark(**settings)
-
-
-def settings(
-    devices: int = 1,
-    strategy: str = "auto",
-    pictures: int = 0,
-    batch_size: int = 1,
-    **changes: Any,
-) -> DictConfig:
-    trainer = {
-        "_target_": "lightning.Trainer",
-        "accelerator": "cpu",
-        "devices": devices,
-        "strategy": strategy,
-        "enable_progress_bar": False,
-        "use_distributed_sampler": False,
-    }
-    plain = {"pamr": False, "pictures": pictures, "num_workers": 0, "batch_size": batch_size}
-    plain |= {"label_maps": False, "examples": 0, "resume": True, "window_batch_size": 8}
-    plain |= {"refinement": None, "pamr_whole_image": False}
-    return OmegaConf.create({"trainer": trainer} | plain | {"benchmark": None} | changes)
-
-
-def evaluate(folder: Path, bench: Benchmark, config: DictConfig | None = None) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    model: Any = SimpleNamespace(vision=MeanColourEncoder(), text=HashText())
-    psi: Any = Colours()
-    return predict(config or settings(), model, psi, bench, folder, folder / "results.json")
 
 
 def scores_of(image: Tensor, bench: Benchmark) -> Tensor:
     """Class scores [3, H, W] of the chain under test, without any labels."""
     from talk2dino.segmentation import Segmenter
 
-    segmenter = Segmenter(MeanColourEncoder(), **SMALL)
-    text = torch.nn.functional.normalize(Colours().colours, dim=-1)
+    segmenter = Segmenter(MeanColorEncoder(), **SMALL)
+    text = torch.nn.functional.normalize(COLORS, dim=-1)
     scores = segmenter(image, text, return_scores=True).scores
     assert scores is not None
     return scores
@@ -386,8 +319,8 @@ def test_progress_shows_the_miou_so_far(root: Path, tmp_path: Path, terminal: bo
     from talk2dino.segmentation import Segmenter
 
     bench = benchmark(root)
-    text = torch.nn.functional.normalize(Colours().colours, dim=-1)
-    segmenter = Segmenter(MeanColourEncoder(), background_threshold=0.6, **SMALL)
+    text = torch.nn.functional.normalize(COLORS, dim=-1)
+    segmenter = Segmenter(MeanColorEncoder(), background_threshold=0.6, **SMALL)
     for known in (0, 2):
         module = SegmentationModule(segmenter, bench, text, torch.arange(3), tmp_path)
         console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
@@ -417,25 +350,6 @@ def test_only_the_encoder_runs_in_lower_precision(root: Path, tmp_path: Path) ->
 
 
 # --- through the entry point, with the encoders that come with packages ---------------------------
-
-
-def evaluate_mosaic(checkpoint: Path, folder: Path, *overrides: object) -> list[str]:
-    return [
-        "evaluate",
-        f"checkpoint={checkpoint}",
-        "benchmark=mosaic",
-        "benchmark.count=3",
-        "benchmark.height=112",
-        "benchmark.width=112",
-        "benchmark.short_side=112",
-        "benchmark.window=112",
-        "benchmark.stride=56",
-        "benchmark.input_size=112",
-        "num_workers=0",
-        *TRAIN,
-        f"hydra.run.dir={folder}",
-        *map(str, overrides),
-    ]
 
 
 def test_prompts_are_embedded_once(
@@ -540,8 +454,8 @@ def test_a_module_can_predict_twice(root: Path, tmp_path: Path) -> None:
     from talk2dino.segmentation import Segmenter
 
     bench = benchmark(root)
-    text = torch.nn.functional.normalize(Colours().colours, dim=-1)
-    segmenter = Segmenter(MeanColourEncoder(), background_threshold=0.6, **SMALL)
+    text = torch.nn.functional.normalize(COLORS, dim=-1)
+    segmenter = Segmenter(MeanColorEncoder(), background_threshold=0.6, **SMALL)
     module = SegmentationModule(segmenter, bench, text, torch.arange(3), tmp_path)
     found = []
     for _ in range(2):

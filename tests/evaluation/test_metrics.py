@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from talk2dino.datasets.benchmarks.classes import ClassList, ClassSpec
 from talk2dino.datasets.benchmarks.label_values import LabelValues
 from talk2dino.errors import DataError
 from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric, per_class_iou, pixel_accuracy
+from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
 
-Golden = Callable[[str], dict[str, Tensor]]
 NAN = float("nan")
 
 

@@ -19,7 +19,7 @@ from talk2dino.datasets.benchmarks.base import Sample
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.records import Record, Records
-from tests.evaluation.test_evaluation import benchmark, evaluate, settings, write_benchmark
+from tests.helpers.evaluations import benchmark, evaluate, settings, write_benchmark
 from tests.helpers.pipeline import files_below
 from tests.helpers.ranks import PRELOAD, two_ranks
 

@@ -21,7 +21,7 @@ from talk2dino.evaluation.records import Record
 from talk2dino.evaluation.report import templates, write_report, write_sweep_report
 from talk2dino.evaluation.runs import Run, read_runs
 from talk2dino.evaluation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarize
-from tests.evaluation.test_evaluation import (
+from tests.helpers.evaluations import (
     benchmark,
     evaluate,
     evaluate_mosaic,

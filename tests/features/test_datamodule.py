@@ -13,23 +13,15 @@ import torch
 from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureDataModule, FeatureStore, write_store
+from tests.helpers.stores import tiny_arrays
 
 IMAGES, PER_IMAGE, HEADS, WIDTH, TEXT = 12, 3, 2, 6, 4
 
 
 def arrays(seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    random = np.random.default_rng(seed)
-    images = {
-        "id": 100 + np.arange(IMAGES),
-        "disentangled_self_attn": random.normal(size=(IMAGES, HEADS, WIDTH)),
-        "avg_self_attn_out": random.normal(size=(IMAGES, WIDTH)),
-    }
-    captions = {
-        "image_row": np.repeat(np.arange(IMAGES), PER_IMAGE),
-        "embedding": random.normal(size=(IMAGES * PER_IMAGE, TEXT)),
-        "text": np.array([f"caption {n}" for n in range(IMAGES * PER_IMAGE)]),
-    }
-    return images, captions
+    fields = {"disentangled_self_attn": (HEADS, WIDTH), "avg_self_attn_out": (WIDTH,)}
+    sizes = {"images": IMAGES, "captions_per_image": PER_IMAGE, "text_dim": TEXT}
+    return tiny_arrays(fields, **sizes, seed=seed)
 
 
 @pytest.fixture

@@ -28,10 +28,11 @@ from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
 from talk2dino.features.extraction.job import Extraction
-from tests.helpers.pipeline import TRAIN, HashText, files_below, run
+from tests.helpers.encoders import HashText
+from tests.helpers.pipeline import TRAIN, files_below, run
 from tests.helpers.ranks import two_ranks
-from tests.helpers.token_stores import ENCODERS
-from tests.helpers.token_stores import extract as extract_pictures
+from tests.helpers.stores import ENCODERS
+from tests.helpers.stores import extract as extract_pictures
 
 SIZE, BATCH, SHARD = 32, 4, 8
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.features import FeatureStore, write_store
+from talk2dino.features import FeatureStore
 from talk2dino.features.batches import CaptionBatches, StoreLoader
 from talk2dino.features.sampler import EpochBatchSampler
+from tests.helpers.stores import tiny_store
 
 ROWS = np.repeat(np.arange(10), 5)  # ten images of five captions
 
@@ -216,19 +217,14 @@ def test_bad_settings(options: dict[str, object], message: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    images = {
-        "id": np.arange(10) + 70,
-        "disentangled_self_attn": random.standard_normal((10, 2, 8), dtype=np.float32),
-    }
-    captions = {
-        "id": np.arange(50) + 900,
-        "image_row": ROWS,
-        "text": np.array([f"caption {i}" for i in range(50)]),
-        "embedding": random.standard_normal((50, 3), dtype=np.float32),
-    }
-    write_store(tmp_path / "store", images, captions, images_per_shard=4)
-    return tmp_path / "store"
+    return tiny_store(
+        tmp_path / "store",
+        {"disentangled_self_attn": (2, 8)},
+        images=10,
+        captions_per_image=5,
+        text_dim=3,
+        images_per_shard=4,
+    )
 
 
 @pytest.mark.parametrize("rows", [[7], [0, 1, 2, 30, 31], [49, 0, 25, 0], list(range(0, 50, 5))])
@@ -236,9 +232,9 @@ def test_batch_equals_samples(folder: Path, rows: list[int]) -> None:
     opened = FeatureStore(folder)
     batch = CaptionBatches(opened, ["disentangled_self_attn"], ["embedding", "text"])[rows]
     assert batch["caption_row"].tolist() == rows
-    assert batch["caption_id"].tolist() == [900 + row for row in rows]
+    assert batch["caption_id"].tolist() == [1000 + row for row in rows]
     assert batch["image_row"].tolist() == [row // 5 for row in rows]
-    assert batch["image_id"].tolist() == [70 + row // 5 for row in rows]
+    assert batch["image_id"].tolist() == [100 + row // 5 for row in rows]
     assert batch["text"] == [f"caption {row}" for row in rows]
     images = len({row // 5 for row in rows})
     assert len(batch["disentangled_self_attn"]) == images  # each once

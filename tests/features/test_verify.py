@@ -10,25 +10,23 @@ import h5py
 import numpy as np
 import pytest
 
-from talk2dino.features import write_store
 from talk2dino.features.store.verify import verify_store
+from tests.helpers.stores import tiny_store
 
 BAD = "train-00001.h5"
 
 
 def make(folder: Path, seed: int = 0, images: int = 12, width: int = 8) -> Path:
-    random = np.random.default_rng(seed)
-    write_store(
+    vision = {"name": f"vit-{seed}", "weights_sha256": str(seed)}
+    return tiny_store(
         folder,
-        {"cls_token": random.normal(size=(images, width)).astype(np.float32)},
-        {
-            "image_row": np.arange(images),
-            "embedding": random.normal(size=(images, 3)).astype(np.float32),
-        },
+        {"cls_token": (width,)},
+        images=images,
+        text_dim=3,
+        seed=seed,
         images_per_shard=4,
-        vision={"name": f"vit-{seed}", "weights_sha256": str(seed)},
+        vision=vision,
     )
-    return folder
 
 
 def flip(file: Path, position: int, bit: int = 1) -> None:

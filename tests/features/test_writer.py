@@ -19,26 +19,7 @@ from talk2dino.features import FeatureStore, write_store
 from talk2dino.features.store import shard_writer
 from talk2dino.features.store.schema import Manifest
 from talk2dino.features.store.writer import finish_manifest, open_for_append, write_shard
-
-Arrays = dict[str, np.ndarray]
-
-
-def shard_arrays(seed: int = 0, images: int = 4, captions: int = 6) -> tuple[Arrays, Arrays]:
-    random = np.random.default_rng(seed)
-    return (
-        {
-            "id": np.arange(images) + 100 * seed,
-            "file_name": np.array([f"{i}.jpg" for i in range(images)]),
-            "patch_tokens": random.standard_normal((images, 5, 8), dtype=np.float32),
-            "self_attn_maps": random.standard_normal((images, 2, 5), dtype=np.float32),
-        },
-        {
-            "id": np.arange(captions),
-            "image_row": np.sort(random.integers(0, images, captions)),
-            "text": np.array([f"a cat, número {i}" for i in range(captions)]),
-            "embedding": random.standard_normal((captions, 3), dtype=np.float32),
-        },
-    )
+from tests.helpers.stores import Arrays, shard_arrays
 
 
 def one_line(error: pytest.ExceptionInfo[StoreError], *parts: str) -> None:
@@ -111,8 +92,8 @@ def test_resume_refuses_shards_of_unknown_settings(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.features.test_writer import shard_arrays
-from talk2dino.features.writer import write_shard
+from tests.helpers.stores import shard_arrays
+from talk2dino.features.store.writer import write_shard
 real, count = os.replace, [0]
 def replace(source, target):
     count[0] += 1

@@ -25,7 +25,8 @@ from talk2dino.datasets.captions import CaptionFolder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.job import Extraction
-from tests.helpers.pipeline import HashText, files_below
+from tests.helpers.encoders import HashText
+from tests.helpers.pipeline import files_below
 from tests.helpers.ranks import PRELOAD
 
 SIZE, BATCH, SHARD, IMAGES = 32, 2, 4, 30

@@ -1,4 +1,4 @@
-"""Running the real entry points in this process, and small stand-ins for encoders."""
+"""Running the real entry points in this process, and folders that they fill once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import logging
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from tests.helpers.once import once
 
@@ -65,26 +59,6 @@ def fails(capfd: pytest.CaptureFixture[str], command: str, *overrides: object) -
     assert lines[0].startswith("error: "), lines
     assert "Traceback" not in lines[0]
     return lines[0].removeprefix("error: ")
-
-
-class HashText:
-    """A text encoder without weights: equal texts get equal vectors [8]."""
-
-    embed_dim, templates, name = 8, "plain", "hash"
-
-    def __init__(self, batch_size: int = 4) -> None:
-        self.batch_size = batch_size
-
-    def to(self, device: torch.device) -> HashText:
-        return self
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        rows = [np.frombuffer(sha256(text.encode()).digest()[:8], np.uint8) for text in texts]
-        values = np.stack(rows).astype(np.float32) / 255 if rows else np.empty((0, 8), np.float32)
-        return torch.from_numpy(values)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "hash", "weights_sha256": "0", "embed_dim": 8, "spec": {"_target_": "x"}}
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.vocabulary import TextCache
-from tests.helpers.pipeline import HashText
+from tests.helpers.encoders import HashText
 
 
 class CountingText(HashText):

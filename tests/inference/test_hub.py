@@ -20,7 +20,7 @@ from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, DataError
-from tests.helpers.pipeline import HashText
+from tests.helpers.encoders import HashText
 
 RESULT = {
     "benchmark": "mosaic",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "talk2dino"
+TESTS = Path(__file__).parents[1]
+TEST_FILES = sorted(set(TESTS.rglob("*.py")) - set(TESTS.glob("data/**/*.py")))
 LAYERS = [  # imports point to the left; commands stand to the right of all
     "encoders",
     "datasets",
@@ -159,3 +161,30 @@ def test_no_work_at_import_time_in_plain_sight(source: str) -> None:
     assert '"cuda:0"' not in text and ".cuda()" not in text
     assert "import pickle" not in text
     assert "weights_only=False" not in text
+
+
+def test_tests_lie_where_their_subject_lies() -> None:
+    """A folder for each package, for the commands, and for what concerns the whole project."""
+    files = [path for path in TEST_FILES if path.name != "__init__.py"]
+    folders = Counter(path.parent for path in files)
+    assert {str(folder.relative_to(TESTS)) for folder in folders} <= {
+        *LAYERS,
+        "commands",
+        "project",
+        "helpers",
+        ".",  # conftest.py
+    }
+    assert max(folders.values()) <= LARGEST_FOLDER, max(folders, key=folders.__getitem__)
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    tests = {path for path in files if path.name.startswith("test_")}
+    assert {path.parent for path in set(files) - tests} == {TESTS, TESTS / "helpers"}
+    assert {path.parent for path in tests}.isdisjoint({TESTS, TESTS / "helpers"})
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: file.stem)
+def test_no_test_file_imports_another(file: Path) -> None:
+    """What two of them need lies in tests/helpers."""
+    tree = ast.parse(file.read_text())
+    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not [name for name in names if name.rpartition(".")[2].startswith(("test_", "conftest"))]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from talk2dino.errors import DataError
 from talk2dino.segmentation import clean_background
+from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
-
-Golden = Callable[[str], dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("case", ["n3", "n21", "n1", "rect", "lambda05"])

@@ -18,10 +18,9 @@ from torch import Tensor
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.pamr import RING, Gather, affinity, neighbours
+from tests.helpers.goldens import Golden
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
-
-Golden = Callable[[str], dict[str, Tensor]]
 
 # name of the output: image, its scale, mask, dilations (10 iterations with all six, else one)
 CASES = {

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,10 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
+from tests.helpers.encoders import Features, MeanColorEncoder
+from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
 from tests.helpers.windows import window_scores
-
-Golden = Callable[[str], dict[str, Tensor]]
-
-
-@dataclass
-class Features:
-    patch_tokens: Tensor
-    self_attn_maps: Tensor
-    cls_token: Tensor
-    grid: tuple[int, int]
 
 
 class FixedEncoder(nn.Module):
@@ -47,23 +38,6 @@ class FixedEncoder(nn.Module):
         side = int(self.tokens.shape[1] ** 0.5)
         tokens, maps = (part.expand(len(images), -1, -1) for part in (self.tokens, self.maps))
         return Features(tokens, maps, tokens[:, 0], (side, side))
-
-
-class MeanColourEncoder(nn.Module):
-    """Patch tokens are the mean colours of the patches; two heads look at red and blue."""
-
-    patch_size = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batches: list[int] = []
-
-    def forward(self, images: Tensor) -> Features:
-        self.batches.append(len(images))
-        pooled = F.avg_pool2d(images, self.patch_size) - 0.5
-        tokens = pooled.flatten(2).transpose(1, 2)
-        maps = 3 * tokens.transpose(1, 2)[:, ::2]
-        return Features(tokens, maps, tokens.mean(1), (pooled.shape[2], pooled.shape[3]))
 
 
 @pytest.mark.parametrize("case", ["b1", "b2", "rawtext"])
@@ -126,7 +100,7 @@ def colour_scene() -> tuple[Tensor, Tensor, Tensor]:
 
 def small_segmenter(**options: object) -> Segmenter:
     settings: dict[str, object] = {"window": 64, "stride": 32, "short_side": 64, "input_size": 64}
-    return Segmenter(MeanColourEncoder(), **{**settings, **options})  # type: ignore[arg-type]
+    return Segmenter(MeanColorEncoder(), **{**settings, **options})  # type: ignore[arg-type]
 
 
 def test_colours_are_found_at_the_size_of_the_picture() -> None:

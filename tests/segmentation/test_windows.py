@@ -17,10 +17,10 @@ from talk2dino.segmentation.windows import (
     resize_image,
     short_side_size,
 )
+from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
 from tests.helpers.windows import slide, stitch
 
-Golden = Callable[[str], dict[str, Tensor]]
 SIZES = (
     "small20x24",
     "narrow50x20",

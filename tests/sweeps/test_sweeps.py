@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from talk2dino.config.messages import explain
 from talk2dino.errors import ConfigError
-from talk2dino.features import write_store
 from talk2dino.sweeps.study import as_override, distributions, require_optuna
 from talk2dino.sweeps.table import (
     SweepRun,
@@ -26,6 +24,7 @@ from talk2dino.sweeps.table import (
     varied,
 )
 from tests.helpers.pipeline import TRAIN, fails, need, run
+from tests.helpers.stores import tiny_store
 
 METRIC = "val/text_to_image/recall@1"
 
@@ -33,13 +32,9 @@ METRIC = "val/text_to_image/recall@1"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 images whose captions say something about them."""
-    random = np.random.default_rng(0)
-    heads = random.normal(size=(40, 2, 6))
+    fields = {"disentangled_self_attn": (2, 6), "avg_self_attn_out": (6,)}
     folder = tmp_path_factory.mktemp("store")
-    images = {"disentangled_self_attn": heads, "avg_self_attn_out": heads.mean(1)}
-    captions = {"image_row": np.arange(40), "embedding": heads.mean(1)[:, :4]}
-    write_store(folder, images, captions, dtype="float32")
-    return folder
+    return tiny_store(folder, fields, images=40, learnable=True, dtype="float32")
 
 
 def sweep(store: Path, folder: Path, *overrides: str) -> int:

@@ -18,13 +18,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from talk2dino.alignment.module import AlignmentModule
-from talk2dino.features import write_store
 from tests.helpers.pipeline import TRAIN, run
 from tests.helpers.ranks import PRELOAD
+from tests.helpers.stores import tiny_store
 
 IMAGES, HELD_OUT = 36, 4
 STEPS, EPOCHS = 16, 3  # batches of four captions, two batches per optimizer step
@@ -47,17 +46,10 @@ FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
 def make_store(folder: Path) -> Path:
-    numbers = np.random.default_rng(0)
-    images = {
-        "disentangled_self_attn": numbers.standard_normal((IMAGES, 3, 8), dtype=np.float32),
-        "avg_self_attn_out": numbers.standard_normal((IMAGES, 8), dtype=np.float32),
-    }
-    captions = {
-        "image_row": np.repeat(np.arange(IMAGES), 2),
-        "embedding": numbers.standard_normal((2 * IMAGES, 6), dtype=np.float32),
-    }
-    write_store(folder, images, captions, images_per_shard=10)
-    return folder
+    fields = {"disentangled_self_attn": (3, 8), "avg_self_attn_out": (8,)}
+    return tiny_store(
+        folder, fields, images=IMAGES, captions_per_image=2, text_dim=6, images_per_shard=10
+    )
 
 
 def train(store: Path, folder: Path, step: int | None, operation: int | None) -> None:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from talk2dino import load_projection
 from talk2dino.alignment.similarity import MaxRowSum, MaxScore
 from talk2dino.errors import ConfigError
-from talk2dino.features import FeatureStore, write_store
+from talk2dino.features import FeatureStore
 from talk2dino.training.results import RecordHeads, may_be_last_epoch
 from tests.helpers.pipeline import TRAIN, run
 from tests.helpers.ranks import two_ranks
+from tests.helpers.stores import tiny_store
 
 IMAGES, HEADS, TEXT, WIDTH = 20, 5, 6, 8
 CAPTIONS = 2 * IMAGES
@@ -26,20 +27,14 @@ CAPTIONS = 2 * IMAGES
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    random = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("store")
-    images = {
-        "id": 100 + np.arange(IMAGES),
-        "avg_self_attn_out": random.normal(size=(IMAGES, WIDTH)),
-        "disentangled_self_attn": random.normal(size=(IMAGES, HEADS, WIDTH)),
-    }
-    captions = {
-        "id": 1000 + np.arange(CAPTIONS),
-        "image_row": np.arange(CAPTIONS) // 2,
-        "embedding": random.normal(size=(CAPTIONS, TEXT)),
-    }
-    write_store(folder, images, captions, dtype="float32")
-    return folder
+    return tiny_store(
+        tmp_path_factory.mktemp("store"),
+        {"avg_self_attn_out": (WIDTH,), "disentangled_self_attn": (HEADS, WIDTH)},
+        images=IMAGES,
+        captions_per_image=2,
+        text_dim=TEXT,
+        dtype="float32",
+    )
 
 
 def train(store: Path, folder: Path, *overrides: str) -> dict[str, Any]:

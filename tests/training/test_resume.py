@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -17,11 +16,12 @@ from talk2dino.alignment.module import AlignmentModule
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
-from talk2dino.features import FeatureDataModule, write_store
+from talk2dino.features import FeatureDataModule
 from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import LossCurve
 from talk2dino.training.resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
 from tests.helpers.ranks import two_ranks
+from tests.helpers.stores import tiny_store
 
 IMAGES, BATCH, EPOCHS = 14, 4, 2  # two images held out: six steps per epoch
 
@@ -32,17 +32,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_store(folder: Path) -> Path:
-    random = np.random.default_rng(0)
-    images = {
-        "patch_tokens": random.standard_normal((IMAGES, 6, 8), dtype=np.float32),
-        "avg_self_attn_out": random.standard_normal((IMAGES, 8), dtype=np.float32),
-    }
-    captions = {
-        "image_row": np.repeat(np.arange(IMAGES), 2),
-        "embedding": random.standard_normal((2 * IMAGES, 5), dtype=np.float32),
-    }
-    write_store(folder, images, captions, images_per_shard=7)
-    return folder
+    fields = {"patch_tokens": (6, 8), "avg_self_attn_out": (8,)}
+    return tiny_store(
+        folder, fields, images=IMAGES, captions_per_image=2, text_dim=5, images_per_shard=7
+    )
 
 
 class Record(L.Callback):

@@ -37,9 +37,10 @@ from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.features.extraction.job import Extraction
 from talk2dino.features.store.shard_reader import MappedRows
 from talk2dino.segmentation import Segmenter
-from tests.evaluation.test_evaluation import write_benchmark
-from tests.helpers.pipeline import BUNDLED, TRAIN, HashText, fails, need, run
-from tests.helpers.token_stores import CAPTION_FIELDS, IMAGE_FIELDS, IMAGES, caption, extract
+from tests.helpers.encoders import HashText
+from tests.helpers.evaluations import write_benchmark
+from tests.helpers.pipeline import BUNDLED, TRAIN, fails, need, run
+from tests.helpers.stores import CAPTION_FIELDS, IMAGE_FIELDS, IMAGES, caption, extract
 
 WIDTHS = ("experiment=vits_infonce", "projection.text_dim=256", "projection.vision_dim=64")
 NAMES = ["red", "green", "blue"]
