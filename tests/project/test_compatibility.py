@@ -259,6 +259,18 @@ def test_training_goes_on_in_another_folder(here: Path) -> None:
         np.testing.assert_allclose(state[key].numpy(), values, rtol=1e-3, atol=1e-4, err_msg=key)
 
 
+def test_the_config_of_a_run_trains_it_again(here: Path) -> None:
+    """`config.yaml` names every part by its old place; the same seed gives the same weights."""
+    config = ("--config-path", str(here / "runs" / "dense_ema"), "--config-name", "config")
+    run("train", *config, "hydra.run.dir=again")
+    got, want = (
+        load_file(f"{place}/projection.safetensors") for place in ("again", "runs/dense_ema")
+    )
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4)
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -313,6 +325,14 @@ def test_evaluations_go_on(here: Path, name: str) -> None:
         kinds = {"pictures": 3, "label_maps": 4, "overlays": 4}
         assert {kind: len(list((folder / kind).glob("*.png"))) for kind in kinds} == kinds
         assert len(files) == 6
+
+
+@pytest.mark.parametrize("name", ["stopped", "stopped_refined"])
+def test_the_config_of_an_evaluation_repeats_it(here: Path, name: str) -> None:
+    config = ("--config-path", str(here / "evaluations" / name / ".hydra"), "--config-name")
+    run("evaluate", *config, "config", "hydra.run.dir=again")
+    results = json.loads((here / "again" / "results.json").read_text())
+    compare_results(results, expected_json("evaluations")[name])
 
 
 def test_a_finished_evaluation_is_not_repeated(here: Path) -> None:
