@@ -26,7 +26,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from talk2dino import Talk2DINO
-from talk2dino.alignment.class_embeddings import embed_classes
+from talk2dino.alignment.inputs import embed_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 
 BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from talk2dino.errors import UserError
-from talk2dino.evaluation.comparison import report
+from talk2dino.evaluation.report import report
 from talk2dino.evaluation.runs import read_runs
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import talk2dino
-from talk2dino.config.messages import config_folder
+from talk2dino.config.checks import config_folder
 from talk2dino.encoders.hub import cached_names, find_weights
 
 PACKAGES = (

@@ -14,8 +14,8 @@ from rich.progress import Progress
 from torch import nn
 
 from talk2dino.alignment.checkpoint import describe_projection
-from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
+from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.config import command
 from talk2dino.config.given import load_model

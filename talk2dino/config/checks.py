@@ -1,4 +1,4 @@
-"""Checks of everything in a config that is built by `_target_`, and of keys and types anywhere.
+"""Checks of a config, and errors of its composition as one line.
 
 Hydra checks keys given on the command line but not those in an experiment file. Here a wrong key or
 type is refused wherever it stands: dataclasses cover plain nodes, constructor signatures the rest.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import hydra
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from talk2dino.errors import ConfigError
 from talk2dino.renamed import TARGET, current
@@ -155,3 +160,95 @@ def unknown_key(key: str, value: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
     return f"unknown config key {key} (value {value!r}, {type(value).__name__}); {hint}"
+
+
+def config_folder() -> Path:
+    """Return the folder `conf`: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def config_groups() -> set[str]:
+    """Names of the config groups."""
+    return {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+
+
+def explain(error: Exception, command: str) -> str:
+    """Turn an error of config composition into one line that names the nearest valid key."""
+    text = str(error)
+    causes = [str(error.__cause__)] if error.__cause__ else []
+    if isinstance(error, OverrideParseException):
+        reason = _first_line(text.rpartition(f"'{error.override}'")[2].strip() or text)
+        return (
+            f"{error.override}: not of the form key=value ({reason}); "
+            "put quotes around values with special characters: 'key=\"value\"'"
+        )
+    override = re.match(r"Could not override '([^']+)'", text)
+    if override:
+        key = override.group(1)
+        value = _given_value(key)
+        typed = next((c for c in causes if "could not be converted" in c or "Invalid" in c), None)
+        if typed:
+            return f"{key}={value}: {_first_line(typed)}"
+        return unknown_key(key, value, valid_keys(command))
+    group = re.search(
+        r"Could not find '([^']+)/([^'/]+)'.*?Available options[^\n]*\n(.*)", text, re.S
+    )
+    if group:
+        options = group.group(3).split()
+        if group.group(1).startswith("hydra/"):  # a plugin of Hydra, chosen by a group of ours
+            return f"{group.group(2)}: not installed; pip install 'talk2dino[sweep]'"
+        return unknown_option(group.group(1), group.group(2), options)
+    absent = re.search(r"Error locating target '([^']+)'", text)
+    if absent and current(absent.group(1)) != absent.group(1):  # Hydra builds callbacks on its own
+        return f"_target_={absent.group(1)}: is called {current(absent.group(1))} now"
+    nested = re.search(r"Key '([^']+)' not in '([^']+)'", text)
+    full = re.search(r"full_key: (\S+)", text)
+    if nested and full:
+        return unknown_key(full.group(1), "", valid_keys(command)).replace(" (value '', str)", "")
+    lines = [line.strip() for line in [*text.splitlines(), *causes[:1]] if line.strip()]
+    return "; ".join(map(_first_line, lines[:3])) if lines else type(error).__name__
+
+
+def valid_keys(command: str) -> list[str]:
+    """All dotted keys of a command's default config, and its groups."""
+    groups = config_groups()
+    choices = [item for item in sys.argv[1:] if item.partition("=")[0] in groups]
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            config = hydra.compose(command, choices)
+        except (HydraException, OmegaConfBaseException):
+            config = hydra.compose(command)
+    keys: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                inner = f"{path}.{key}" if path else str(key)
+                keys.append(inner)
+                walk(value, inner)
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+    return keys + sorted(groups)
+
+
+def unknown_option(group: str, option: str, options: list[str]) -> str:
+    """One line about a group option that does not exist."""
+    line = unknown_key(f"{group}={option}", option, [f"{group}={name}" for name in options])
+    return line.replace("unknown config key", "unknown option").replace(
+        f" (value {option!r}, str)", ""
+    )
+
+
+def _given_value(key: str) -> str:
+    """What the command line says for a key."""
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name.lstrip("+~") == key:
+            return value
+    return ""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]

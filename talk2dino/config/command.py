@@ -22,8 +22,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from talk2dino.config.checks import check_given, check_targets, use_current_names
-from talk2dino.config.messages import config_folder, config_groups, explain
+from talk2dino.config.checks import (
+    check_given,
+    check_targets,
+    config_folder,
+    config_groups,
+    explain,
+    use_current_names,
+)
 from talk2dino.config.schemas import register_schemas
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json

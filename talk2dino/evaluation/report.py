@@ -1,6 +1,7 @@
-"""`report.html` of an evaluation, or of several side by side, from the files of the run folders.
+"""Tables and pages of evaluations: `report.html` of one run, or of several side by side.
 
-This file collects what a page shows; `templates/report.html.j2` says how it looks.
+This file collects what a page shows from the files of the run folders; `templates/report.html.j2`
+and `templates/charts.html.j2` say how it looks.
 """
 
 from __future__ import annotations
@@ -11,19 +12,105 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
 
-from talk2dino.evaluation.charts import Confusion, HeatMap, heat_map, histogram, top_confusions
 from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
 from talk2dino.evaluation.runs import Run, read_runs
-from talk2dino.evaluation.summary import published, summarize
+from talk2dino.evaluation.summary import as_csv, as_markdown, as_table, published, summarize
 from talk2dino.files import read_json, replacing
 from talk2dino.tables import percent
+
+Counts = npt.NDArray[np.int64]
+
+LABELED = 64  # classes whose names still fit along the sides of a heat map
+CELLS = 4000  # cells of a heat map at most, the largest shares
+SMALLEST = 0.005  # share of a row below which a cell stays empty
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A confusion matrix as squares; rows are the truth.
+
+    Attributes:
+        names: of the classes that occur, in the order of rows and columns.
+        cells: row, column, and share 0..1 of the row's pixels; the largest first.
+    """
+
+    names: list[str]
+    cells: list[tuple[int, int, float]]
+
+    @property
+    def labeled(self) -> bool:
+        """Whether the names stand along the sides."""
+        return len(self.names) <= LABELED
+
+    @property
+    def size(self) -> float:
+        """Side of a cell in pixels."""
+        return max(min(560 / max(len(self.names), 1), 26), 3.2)
+
+    @property
+    def margin(self) -> float:
+        """Pixels above and left of the cells, for the names."""
+        return 6.6 * min(max(map(len, self.names), default=0), 20) + 10 if self.labeled else 24
+
+
+class Confusion(NamedTuple):
+    """Pixels of one class that were taken for another.
+
+    Attributes:
+        truth: name of their class.
+        taken: name of the predicted class.
+        of_all: percent of all counted pixels.
+        of_class: percent of the pixels of `truth`.
+    """
+
+    truth: str
+    taken: str
+    of_all: float
+    of_class: float
+
+
+def heat_map(confusion: Counts, names: Sequence[str]) -> HeatMap:
+    """The confusion matrix, every row divided by its sum.
+
+    Args:
+        confusion: [K, K] pixels; classes without any are left out.
+        names: of the K classes.
+    """
+    found = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
+    confusion = confusion[np.ix_(found, found)]
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    cells = [(i, j, float(share[i, j])) for i, j in np.argwhere(share >= SMALLEST).tolist()]
+    cells.sort(key=lambda cell: -cell[2])
+    return HeatMap([names[i] for i in found.tolist()], cells[:CELLS])
+
+
+def top_confusions(confusion: Counts, names: Sequence[str], count: int = 12) -> list[Confusion]:
+    """The largest cells beside the diagonal of a confusion matrix [K, K], largest first."""
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    largest = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    found = []
+    for i, j in (divmod(place, len(names)) for place in largest.tolist()):
+        if pixels := int(wrong[i, j]):
+            of_all, of_class = 100 * pixels / confusion.sum(), 100 * pixels / confusion[i].sum()
+            found.append(Confusion(names[i], names[j], float(of_all), float(of_class)))
+    return found
+
+
+def histogram(values: Sequence[float], bins: int = 20) -> list[int]:
+    """How many of the values, percent 0..100, fall into each of equal bins."""
+    counts: list[int] = np.histogram(np.array(values), bins=bins, range=(0, 100))[0].tolist()
+    return counts
+
 
 NAME = "report.html"
 ENVIRONMENT = "environment.json"
@@ -176,3 +263,25 @@ def _write(folder: Path, **context: Any) -> Path:
     with replacing(folder / NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / NAME
+
+
+def report(runs: Sequence[Run], folder: Path | None) -> None:
+    """Print the table of the runs; with a folder, write it there in three forms.
+
+    Args:
+        runs: evaluations.
+        folder: `summary.md`, `summary.csv` and `report.html` go there.
+    """
+    summary = summarize(runs)
+    console = Console()
+    console.print(as_table(summary, console.width))
+    for run in runs:
+        if run.error:
+            print(f"{run.folder}: {run.error}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("summary.md", as_markdown(summary)), ("summary.csv", as_csv(summary))):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"report: {write_sweep_report(runs, folder)}")

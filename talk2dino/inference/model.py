@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
-from talk2dino.alignment.class_embeddings import embed_prompts, embed_texts
+from talk2dino.alignment.inputs import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.captions.base import crop_square

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talk2dino.datasets.benchmarks.protocol import Protocol
+from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.labels import contender_labels

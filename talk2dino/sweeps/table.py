@@ -17,7 +17,7 @@ from rich.table import Table
 
 from talk2dino.config.command import FAILED
 from talk2dino.errors import DataError
-from talk2dino.evaluation.comparison import report
+from talk2dino.evaluation.report import report
 from talk2dino.evaluation.runs import read_sweep
 from talk2dino.files import read_json, replacing
 from talk2dino.sweeps.study import PRUNED

@@ -18,9 +18,8 @@ from torch import nn
 from talk2dino import load_projection
 from talk2dino.alignment import ProjectionLayer
 from talk2dino.config import command
-from talk2dino.config.checks import check_given, check_targets
+from talk2dino.config.checks import check_given, check_targets, config_folder
 from talk2dino.config.command import user_message
-from talk2dino.config.messages import config_folder
 from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.errors import DataError
 from talk2dino.evaluate import build_segmenter

@@ -17,10 +17,9 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from talk2dino.alignment.class_embeddings import embed_classes
+from talk2dino.alignment.inputs import embed_classes
 from talk2dino.config import command
-from talk2dino.config.checks import check_targets
-from talk2dino.config.messages import config_folder
+from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.schemas import register_schemas
 from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talk2dino.alignment.class_embeddings import embed_classes
+from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders.text.prompts import NAMES, prompts, templates
 from talk2dino.errors import ConfigError

@@ -385,7 +385,7 @@ def test_the_mosaic_benchmark_end_to_end(trained_run: Path, tmp_path: Path) -> N
     assert len(list((tmp_path / "pictures").iterdir())) == 1
 
     from talk2dino import Talk2DINO
-    from talk2dino.alignment.class_embeddings import embed_classes
+    from talk2dino.alignment.inputs import embed_classes
     from talk2dino.segmentation import Segmenter
 
     model = Talk2DINO.from_pretrained(trained_run, device="cpu")

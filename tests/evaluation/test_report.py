@@ -15,10 +15,16 @@ import torch
 import yaml
 
 from talk2dino.errors import DataError
-from talk2dino.evaluation.charts import heat_map, histogram, top_confusions
 from talk2dino.evaluation.metrics import extremes, read_ious, score_image, write_scores
 from talk2dino.evaluation.records import Record
-from talk2dino.evaluation.report import templates, write_report, write_sweep_report
+from talk2dino.evaluation.report import (
+    heat_map,
+    histogram,
+    templates,
+    top_confusions,
+    write_report,
+    write_sweep_report,
+)
 from talk2dino.evaluation.runs import Run, read_runs
 from talk2dino.evaluation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarize
 from tests.helpers.evaluations import (

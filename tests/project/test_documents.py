@@ -15,9 +15,8 @@ import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from talk2dino.config.checks import check_targets
+from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.command import quote_ranges
-from talk2dino.config.messages import config_folder
 from talk2dino.config.schemas import register_schemas
 
 REPOSITORY = Path(__file__).parents[2]

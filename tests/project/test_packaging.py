@@ -70,7 +70,7 @@ def test_commands_work_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()
     code = (
-        "import sys, talk2dino.config.messages as errors; print(errors.config_folder()); "
+        "import sys, talk2dino.config.checks as errors; print(errors.config_folder()); "
         "sys.argv = ['train', '--help']; import runpy; "
         "runpy.run_module('talk2dino.train', run_name='__main__')"
     )

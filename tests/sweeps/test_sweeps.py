@@ -12,7 +12,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from talk2dino.config.messages import explain
+from talk2dino.config.checks import explain
 from talk2dino.errors import ConfigError
 from talk2dino.sweeps.study import as_override, distributions, require_optuna
 from talk2dino.sweeps.table import (

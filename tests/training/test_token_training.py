@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from talk2dino import Talk2DINO, load_projection
-from talk2dino.alignment.class_embeddings import embed_classes
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.inputs import caption_fields, projected_text, projected_visual
+from talk2dino.alignment.inputs import (
+    caption_fields,
+    embed_classes,
+    projected_text,
+    projected_visual,
+)
 from talk2dino.alignment.projection import (
     DoubleMLP,
     ProjectionLayer,

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from talk2dino.alignment.visual_projection import VisualProjectionLayer
 
 from talk2dino import Talk2DINO, load_projection
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
-from talk2dino.alignment.visual_projection import VisualProjectionLayer
 from talk2dino.features import FeatureDataModule, FeatureStore, write_store
 from tests.data.written_by_0_1.parts import (
     CLIP,
