@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from talk2dino.errors import StoreError
 from talk2dino.features.sampler import EpochBatchSampler
 from talk2dino.features.store.reader import FeatureStore, Table
-from talk2dino.features.store.verify import all_finite, nonfinite_rows
+from talk2dino.features.store.verify import nonfinite_rows
 
 Batch = dict[str, Tensor | list[str]]
 
@@ -48,7 +48,7 @@ class CaptionBatches(Dataset[Batch]):
             taken.add(name)
         self.store = store
         self.image_fields, self.caption_fields = tuple(image_fields), tuple(caption_fields)
-        self._sound: dict[tuple[str, str], NDArray[np.bool_]] = {}
+        self.checked: dict[tuple[str, str], NDArray[np.bool_]] = {}  # rows without NaN, by field
 
     @cached_property
     def image_row(self) -> NDArray[np.int64]:
@@ -104,32 +104,30 @@ class CaptionBatches(Dataset[Batch]):
         for name in self.image_fields:
             self.store.images[name].will_need(first, last)
 
-    def forget_checks(self) -> None:
-        """Look for NaN and infinity again in every row that is read."""
-        self._sound.clear()
-
     def _read(self, table: Table, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one field; features are checked when a process reads them for the first time."""
+        """Rows of one field; features are checked when a process reads them for the first time.
+
+        The check takes about as long as reading, so later epochs go without.
+        """
         field = table[name]
         values: NDArray[Any] = field[rows]
         if values.dtype.kind != "f":
             return values
-        sound = self._sound.get((table.name, name))
-        if sound is None:
-            sound = self._sound[table.name, name] = np.zeros(len(field), dtype=np.bool_)
-        if not sound[rows].all():
-            if not all_finite(values):
-                bad = int(rows[nonfinite_rows(values)[0]])
+        if field.key not in self.checked:
+            self.checked[field.key] = np.zeros(len(field), dtype=np.bool_)
+        checked = self.checked[field.key]
+        if not checked[rows].all():
+            if len(bad := nonfinite_rows(values)):
                 raise StoreError(
-                    f"{self.store.path}: {table.name}/{name} row {bad} holds NaN or infinity; "
-                    "verify the store and extract again"
+                    f"{self.store.path}: {table.name}/{name} row {rows[bad[0]]} holds NaN or "
+                    "infinity; verify the store and extract again"
                 )
-            sound[rows] = True
+            checked[rows] = True
         return values
 
     def __getstate__(self) -> dict[str, Any]:
         cached = ("image_row", "_caption_id", "_image_id")  # cheaper to read than to pickle
-        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_sound": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"checked": {}}
 
 
 def _to_torch(values: NDArray[Any]) -> Tensor | list[str]:
