@@ -27,12 +27,17 @@ from talk2dino.datasets.tars import expand_tars
 from talk2dino.encoders.build import check_spec
 from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.errors import ConfigError
-from talk2dino.features.from_original import convert_features
-from talk2dino.features.original_files import FeatureFile, FeatureTars, OriginalSamples
+from talk2dino.features.from_original import (
+    FeatureFile,
+    FeatureTars,
+    OriginalSamples,
+    convert_features,
+)
 from talk2dino.features.store.archive import archive_store
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.features.store.schema import Manifest
 from talk2dino.features.store.verify import verify_store
+from talk2dino.features.store.writer import IMAGES_PER_SHARD
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def features(
     store: str,
     split: str = "train",
     dtype: str = "float16",
-    images_per_shard: int = 1024,
+    images_per_shard: int = IMAGES_PER_SHARD,
     embedding: str | None = None,
     vision: Spec | None = None,
     text: Spec | None = None,
@@ -92,7 +97,7 @@ def tars(
     store: str,
     split: str = "train",
     dtype: str = "float16",
-    images_per_shard: int = 1024,
+    images_per_shard: int = IMAGES_PER_SHARD,
     embedding: str | None = None,
     vision: Spec | None = None,
     text: Spec | None = None,

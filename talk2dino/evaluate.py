@@ -231,7 +231,7 @@ def describe_run(
     protocol: Any = _plain(node) or {}
     return {
         "classes": [asdict(spec) for spec in benchmark.class_list.classes],
-        "unlabelled": list(benchmark.class_list.unlabelled),
+        "unlabelled": list(benchmark.class_list.unlabeled),
         **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
         "pamr": config.pamr,
         "pamr_whole_image": config.pamr_whole_image,

@@ -112,7 +112,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from tests.test_writer import shard_arrays
-from talk2dino.features.writer import write_shard
+from talk2dino.features.store.writer import write_shard
 real, count = os.replace, [0]
 def replace(source, target):
     count[0] += 1

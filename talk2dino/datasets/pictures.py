@@ -58,7 +58,7 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turn a picture upright by its EXIF tag and bring it to 8-bit RGB.
 
-    Pillow cuts 16-bit grey off at 255, which makes nearly all of it white; here the full range
+    Pillow cuts 16-bit gray off at 255, which makes nearly all of it white; here the full range
     0..65535 becomes 0..255. An alpha channel is dropped, as the original's `convert("RGB")` does.
 
     Raises:
@@ -72,8 +72,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
-        grey = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
-        image = Image.fromarray(grey.astype(np.uint8))
+        gray = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
+        image = Image.fromarray(gray.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")
@@ -84,7 +84,7 @@ def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
     """Cut a very long picture to its middle part, at most `ratio` times as long as it is wide.
 
     Enlarging a line of 1 x 5000 pixels to a side of 448 would take three gigabytes, of which a
-    centre crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
+    center crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
     both sides, so the middle stays where it was to half a pixel.
     """
     long, short = max(image.size), min(image.size)
@@ -126,24 +126,24 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_values(path: Path) -> NDArray[Any]:
-    """Read the values of a label file, [H, W]; of a palette file the indices, not the colours.
+    """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
 
     An EXIF tag turns it like a picture.
 
     Raises:
-        DataError: not a picture, truncated, or with colour channels.
+        DataError: not a picture, truncated, or with color channels.
     """
     with _readable(path), _open(path) as file:
         if file.mode not in _SINGLE_CHANNEL:
             raise DataError(
                 f"{path}: a {file.mode} picture, not a label map; save the class values as one "
-                "8-bit channel, or give the classes' colours as benchmark.palette"
+                "8-bit channel, or give the classes' colors as benchmark.palette"
             )
         return np.asarray(_upright(file))
 
 
 def read_colors(path: Path) -> NDArray[np.uint8]:
-    """Read a coloured label file as [H, W, 3] uint8 RGB; a palette file by its colours.
+    """Read a colored label file as [H, W, 3] uint8 RGB; a palette file by its colors.
 
     Raises:
         DataError: not a picture, or truncated.
@@ -278,7 +278,7 @@ def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] grey")
+        raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] gray")
     if image.dtype.kind not in "uf":
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
     if image.dtype.kind == "u" and image.dtype != np.uint8:

@@ -268,7 +268,7 @@ class _Rows(Dataset[Batch]):
 
 
 def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """First and last + 1 of every run of neighbours in ascending rows."""
+    """First and last + 1 of every run of neighbors in ascending rows."""
     if not len(rows):
         return []
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1

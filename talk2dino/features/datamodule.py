@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features.batches import CaptionBatches, StoreLoader
-from talk2dino.features.sampler import EpochBatchSampler, Mode, Shuffle
+from talk2dino.features.sampler import BLOCK_ROWS, MIX_BLOCKS, EpochBatchSampler, Mode, Shuffle
 from talk2dino.features.store.reader import FeatureStore
 
 
@@ -59,8 +59,8 @@ class FeatureDataModule(L.LightningDataModule):
         batch_size: int = 128,
         captions: Mode = "all",
         shuffle: Shuffle = "global",
-        block_rows: int = 256,
-        mix_blocks: int = 16,
+        block_rows: int = BLOCK_ROWS,
+        mix_blocks: int = MIX_BLOCKS,
         num_workers: int = 0,
         prefetch: int | None = None,
         seed: int = 0,

@@ -13,6 +13,8 @@ from talk2dino.errors import ConfigError
 
 Mode = Literal["all", "one_per_image"]
 Shuffle = Literal["none", "global", "block"]
+BLOCK_ROWS = 256
+MIX_BLOCKS = 16
 
 
 class EpochBatchSampler(Sampler[NDArray[np.int64]]):
@@ -28,7 +30,7 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
     partial global batch at the end is dropped with `drop_last`; otherwise it is dealt out equally
     and the at most `world_size - 1` rows that are left over are dropped.
 
-    `shuffle="block"` is for disks that read neighbours faster. Captions lie in the order of their
+    `shuffle="block"` is for disks that read neighbors faster. Captions lie in the order of their
     images; `block_rows` images and all their captions are a block. Blocks are permuted and dealt to
     the ranks, each of which reads its own part of the store only. A mixing buffer holds
     `mix_blocks` blocks at a time; batches are drawn from it without order until it is empty.
@@ -61,8 +63,8 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        block_rows: int = 256,
-        mix_blocks: int = 16,
+        block_rows: int = BLOCK_ROWS,
+        mix_blocks: int = MIX_BLOCKS,
     ) -> None:
         for key, value, known in (("captions", mode, Mode), ("shuffle", shuffle, Shuffle)):
             if value not in get_args(known):

@@ -23,7 +23,7 @@ class ClassSpec:
         name: as reported.
         synonyms: what is put into the prompts; the best one counts.
         value: its pixels' value in the label files.
-        color: its pixels' colour in coloured label files, 0..255 RGB; None if not known.
+        color: its pixels' color in colored label files, 0..255 RGB; None if not known.
     """
 
     name: str
@@ -40,11 +40,11 @@ class ClassList:
 
     Attributes:
         classes: in the order of the confusion matrix.
-        unlabelled: label values that do not count, besides the benchmark's `ignore_index`.
+        unlabeled: label values that do not count, besides the benchmark's `ignore_index`.
     """
 
     classes: tuple[ClassSpec, ...]
-    unlabelled: tuple[int, ...] = ()
+    unlabeled: tuple[int, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +79,7 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
 
             * names, `[cat, dog]`, or entries `{"name", "id", "synonyms", "color"}`;
             * a shipped list, or several joined by `+`: `voc`, `background+coco_things`;
-            * a `.txt` file with a class per line, `name; synonym; …; #rrggbb` (the colour is
+            * a `.txt` file with a class per line, `name; synonym; …; #rrggbb` (the color is
               optional), or a `.json` file: a list of names or entries, or
               `{"classes": […], "unlabeled": 0}`.
 
@@ -91,20 +91,20 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     """
     if isinstance(source, (str, Path)):
         origin = str(source)
-        entries, unlabelled = _read(origin)
+        entries, unlabeled = _read(origin)
     else:
-        origin, entries, unlabelled = "benchmark.classes", list(source), ()
+        origin, entries, unlabeled = "benchmark.classes", list(source), ()
     if not entries:
         raise DataError(f"{origin}: the class list is empty; name at least one class")
     classes = ClassList(
-        tuple(_spec(entry, number, origin) for number, entry in enumerate(entries)), unlabelled
+        tuple(_spec(entry, number, origin) for number, entry in enumerate(entries)), unlabeled
     )
     _check(classes, origin)
     return classes
 
 
 def read_color(given: Any, where: str) -> Color:
-    """A colour `[r, g, b]` of 0..255, or `"#rrggbb"`.
+    """A color `[r, g, b]` of 0..255, or `"#rrggbb"`.
 
     Raises:
         DataError: neither of them.
@@ -116,7 +116,7 @@ def read_color(given: Any, where: str) -> Color:
         red, green, blue = given
         if all(type(part) is int and 0 <= part <= 255 for part in (red, green, blue)):
             return red, green, blue
-    raise DataError(f'{where} is {given!r}; give a colour as [r, g, b] of 0..255 or "#rrggbb"')
+    raise DataError(f'{where} is {given!r}; give a color as [r, g, b] of 0..255 or "#rrggbb"')
 
 
 def _check(classes: ClassList, origin: str) -> None:
@@ -191,7 +191,7 @@ def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
         colors = [part for part in parts if part.startswith("#")]
         names = tuple(part for part in parts if not part.startswith("#"))
         if names and len(colors) < 2:
-            where = f"{origin}: class {number} ({names[0]}): colour"
+            where = f"{origin}: class {number} ({names[0]}): color"
             color = read_color(colors[0], where) if colors else None
             return ClassSpec(names[0], names, number, color)
     elif isinstance(entry, Mapping) and str(entry.get("name") or "").strip():

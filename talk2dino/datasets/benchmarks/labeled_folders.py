@@ -238,8 +238,8 @@ class FolderBenchmark(Benchmark):
         reduce_zero_label: stored 0 does not count and other values are one higher than in the
             class list.
         label_map: stored value to the value meant, applied before everything else; None refuses.
-        palette: for coloured label maps: a colour per class, or `classes` for the class list's own.
-        ignore_colors: colours that do not count, with a palette.
+        palette: for colored label maps: a color per class, or `classes` for the class list's own.
+        ignore_colors: colors that do not count, with a palette.
         max_pixels: an image with more is refused before the work starts.
 
     Raises:
@@ -296,7 +296,7 @@ class FolderBenchmark(Benchmark):
         for key in ("reduce_zero_label", "label_map"):
             if getattr(self, key):
                 raise ConfigError(
-                    f"benchmark.{key}: changes label values, but with benchmark.palette colours "
+                    f"benchmark.{key}: changes label values, but with benchmark.palette colors "
                     "decide; remove one of the two"
                 )
         if not len(self._classes.classes) <= self.ignore_index:
@@ -330,7 +330,7 @@ class FolderBenchmark(Benchmark):
         """Read a picture and its label map.
 
         Raises:
-            DataError: unreadable, sizes differ, or a value or colour that is no class.
+            DataError: unreadable, sizes differ, or a value or color that is no class.
         """
         pair = self._pairs[index]
         image, target = read_image(pair.image), self._target(pair.mask)

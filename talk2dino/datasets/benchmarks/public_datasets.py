@@ -148,7 +148,7 @@ def object_labels(values: NDArray[np.integer], name: str = "label map") -> NDArr
     if foreign.any():
         raise DataError(
             f"{name}: label value {int(wide[foreign][0])} is no class of COCO-Stuff; give the raw "
-            "maps of stuffthingmaps_trainval2017 (things 0..89, stuff 91..181, unlabelled 255)"
+            "maps of stuffthingmaps_trainval2017 (things 0..89, stuff 91..181, unlabeled 255)"
         )
     return labels.astype(np.uint8)
 
@@ -246,7 +246,7 @@ class CocoStuffBenchmark(RawLabelsBenchmark):
 class CocoObjectBenchmark(RawLabelsBenchmark):
     """`X_instanceTrainIds.png` as `convert_coco_object` makes them, or `X.png`.
 
-    Things are 1..80, everything else is background, unlabelled pixels too.
+    Things are 1..80, everything else is background, unlabeled pixels too.
     """
 
     raw_suffix = ".png"

@@ -138,7 +138,7 @@ class ImageBatch:
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Batches of a source's images: short side resized to `size` pixels (bicubic), centre kept."""
+    """Batches of a source's images: short side resized to `size` pixels (bicubic), center kept."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
@@ -179,7 +179,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def crop_square(image: Image.Image, size: int) -> Tensor:
-    """Resize the short side to `size` (bicubic), crop the centre: [3, size, size] uint8."""
+    """Resize the short side to `size` (bicubic), crop the center: [3, size, size] uint8."""
     image = middle_strip(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from talk2dino.errors import StoreError
 from talk2dino.features.store.schema import FieldInfo, FieldTable, ShardInfo
 
+
 class Rows(Protocol):
     """Random access to the rows of one field in one shard."""
 

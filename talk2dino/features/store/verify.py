@@ -30,10 +30,7 @@ def nonfinite_rows(array: NDArray[Any]) -> NDArray[np.int64]:
     bits = array.reshape(len(array), -1).view(exponent.dtype)  # [n, values of a row]
     step = max(1, _BLOCK_BYTES // bits[0].nbytes)
     largest = np.concatenate(
-        [
-            (bits[start : start + step] & exponent).max(axis=1)
-            for start in range(0, len(bits), step)
-        ]
+        [(bits[start : start + step] & exponent).max(axis=1) for start in range(0, len(bits), step)]
     )
     return np.flatnonzero(largest == exponent)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from talk2dino.features.store.schema import (
 )
 from talk2dino.features.store.shard_writer import (
     Arrays,
+    ShardRows,
     check_image_rows,
     check_lengths,
     describe,
@@ -38,6 +39,7 @@ from talk2dino.features.store.shard_writer import (
 from talk2dino.files import create_json, file_digest, replacing, temporary_name, write_json
 
 PARTS = ".parts"
+IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,18 @@ def write_shard(
     return info
 
 
+def write_rows(folder: Path, index: int, rows: ShardRows, split: str, dtype: str) -> None:
+    """Write shard `index` from grown rows, and the list of the images that it leaves out."""
+    skipped = folder / PARTS / f"{split}-{index:05d}.skipped"
+    skipped.unlink(missing_ok=True)
+    if rows.skipped:
+        with replacing(skipped) as path:
+            path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+    images, captions = rows.arrays()
+    number = len(rows.skipped)
+    write_shard(folder, index, images, captions, split=split, dtype=dtype, skipped=number)
+
+
 def finish_manifest(
     folder: Path,
     *,
@@ -148,6 +162,8 @@ def finish_manifest(
     text: EncoderInfo | None = None,
 ) -> Manifest:
     """Merge the records of shards 0 ... `shards` - 1 into `manifest.json`, written last.
+
+    Skipped images are listed beside it in `{split}-skipped.jsonl`, if there are any.
 
     Raises StoreError when a shard is missing, shards disagree in fields, or no image was kept.
     """
@@ -173,7 +189,10 @@ def finish_manifest(
         package_version=_package_version(),
         skipped=sum(record.skipped for record in records),
     )
-    # Two ranks that finish at once both write it, with the same content.
+    # Two ranks that finish at once both write these files, with the same content.
+    if lists := sorted((folder / PARTS).glob(f"{split}-*.skipped")):
+        with replacing(folder / f"{split}-skipped.jsonl", shared=True) as path:
+            path.write_text("".join(part.read_text() for part in lists))
     write_json(folder / MANIFEST, manifest.to_json(), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
@@ -225,24 +244,6 @@ def _package_version() -> str:
         return "unknown"
 
 
-def write_skipped(store: Path, split: str, shard: int, items: Sequence[Mapping[str, Any]]) -> None:
-    """Note what shard `shard` leaves out; an older list of it goes."""
-    file = store / PARTS / f"{split}-{shard:05d}.skipped"
-    file.unlink(missing_ok=True)
-    if items:
-        with replacing(file) as path:
-            path.write_text("".join(json.dumps(item) + "\n" for item in items))
-
-
-def merge_skipped(store: Path, split: str) -> None:
-    """Write `{split}-skipped.jsonl` beside the manifest, if any shard left something out."""
-    lists = sorted((store / PARTS).glob(f"{split}-*.skipped"))
-    if lists:
-        # Two ranks may finish at once and both write it.
-        with replacing(store / f"{split}-skipped.jsonl", shared=True) as path:
-            path.write_text("".join(part.read_text() for part in lists))
-
-
 _Info = TypeVar("_Info", bound=EncoderInfo)
 
 
@@ -252,7 +253,7 @@ def write_store(
     captions: Arrays,
     *,
     split: str = "train",
-    images_per_shard: int = 1024,
+    images_per_shard: int = IMAGES_PER_SHARD,
     dtype: str = "float16",
     vision: VisionInfo | Mapping[str, Any] | None = None,
     text: EncoderInfo | Mapping[str, Any] | None = None,
