@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: temporary name, flush to disk, rename."""
+"""Files that appear complete or not at all (temporary name, flush, rename), and text read back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import DataError, StoreError
 
 
 @contextmanager
@@ -69,6 +70,27 @@ def create_json(target: Path, data: object) -> bool:
     finally:
         draft.unlink(missing_ok=True)
     return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without the mark that Windows editors put in front.
+
+    Raises:
+        DataError: not readable, or other bytes than UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text file in UTF-8 ({error}); save it as UTF-8") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; a DataError names the file if it is none."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not a json file ({error})") from error
 
 
 def sync(path: Path) -> None:

@@ -44,7 +44,7 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
 
     Pillow warns of more than 89 million pixels and refuses twice as many: large photographs are
-    read without the warning, what is beyond stays refused.
+    read without the warning, those that it refuses stay refused.
 
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
@@ -63,11 +63,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         OSError: the file is truncated; a broken decoder may raise anything else.
-        ValueError: numbers with fractions, whose range nobody knows.
+        ValueError: floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
-        raise ValueError("pixels are numbers with fractions; save it with 8 or 16 bits a channel")
-    image.load()  # a TIFF is turned by Pillow itself
+        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+    image.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(image)
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -160,7 +160,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
     with _readable(path), _open(path) as file:
         if file.format == "TIFF" and orientation(file) in _SWAPS:
-            file.load()  # Pillow turns it by itself, and its size sooner or later, by version
+            file.load()  # Pillow turns it while loading; when `size` follows differs by version
         columns, rows = file.size
         swapped = orientation(file) in _SWAPS
     return (columns, rows) if swapped else (rows, columns)
@@ -173,14 +173,14 @@ def is_turned(path: Path) -> bool:
 
 
 def _upright(file: Image.Image) -> Image.Image:
-    file.load()  # a TIFF is turned by Pillow itself
+    file.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(file)
     return file if turn is None else file.transpose(turn)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():  # size is checked in pairs.py, by name and before the work
+    with warnings.catch_warnings():  # `check_pairs` checks the size, with a message of its own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             yield file
@@ -279,11 +279,9 @@ def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] gray")
-    if image.dtype.kind not in "uf":
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
-    if image.dtype.kind == "u" and image.dtype != np.uint8:
-        raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
-    # a tensor has no negative strides (a flipped view) and may be written to
+    # copied: a tensor needs positive strides (unlike a flipped view) and writable memory
     pixels = np.array(image, order="C")
     return _to_bytes(torch.from_numpy(pixels).permute(2, 0, 1), image.size)
 

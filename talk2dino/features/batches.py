@@ -1,4 +1,4 @@
-"""Whole batches from a store, read ahead, continued where a training stopped."""
+"""Whole batches from a store, read ahead; an epoch can continue where a training stopped."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class CaptionBatches(Dataset[Batch]):
 
         Returns `caption_row`, `caption_id`, `image_row`, `image_id` int64 [B], and every asked
         caption field [B, ...] in its stored dtype; texts as a list. Image fields hold every image
-        of the batch once, [U, ...]: where U = B they stand in the captions' order, and otherwise
+        of the batch once, [U, ...]: where U = B they are in the captions' order, and otherwise
         `image_place` int64 [B] tells which of them each caption belongs to (`inputs.per_caption`).
         Raises StoreError if a row that is read for the first time holds NaN or infinity.
         """
@@ -100,7 +100,7 @@ class CaptionBatches(Dataset[Batch]):
         return batch
 
     def will_need(self, first: int, last: int) -> None:
-        """Have the system read images `first` … `last` - 1 ahead; returns at once."""
+        """Ask the system to read images `first` … `last` - 1 ahead; returns at once."""
         for name in self.image_fields:
             self.store.images[name].will_need(first, last)
 
@@ -137,9 +137,9 @@ def _to_torch(values: NDArray[Any]) -> Tensor | list[str]:
 class StoreLoader:
     """Batches of some captions of a store, in the order of a sampler.
 
-    Iterating begins when the first batch is asked for, so that the epoch can be set until then. An
-    iteration that `load_state_dict` prepared begins in the middle of its epoch. `state_dict` counts
-    the batches that were handed over, not those read ahead.
+    An iteration begins when its first batch is asked for; until then the epoch can be set. After
+    `load_state_dict` the next iteration begins in the middle of its epoch. `state_dict` counts the
+    batches that were yielded, not those read ahead.
 
     Args:
         data: the batches of the store.
@@ -183,8 +183,8 @@ class StoreLoader:
     def close(self) -> None:
         """End the workers; the next iteration starts new ones.
 
-        Else they end with the loader, and where it is part of a cycle of references, Python closes
-        their queues first and PyTorch then waits 5 seconds for each of them.
+        Without this they end with the loader; if it is part of a cycle of references, Python closes
+        their queues first, and PyTorch then waits 5 seconds for each worker.
         """
         iterator = None if self._workers is None else self._workers._iterator
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
@@ -192,7 +192,7 @@ class StoreLoader:
         self._workers = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches of it that were handed over, and all that decides the batches."""
+        """Epoch, its batches that were yielded, and all settings that decide the batches."""
         running = self._epoch == self.sampler.epoch
         return self.sampler.state_dict(self._consumed if running else 0)
 
@@ -242,7 +242,7 @@ class StoreLoader:
 
 
 class _Announcing:
-    """A sampler that has the store read ahead what it is about to ask for."""
+    """A sampler that asks for read-ahead of the images of the next batches."""
 
     def __init__(self, data: CaptionBatches, sampler: EpochBatchSampler) -> None:
         self.data, self.sampler = data, sampler

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.errors import DataError
+from talk2dino.files import read_json, read_text
 
 BACKGROUND = "background"
 Color = tuple[int, int, int]
@@ -36,7 +36,7 @@ class ClassSpec:
 class ClassList:
     """The classes of a benchmark, index order.
 
-    A first class called "background" has no prompt: it is what no class claims.
+    A first class called "background" has no prompt: pixels belong to it where no class scores high.
 
     Attributes:
         classes: in the order of the confusion matrix.
@@ -83,7 +83,7 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
               optional), or a `.json` file: a list of names or entries, or
               `{"classes": […], "unlabeled": 0}`.
 
-            Without `id` a class's label value is its place in the list, from 0.
+            Without `id` a class's label value is its position in the list, from 0.
 
     Raises:
         DataError: missing file, no class, an entry without name, a name or value used twice, a
@@ -127,9 +127,7 @@ def _check(classes: ClassList, origin: str) -> None:
     names = classes.names
     same = next((name for name in names if names.count(name) > 1), None)
     if same is not None:
-        raise DataError(
-            f"{origin}: two classes are called {same!r}; results are told apart by name"
-        )
+        raise DataError(f"{origin}: two classes are called {same!r}; results are listed by name")
     if BACKGROUND in names[1:]:
         raise DataError(
             f"{origin}: {BACKGROUND} is class {names.index(BACKGROUND)}; only the first class may "
@@ -153,21 +151,11 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in map(str.strip, _text(path).splitlines()) if line]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8 ({error})") from error
+    return [line for line in map(str.strip, read_text(path).splitlines()) if line]
 
 
 def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not a json file ({error})") from error
+    content = read_json(path)
     ignored: list[int] = []
     if isinstance(content, dict):
         given = content.get("unlabeled", [])

@@ -3,7 +3,7 @@
 mmsegmentation does it in three steps (`LoadAnnotations`: `label_map`, then `reduce_zero_label`;
 then `ignore_index` in the metric). Here they are one table, looked up once per image. Values that
 are no class are refused: mmsegmentation lets them add to the union of what was predicted there,
-which only ever means a wrong class list or unconverted files.
+which happens only with a wrong class list or unconverted files.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class LabelValues:
         else:  # signed and 32-bit files may hold anything
             inside = np.clip(stored, 0, MAX_VALUE)
             target = np.where(stored == inside, self._table[inside], _NONE)
-        foreign = target == _NONE
-        if foreign.any():
-            found = [int(value) for value in np.unique(stored[foreign])]
+        unknown = target == _NONE
+        if unknown.any():
+            found = [int(value) for value in np.unique(stored[unknown])]
             listed = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
             raise DataError(
                 f"{name}: label value {listed} is no class of benchmark.classes; add the class, "
@@ -126,14 +126,14 @@ class LabelColors:
             DataError: a color that is neither a class's nor ignored.
         """
         pixels = _pack(stored)
-        place = np.searchsorted(self._packed, pixels).clip(max=len(self._packed) - 1)
-        foreign = self._packed[place] != pixels
-        if foreign.any():
+        index = np.searchsorted(self._packed, pixels).clip(max=len(self._packed) - 1)
+        unknown = self._packed[index] != pixels
+        if unknown.any():
             raise DataError(
-                f"{name}: the color {stored[foreign][0].tolist()} is no class of "
+                f"{name}: the color {stored[unknown][0].tolist()} is no class of "
                 "benchmark.palette; add it there, or under benchmark.ignore_colors"
             )
-        return torch.from_numpy(self._meaning[place])
+        return torch.from_numpy(self._meaning[index])
 
 
 def class_colors(classes: ClassList, palette: Any) -> list[Color]:

@@ -1,7 +1,7 @@
 """Extraction: images and captions through the frozen encoders into the shards of a store.
 
-Shard k holds the source's images k·n … (k+1)·n − 1, whoever writes it and whenever. So the store is
-the same for any number of ranks, and a run that was stopped continues after its finished shards.
+Shard k holds the source's images k·n … (k+1)·n − 1, whichever rank writes it. So the store is the
+same for any number of ranks, and a run that was stopped continues after its finished shards.
 Images decode in worker processes and shards are written by a thread while the encoder runs.
 """
 
@@ -54,15 +54,15 @@ class Extraction:
         text: text encoder.
         store: folder to fill; created if absent.
         split: first part of the shards' names.
-        image_fields: what to keep of an image, out of `IMAGE_CHOICES`.
-        caption_fields: what to keep of a caption, out of `EXTRACTED_CAPTIONS`.
+        image_fields: what to store of an image, out of `IMAGE_CHOICES`.
+        caption_fields: what to store of a caption, out of `EXTRACTED_CAPTIONS`.
         dtype: of the stored features, `float16` or `float32`.
-        patches_per_image: keep a random subset of so many patches of each image; None keeps all.
+        patches_per_image: store a random subset of so many patches of each image; None stores all.
         images_per_shard: images per shard; two shards are in memory at a time.
         num_workers: processes that decode images.
         precision: of the vision encoder's forward pass, a key of `PRECISIONS`.
         text_precision: of the text encoder's.
-        compiled: translate the vision encoder with `torch.compile`.
+        compiled: use `torch.compile` for the vision encoder.
         rank: this process writes the shards k with k mod world_size = rank.
         world_size: number of processes.
         skipped: images that this run could not read, filled by `run`.
@@ -149,7 +149,7 @@ class Extraction:
     def _settings(self, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the bytes of a shard.
 
-        A batch of another size may sum in another order, so batch sizes are among it.
+        They include the batch sizes: a batch of another size may sum in another order.
         """
         return {
             "source": self.source.fingerprint(),

@@ -115,7 +115,7 @@ class ShardReader:
             self._file.close()  # the map needs no HDF5 handle
 
     def close(self) -> None:
-        """Close the HDF5 handle, if one is still needed; maps go with their last array."""
+        """Close the HDF5 handle, if one is still open; the map ends with its last array."""
         self._file.close()
 
     @property
@@ -156,7 +156,7 @@ class ShardReader:
 
 
 def size_problem(folder: Path, info: ShardInfo) -> str | None:
-    """Half a line if the shard's file is absent or of another size than the manifest says."""
+    """What is wrong if the shard's file is absent or of another size than the manifest says."""
     try:
         found = (folder / info.file).stat().st_size
     except OSError:

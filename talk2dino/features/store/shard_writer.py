@@ -24,7 +24,7 @@ from talk2dino.features.store.schema import (
 )
 from talk2dino.features.store.verify import nonfinite_rows
 
-if sys.platform != "win32":  # there without locks, as on file systems that have none
+if sys.platform != "win32":  # on Windows, as on some file systems, without locks
     import fcntl
 
 
@@ -37,14 +37,14 @@ def shard_lock(parts: Path, index: int) -> Iterator[None]:
     with (parts / "lock").open("ab") as file:
         with suppress(OSError):  # the file system has no locks
             fcntl.lockf(file, fcntl.LOCK_EX, 1, index)  # byte k of the file stands for shard k
-        yield  # closing the file lets go
+        yield  # closing the file releases the lock
 
 
 class GuardedFile(FileIO):
     """A file that remembers its first error instead of raising it.
 
     HDF5 can crash the whole process when it closes a file after a write failed (a full disk). So
-    it is told that all is well, nothing more is written, and the error is raised afterwards.
+    it is told that writing succeeded, nothing more is written, and the error is raised afterwards.
 
     Attributes:
         error: what the operating system said, if anything.
@@ -195,7 +195,7 @@ def _stored(array: NDArray[Any], dtype: str, where: str, ids: NDArray[Any]) -> N
 
 
 def _fixed_length(array: NDArray[Any], where: str) -> NDArray[Any]:
-    """Text as UTF-8 of one length: contiguous, and free of HDF5's heap of pointers."""
+    """Text as UTF-8 of one length, since text of variable length is not contiguous in HDF5."""
     values = array.tolist()
     if not all(isinstance(value, str) for value in values):
         raise StoreError(f"{where} must hold str values, found {array.dtype}")
@@ -237,16 +237,16 @@ class ShardRows:
             self._images[name][first : len(self.ids)] = values
 
     def waiting_texts(self, limit: int) -> list[str]:
-        """At most `limit` texts of captions whose fields are not there yet."""
+        """At most `limit` texts of captions that are not encoded yet."""
         waiting = self.captions[self._encoded : self._encoded + limit]
         return [text for _, _, text in waiting]
 
     def waiting(self) -> int:
-        """Captions whose fields are not there yet."""
+        """Number of captions that are not encoded yet."""
         return len(self.captions) - self._encoded
 
     def add_caption_fields(self, fields: Fields) -> None:
-        """Append fields [m, ...] in stored types for the next captions that wait."""
+        """Append fields [m, ...] in stored types for the next m captions."""
         self._captions.append(fields)
         self._encoded += len(next(iter(fields.values())))
 

@@ -60,7 +60,7 @@ def verify_store(
 def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> Iterator[str]:
     if problem := size_problem(folder, shard):
         yield problem
-        return  # what is cut off need not be read
+        return  # reading a file that is cut off would only repeat it
     if (digest := file_digest(folder / shard.file)) != shard.sha256:
         yield f"SHA-256 is {digest[:12]}…, the manifest says {shard.sha256[:12]}…"
     try:

@@ -44,7 +44,7 @@ IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What `.parts/{split}-{k:05d}.json` keeps of a finished shard."""
+    """The record of a finished shard, `.parts/{split}-{k:05d}.json`."""
 
     shard: ShardInfo
     fields: FieldTable
@@ -68,12 +68,12 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "settings.json"
-    # Looked at first: another rank writes its settings before its first shard.
+    # Before settings.json is looked for: another rank writes it before its first shard.
     used = any(folder.glob("*.h5")) or (folder / MANIFEST).exists()
     if not file.exists():
         if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
-        create_json(file, dict(settings))  # of ranks that start together, the first one decides
+        create_json(file, dict(settings))  # if ranks start together, the first one's settings count
     _refuse_other_settings(folder, read_json(file, "delete the folder"), dict(settings))
     return {k: record.shard for k, record in finished_shards(folder, split).items()}
 
@@ -123,13 +123,13 @@ def write_shard(
             captions; `image_row` counts within this shard.
         split: first part of the file name.
         dtype: of the features, `float16` or `float32`.
-        skipped: images of this shard that could not be read, kept for the manifest.
+        skipped: number of images of this shard that could not be read.
     """
     file = folder / shard_name(split, index)
     tables = prepare(images, captions, dtype, file.name)
     parts = folder / PARTS
     parts.mkdir(exist_ok=True)
-    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # must not vouch for other bytes
+    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # it would describe other bytes
     with replacing(file) as temporary:
         write_hdf5(temporary, tables)
         digest, size = file_digest(temporary), temporary.stat().st_size
@@ -200,7 +200,7 @@ def finish_manifest(
 
 
 def _refuse_other_settings(folder: Path, old: object, new: dict[str, Any]) -> None:
-    """Compare settings key by key after the same round through JSON."""
+    """Compare settings key by key, both as JSON gives them back."""
     before, now = _flat(old), _flat(json.loads(json.dumps(new)))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
@@ -265,8 +265,8 @@ def write_store(
     Args:
         folder: created if needed; must not hold a store yet.
         images: fields [n, ...]; `id` defaults to 0 ... n - 1, `file_name` to the id.
-        captions: fields [m, ...], or empty; `image_row` counts over all images. Captions live with
-            their image and keep their order within its shard.
+        captions: fields [m, ...], or empty; `image_row` counts over all images. Captions are stored
+            in the shard of their image, in the given order.
         split: name of the split.
         images_per_shard: images in each shard but the last.
         dtype: of the features, `float16` or `float32`.
