@@ -28,8 +28,12 @@ from talk2dino.datasets.tars import expand_tars
 from talk2dino.encoders.build import check_spec
 from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.errors import ConfigError
-from talk2dino.features.from_original import convert_features
-from talk2dino.features.original_files import FeatureFile, FeatureTars, OriginalSamples
+from talk2dino.features.from_original import (
+    FeatureFile,
+    FeatureTars,
+    OriginalSamples,
+    convert_features,
+)
 from talk2dino.features.store.archive import archive_store
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.features.store.schema import Manifest

@@ -70,7 +70,10 @@ def extraction(config: DictConfig) -> Extraction:
 
 
 class Counter:
-    """Images that this run encoded, and how long that took; the first number was there before."""
+    """Images that this run encoded, and how long that took.
+
+    The first number that is counted are the images of shards that an earlier run finished.
+    """
 
     def __init__(self) -> None:
         self.images: int | None = None

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: temporary name, flush to disk, rename."""
+"""Files that appear complete or not at all (temporary name, flush, rename), and text read back."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def read_json(file: Path, kind: type[T], what: str) -> T:
 
     Args:
         file: to read.
-        kind: `dict` or `list`, which the file must hold.
+        kind: `dict`, `list` or, for either, `object`: what the file must hold.
         what: the file should be, for the error's one line.
 
     Raises:
         DataError: it is missing, cannot be read, is no JSON, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{file}: {os.strerror(error.errno or 0)}; give {what}") from error
     except ValueError as error:
@@ -94,6 +94,18 @@ def create_json(target: Path, data: object) -> bool:
     finally:
         draft.unlink(missing_ok=True)
     return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without the mark that Windows editors put in front.
+
+    Raises:
+        DataError: not readable, or other bytes than UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text file in UTF-8 ({error}); save it as UTF-8") from error
 
 
 def sync(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Pictures, captions and label maps as they lie on disk; nothing here knows an encoder."""
+"""Images, captions and label maps on disk; nothing here uses an encoder."""

@@ -44,7 +44,7 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
 
     Pillow warns of more than 89 million pixels and refuses twice as many: large photographs are
-    read without the warning, what is beyond stays refused.
+    read without the warning, those that it refuses stay refused.
 
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
@@ -58,22 +58,22 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turn a picture upright by its EXIF tag and bring it to 8-bit RGB.
 
-    Pillow cuts 16-bit grey off at 255, which makes nearly all of it white; here the full range
+    Pillow cuts 16-bit gray off at 255, which makes nearly all of it white; here the full range
     0..65535 becomes 0..255. An alpha channel is dropped, as the original's `convert("RGB")` does.
 
     Raises:
         OSError: the file is truncated; a broken decoder may raise anything else.
-        ValueError: numbers with fractions, whose range nobody knows.
+        ValueError: floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
-        raise ValueError("pixels are numbers with fractions; save it with 8 or 16 bits a channel")
-    image.load()  # a TIFF is turned by Pillow itself
+        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+    image.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(image)
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
-        grey = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
-        image = Image.fromarray(grey.astype(np.uint8))
+        gray = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
+        image = Image.fromarray(gray.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")
@@ -84,7 +84,7 @@ def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
     """Cut a very long picture to its middle part, at most `ratio` times as long as it is wide.
 
     Enlarging a line of 1 x 5000 pixels to a side of 448 would take three gigabytes, of which a
-    centre crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
+    center crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
     both sides, so the middle stays where it was to half a pixel.
     """
     long, short = max(image.size), min(image.size)
@@ -126,24 +126,24 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_values(path: Path) -> NDArray[Any]:
-    """Read the values of a label file, [H, W]; of a palette file the indices, not the colours.
+    """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
 
     An EXIF tag turns it like a picture.
 
     Raises:
-        DataError: not a picture, truncated, or with colour channels.
+        DataError: not a picture, truncated, or with color channels.
     """
     with _readable(path), _open(path) as file:
         if file.mode not in _SINGLE_CHANNEL:
             raise DataError(
                 f"{path}: a {file.mode} picture, not a label map; save the class values as one "
-                "8-bit channel, or give the classes' colours as benchmark.palette"
+                "8-bit channel, or give the classes' colors as benchmark.palette"
             )
         return np.asarray(_upright(file))
 
 
 def read_colors(path: Path) -> NDArray[np.uint8]:
-    """Read a coloured label file as [H, W, 3] uint8 RGB; a palette file by its colours.
+    """Read a colored label file as [H, W, 3] uint8 RGB; a palette file by its colors.
 
     Raises:
         DataError: not a picture, or truncated.
@@ -160,7 +160,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
     with _readable(path), _open(path) as file:
         if file.format == "TIFF" and orientation(file) in _SWAPS:
-            file.load()  # Pillow turns it by itself, and its size sooner or later, by version
+            file.load()  # Pillow turns it while loading; when `size` follows differs by version
         columns, rows = file.size
         swapped = orientation(file) in _SWAPS
     return (columns, rows) if swapped else (rows, columns)
@@ -173,14 +173,14 @@ def is_turned(path: Path) -> bool:
 
 
 def _upright(file: Image.Image) -> Image.Image:
-    file.load()  # a TIFF is turned by Pillow itself
+    file.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(file)
     return file if turn is None else file.transpose(turn)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():  # size is checked in pairs.py, by name and before the work
+    with warnings.catch_warnings():  # `check_pairs` checks the size, with a message of its own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             yield file
@@ -278,12 +278,10 @@ def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] grey")
-    if image.dtype.kind not in "uf":
+        raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] gray")
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
-    if image.dtype.kind == "u" and image.dtype != np.uint8:
-        raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
-    # a tensor has no negative strides (a flipped view) and may be written to
+    # copied: a tensor needs positive strides (unlike a flipped view) and writable memory
     pixels = np.array(image, order="C")
     return _to_bytes(torch.from_numpy(pixels).permute(2, 0, 1), image.size)
 

@@ -1,4 +1,4 @@
-"""Plain tar files by offset: their list, their members, and reads from any process."""
+"""Plain tar files read at offsets: their names, their members, and reads from any process."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def tar_members(path: Path) -> Iterator[Member]:
 
 
 def _check_end(path: Path, end: int, size: int) -> None:
-    """Behind the last member come zeros or nothing; tarfile itself stops silently at rubbish."""
+    """After the last member come zeros or nothing; tarfile itself stops silently at other bytes."""
     with path.open("rb") as file:
         file.seek(min(end, size))
-        rubbish = file.read(_BLOCK).strip(b"\0")
-    if end - size >= _BLOCK or (end > size and size % _BLOCK) or rubbish:
+        other = file.read(_BLOCK).strip(b"\0")
+    if end - size >= _BLOCK or (end > size and size % _BLOCK) or other:
         raise DataError(
             f"{path}: is cut off or damaged at byte {min(end, size)} of {size}; copy or download "
             "it again"

@@ -90,7 +90,7 @@ def describe_run(
     described = text.describe()
     return {
         "classes": [asdict(spec) for spec in benchmark.class_list.classes],
-        "unlabelled": list(benchmark.class_list.unlabelled),
+        "unlabelled": list(benchmark.class_list.unlabeled),
         **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
         **chosen,
         "trainer.precision": str(chosen["trainer.precision"] or PRECISION),

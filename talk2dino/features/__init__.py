@@ -1,4 +1,4 @@
-"""Feature extraction's results: the store, its writer, and what streams it into training."""
+"""Extracted features: the store that holds them, its writer, and what streams it into training."""
 
 from talk2dino.features.datamodule import FeatureDataModule
 from talk2dino.features.store.reader import FeatureStore

@@ -1,4 +1,4 @@
-"""Whole batches from a store, read ahead, continued where a training stopped."""
+"""Whole batches from a store, read ahead; an epoch can continue where a training stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from talk2dino.errors import StoreError
 from talk2dino.features.sampler import EpochBatchSampler
 from talk2dino.features.store.reader import FeatureStore, Table
-from talk2dino.features.store.verify import all_finite, nonfinite_rows
+from talk2dino.features.store.verify import nonfinite_rows
 
 Batch = dict[str, Tensor | list[str]]
 
@@ -48,7 +48,7 @@ class CaptionBatches(Dataset[Batch]):
             taken.add(name)
         self.store = store
         self.image_fields, self.caption_fields = tuple(image_fields), tuple(caption_fields)
-        self._sound: dict[tuple[str, str], NDArray[np.bool_]] = {}
+        self.checked: dict[tuple[str, str], NDArray[np.bool_]] = {}  # rows without NaN, by field
 
     @cached_property
     def image_row(self) -> NDArray[np.int64]:
@@ -75,7 +75,7 @@ class CaptionBatches(Dataset[Batch]):
 
         Returns `caption_row`, `caption_id`, `image_row`, `image_id` int64 [B], and every asked
         caption field [B, ...] in its stored dtype; texts as a list. Image fields hold every image
-        of the batch once, [U, ...]: where U = B they stand in the captions' order, and otherwise
+        of the batch once, [U, ...]: where U = B they are in the captions' order, and otherwise
         `image_place` int64 [B] tells which of them each caption belongs to (`inputs.per_caption`).
         Raises StoreError if a row that is read for the first time holds NaN or infinity.
         """
@@ -100,36 +100,34 @@ class CaptionBatches(Dataset[Batch]):
         return batch
 
     def will_need(self, first: int, last: int) -> None:
-        """Have the system read images `first` … `last` - 1 ahead; returns at once."""
+        """Ask the system to read images `first` … `last` - 1 ahead; returns at once."""
         for name in self.image_fields:
             self.store.images[name].will_need(first, last)
 
-    def forget_checks(self) -> None:
-        """Look for NaN and infinity again in every row that is read."""
-        self._sound.clear()
-
     def _read(self, table: Table, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one field; features are checked when a process reads them for the first time."""
+        """Rows of one field; features are checked when a process reads them for the first time.
+
+        The check takes about as long as reading, so later epochs go without.
+        """
         field = table[name]
         values: NDArray[Any] = field[rows]
         if values.dtype.kind != "f":
             return values
-        sound = self._sound.get((table.name, name))
-        if sound is None:
-            sound = self._sound[table.name, name] = np.zeros(len(field), dtype=np.bool_)
-        if not sound[rows].all():
-            if not all_finite(values):
-                bad = int(rows[nonfinite_rows(values)[0]])
+        if field.key not in self.checked:
+            self.checked[field.key] = np.zeros(len(field), dtype=np.bool_)
+        checked = self.checked[field.key]
+        if not checked[rows].all():
+            if len(bad := nonfinite_rows(values)):
                 raise StoreError(
-                    f"{self.store.path}: {table.name}/{name} row {bad} holds NaN or infinity; "
-                    "verify the store and extract again"
+                    f"{self.store.path}: {table.name}/{name} row {rows[bad[0]]} holds NaN or "
+                    "infinity; verify the store and extract again"
                 )
-            sound[rows] = True
+            checked[rows] = True
         return values
 
     def __getstate__(self) -> dict[str, Any]:
         cached = ("image_row", "_caption_id", "_image_id")  # cheaper to read than to pickle
-        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"_sound": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in cached} | {"checked": {}}
 
 
 def _to_torch(values: NDArray[Any]) -> Tensor | list[str]:
@@ -139,9 +137,9 @@ def _to_torch(values: NDArray[Any]) -> Tensor | list[str]:
 class StoreLoader:
     """Batches of some captions of a store, in the order of a sampler.
 
-    Iterating begins when the first batch is asked for, so that the epoch can be set until then. An
-    iteration that `load_state_dict` prepared begins in the middle of its epoch. `state_dict` counts
-    the batches that were handed over, not those read ahead.
+    An iteration begins when its first batch is asked for; until then the epoch can be set. After
+    `load_state_dict` the next iteration begins in the middle of its epoch. `state_dict` counts the
+    batches that were yielded, not those read ahead.
 
     Args:
         data: the batches of the store.
@@ -185,8 +183,8 @@ class StoreLoader:
     def close(self) -> None:
         """End the workers; the next iteration starts new ones.
 
-        Else they end with the loader, and where it is part of a cycle of references, Python closes
-        their queues first and PyTorch then waits 5 seconds for each of them.
+        Without this they end with the loader; if it is part of a cycle of references, Python closes
+        their queues first, and PyTorch then waits 5 seconds for each worker.
         """
         iterator = None if self._workers is None else self._workers._iterator
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
@@ -194,7 +192,7 @@ class StoreLoader:
         self._workers = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches of it that were handed over, and all that decides the batches."""
+        """Epoch, its batches that were yielded, and all settings that decide the batches."""
         running = self._epoch == self.sampler.epoch
         return self.sampler.state_dict(self._consumed if running else 0)
 
@@ -244,7 +242,7 @@ class StoreLoader:
 
 
 class _Announcing:
-    """A sampler that has the store read ahead what it is about to ask for."""
+    """A sampler that asks for read-ahead of the images of the next batches."""
 
     def __init__(self, data: CaptionBatches, sampler: EpochBatchSampler) -> None:
         self.data, self.sampler = data, sampler
@@ -270,7 +268,7 @@ class _Rows(Dataset[Batch]):
 
 
 def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """First and last + 1 of every run of neighbours in ascending rows."""
+    """First and last + 1 of every run of neighbors in ascending rows."""
     if not len(rows):
         return []
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1

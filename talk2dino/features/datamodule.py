@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features.batches import CaptionBatches, StoreLoader
-from talk2dino.features.sampler import EpochBatchSampler, Mode, Shuffle
+from talk2dino.features.sampler import BLOCK_ROWS, MIX_BLOCKS, EpochBatchSampler, Mode, Shuffle
 from talk2dino.features.store.reader import FeatureStore
 
 
@@ -20,7 +20,7 @@ class FeatureDataModule(L.LightningDataModule):
     """Batches of captions with their images' features.
 
     Validation uses `val_store` if it is given, else the last `val_fraction` of the images of
-    `store`. Every rank validates on all of it, so that its figures need no exchange.
+    `store`. Every rank validates on all of it, so that metrics need no reduction.
 
     Args:
         store: feature store to train on.
@@ -31,14 +31,14 @@ class FeatureDataModule(L.LightningDataModule):
         val_store: feature store to validate on.
         val_fraction: share of the images of `store` held out when there is no `val_store`.
         batch_size: captions per rank and step.
-        captions: `all` captions per epoch, or `one_per_image` drawn anew each epoch.
+        captions: `all` captions per epoch, or `one_per_image`, drawn again each epoch.
         shuffle: `global`, a permutation of all captions, or `block` for slow disks.
         block_rows: images of a block, with `shuffle="block"`.
         mix_blocks: blocks among which captions are mixed, with `shuffle="block"`.
         num_workers: loader processes; 0 reads in the training process.
         prefetch: batches read ahead of the training, by each worker or by a thread; 0 for none.
-            None takes 2 with a GPU or workers, and 0 on the CPU, where a thread would only take
-            time from the training.
+            None takes 2 with a GPU or workers, and 0 on the CPU, where a thread would compete with
+            the training.
         start_method: of the workers, `fork`, `spawn` or `forkserver`; None is Python's default.
         seed: of the shuffling.
 
@@ -59,8 +59,8 @@ class FeatureDataModule(L.LightningDataModule):
         batch_size: int = 128,
         captions: Mode = "all",
         shuffle: Shuffle = "global",
-        block_rows: int = 256,
-        mix_blocks: int = 16,
+        block_rows: int = BLOCK_ROWS,
+        mix_blocks: int = MIX_BLOCKS,
         num_workers: int = 0,
         prefetch: int | None = None,
         seed: int = 0,
@@ -119,7 +119,7 @@ class FeatureDataModule(L.LightningDataModule):
         return self._train
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands in its epoch; part of every checkpoint.
+        """The position in the epoch; part of every checkpoint.
 
         Lightning restores a loader's own state only if nobody asked for the loader before it reads
         the checkpoint's loops, and a schedule that wants to know the number of steps does.

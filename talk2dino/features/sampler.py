@@ -13,32 +13,34 @@ from talk2dino.errors import ConfigError
 
 Mode = Literal["all", "one_per_image"]
 Shuffle = Literal["none", "global", "block"]
+BLOCK_ROWS = 256
+MIX_BLOCKS = 16
 
 
 class EpochBatchSampler(Sampler[NDArray[np.int64]]):
     """Batches of caption rows, one array [batch_size] int64 per step of this rank.
 
-    The epoch's order is drawn anew from (seed, epoch), the same on every rank; ranks are disjoint
+    Every epoch's order is drawn from (seed, epoch), the same on every rank; ranks are disjoint
     and equally long. Within a batch rows ascend, since a contrastive loss ignores their order and
     sorted rows read fastest.
 
     `shuffle="global"` is one permutation of all rows. It is cut into global batches of
     `batch_size * world_size` rows, and each rank takes its own slice of every one: the global
     batches stay the same when the number of ranks changes but `batch_size * world_size` does not. A
-    partial global batch at the end is dropped with `drop_last`; otherwise it is dealt out equally
+    partial global batch at the end is dropped with `drop_last`; otherwise it is divided equally
     and the at most `world_size - 1` rows that are left over are dropped.
 
-    `shuffle="block"` is for disks that read neighbours faster. Captions lie in the order of their
-    images; `block_rows` images and all their captions are a block. Blocks are permuted and dealt to
-    the ranks, each of which reads its own part of the store only. A mixing buffer holds
-    `mix_blocks` blocks at a time; batches are drawn from it without order until it is empty.
+    `shuffle="block"` is for disks that read neighbors faster. Captions lie in the order of their
+    images; `block_rows` images and all their captions are a block. Blocks are permuted and divided
+    among the ranks, each of which reads its own part of the store only. A mixing buffer holds
+    `mix_blocks` blocks at a time; batches are drawn from it at random until it is empty.
     `ahead` tells which images to read, in order, before it is filled again. What is left over at
     the end is dropped as above.
 
     Args:
         image_row: image row of every caption, [captions] int64 (`store.captions["image_row"][:]`).
         batch_size: captions per rank and step.
-        mode: `all` captions, or `one_per_image`: a random caption of each image, drawn anew every
+        mode: `all` captions, or `one_per_image`: a random caption of each image, drawn again every
             epoch (always the first one without a shuffle).
         shuffle: `global`, `block`, or `none`: rows in order, the same every epoch.
         drop_last: leave out the last global batch if it is not full.
@@ -61,8 +63,8 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        block_rows: int = 256,
-        mix_blocks: int = 16,
+        block_rows: int = BLOCK_ROWS,
+        mix_blocks: int = MIX_BLOCKS,
     ) -> None:
         for key, value, known in (("captions", mode, Mode), ("shuffle", shuffle, Shuffle)):
             if value not in get_args(known):
@@ -103,7 +105,7 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Batches per epoch of every rank, wherever an iteration begins."""
+        """Batches per epoch of every rank, whatever `start` is."""
         full, rest = divmod(self._rows, self.global_batch)
         return full + (not self.drop_last and rest >= self.world_size)
 
@@ -127,7 +129,7 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
             self.epoch, self.start = epoch, 0
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """Where the epoch stands, as plain values.
+        """The position in the epoch, as plain values.
 
         Args:
             consumed: batches of it that the trainer has used; what was read ahead does not count.
@@ -148,7 +150,7 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         self.epoch, self.start = int(state["epoch"]), int(state["position"])
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides the batches."""
+        """All settings that decide the batches."""
         plain: dict[str, Any] = {
             "global_batch": self.global_batch,
             "captions": len(self._image_row),
@@ -193,7 +195,7 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
             yield np.sort(order[start : start + share])
 
     def _cut_blocks(self, begin: int) -> Iterator[NDArray[np.int64]]:
-        """Send this rank's blocks through the mixing buffer."""
+        """Batches of this rank's blocks, mixed in the buffer."""
         random = self._random()
         rows = self._chosen(random)
         blocks = self._image_row[rows] // self.block_rows  # ascending
@@ -217,15 +219,15 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
         return np.split(own, edges[self.mix_blocks - 1 :: self.mix_blocks])
 
     def _announce(self, fills: list[NDArray[np.int64]], begin: int) -> dict[int, NDArray[np.int64]]:
-        """Batch before which each filling is to be read: when the one before it begins to be used.
+        """Rows to read ahead, by batch: each filling when the one before it begins to be used.
 
-        The first two are announced at the beginning, as far as they still matter there.
+        The first two are announced at the beginning, unless the iteration begins after them.
         """
         edges = np.cumsum([0, *(len(fill) for fill in fills)]) // self.batch_size
         due: dict[int, NDArray[np.int64]] = {}
         for number, fill in enumerate(fills):
             if edges[number + 1] < begin:
-                continue  # used up before
+                continue  # the iteration begins after it
             at = max(begin, int(edges[max(0, number - 1)]))
             due[at] = np.concatenate([due[at], fill]) if at in due else fill
         return due

@@ -166,11 +166,11 @@ def test_split_files(root: Path, text: bytes | None, message: str) -> None:
         ({"ignore_index": -1}, r"benchmark\.ignore_index=-1 is also a class"),
         ({"label_map": {"a": 1}}, r"benchmark\.label_map holds 'a'; give whole numbers 0\.\.65535"),
         ({"label_map": {1: 70000}}, r"benchmark\.label_map holds 70000"),
-        ({"palette": "classes"}, r"palette=classes: 3 classes have no colour, the first is back"),
-        ({"palette": [[0, 0, 0]]}, r"benchmark\.palette: 1 colours for 3 classes"),
-        ({"palette": 5}, r"benchmark\.palette=5: give a list of colours"),
-        ({"palette": [[0, 0, 0]] * 3}, r"the colour \[0, 0, 0\] stands for two classes"),
-        ({"palette": [[0, 0]] * 3}, r"palette: entry 0 is \[0, 0\]; give a colour as \[r, g, b\]"),
+        ({"palette": "classes"}, r"palette=classes: 3 classes have no color, the first is back"),
+        ({"palette": [[0, 0, 0]]}, r"benchmark\.palette: 1 colors for 3 classes"),
+        ({"palette": 5}, r"benchmark\.palette=5: give a list of colors"),
+        ({"palette": [[0, 0, 0]] * 3}, r"the color \[0, 0, 0\] stands for two classes"),
+        ({"palette": [[0, 0]] * 3}, r"palette: entry 0 is \[0, 0\]; give a color as \[r, g, b\]"),
         ({"palette": ["#12345"] * 3}, r"palette: entry 0 is '#12345'"),
         ({"ignore_colors": [[1, 2, 3]]}, r"ignore_colors: counts with benchmark\.palette only"),
         (
@@ -187,7 +187,7 @@ def test_split_files(root: Path, text: bytes | None, message: str) -> None:
             r"synonyms is 'kitten'; give a list",
         ),
         ({"classes": [{"name": "cat", "synonyms": [" "]}]}, r"a synonym is empty"),
-        ({"classes": ["cat; #00"]}, r"colour is '#00'; give a colour"),
+        ({"classes": ["cat; #00"]}, r"color is '#00'; give a color"),
         ({"classes": [7]}, r"class 0 is 7; give it a name"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_foreign_colour(root: Path) -> None:
     for number in range(3):
         Image.new("RGB", (32, 24), (1, 2, 3)).save(root / "masks" / f"{number}.png")
     bench = build(root, palette=["#000000", "#000001", "#000002"])
-    refused(r"0\.png: the colour \[1, 2, 3\] is no class", lambda: bench.sample(0))
+    refused(r"0\.png: the color \[1, 2, 3\] is no class", lambda: bench.sample(0))
 
 
 def test_foreign_ids_of_cityscapes(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_folder_with_a_tabbed_text(folder: Path) -> None:
     [
         ("captions.csv", b"file_name,caption\na.png,\n", "line 2 needs file_name and caption"),
         ("captions.csv", b"file,text\na.png,x\n", "line 1 must name the columns file_name and cap"),
-        ("captions.csv", b"file_name,caption\na.png,Stra\xdfe\n", "not UTF-8"),
+        ("captions.csv", b"file_name,caption\na.png,Stra\xdfe\n", "not a text file in UTF-8"),
         ("captions.csv", b"file_name,caption\n", "no captioned images"),
         ("captions.jsonl", b'\n{"file_name": "a.png"}', "line 2 needs"),
         ("captions.jsonl", b'{"file_name": "a.png", "caption": "x"}\n{oops', "line 2 is not json"),
@@ -249,7 +249,7 @@ def test_folder_with_a_tabbed_text(folder: Path) -> None:
         ("captions.csv", b'file_name,caption\na.png,"x\ny"\nb.png\n', "line 4 needs"),
         ("captions.txt", b"a.png\tx\n\nb.png y\n", "line 3 has no tab"),
         ("captions.txt", b"a.png\t \n", "line 1 needs file_name and caption"),
-        ("a.txt", b"\xff\xfe\xdf", "not UTF-8"),
+        ("a.txt", b"\xff\xfe\xdf", "not a text file in UTF-8"),
         (
             "notes.md",
             b"nothing",

@@ -16,8 +16,7 @@ from torch import Tensor
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.errors import ConfigError, DataError, StoreError, UserError
 from talk2dino.features import FeatureStore
-from talk2dino.features.from_original import convert_features
-from talk2dino.features.original_files import FeatureFile, FeatureTars, logits
+from talk2dino.features.from_original import FeatureFile, FeatureTars, convert_features, logits
 from tests.helpers.pipeline import fails, files_below, run
 
 D, H, P, C, L, W = 8, 2, 9, 6, 5, 4

@@ -1,1 +1,1 @@
-"""What segmentations are scored on: images, label maps, class lists, and the protocol."""
+"""Benchmarks of segmentation: images, label maps, class lists, and the protocol."""

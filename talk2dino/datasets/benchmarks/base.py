@@ -154,11 +154,11 @@ class Benchmark(Protocol):
         """Look for bad files before the work starts; `advance` gets (files checked, all).
 
         Raises:
-            DataError: as `sample` does, as far as it can be told without reading every pixel.
+            DataError: as `sample` does, as far as that shows without reading every pixel.
         """
 
     def image_name(self, index: int) -> str:
-        """The name that `sample(index)` will have, told without reading the image."""
+        """The name that `sample(index)` will have, without reading the image."""
         raise NotImplementedError
 
     def sample(self, index: int) -> Sample:

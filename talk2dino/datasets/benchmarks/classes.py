@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.errors import DataError
+from talk2dino.files import read_json, read_text
 
 BACKGROUND = "background"
 Color = tuple[int, int, int]
@@ -23,7 +23,7 @@ class ClassSpec:
         name: as reported.
         synonyms: what is put into the prompts; the best one counts.
         value: its pixels' value in the label files.
-        color: its pixels' colour in coloured label files, 0..255 RGB; None if not known.
+        color: its pixels' color in colored label files, 0..255 RGB; None if not known.
     """
 
     name: str
@@ -36,15 +36,15 @@ class ClassSpec:
 class ClassList:
     """The classes of a benchmark, index order.
 
-    A first class called "background" has no prompt: it is what no class claims.
+    A first class called "background" has no prompt: pixels belong to it where no class scores high.
 
     Attributes:
         classes: in the order of the confusion matrix.
-        unlabelled: label values that do not count, besides the benchmark's `ignore_index`.
+        unlabeled: label values that do not count, besides the benchmark's `ignore_index`.
     """
 
     classes: tuple[ClassSpec, ...]
-    unlabelled: tuple[int, ...] = ()
+    unlabeled: tuple[int, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -79,11 +79,11 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
 
             * names, `[cat, dog]`, or entries `{"name", "id", "synonyms", "color"}`;
             * a shipped list, or several joined by `+`: `voc`, `background+coco_things`;
-            * a `.txt` file with a class per line, `name; synonym; …; #rrggbb` (the colour is
+            * a `.txt` file with a class per line, `name; synonym; …; #rrggbb` (the color is
               optional), or a `.json` file: a list of names or entries, or
               `{"classes": […], "unlabeled": 0}`.
 
-            Without `id` a class's label value is its place in the list, from 0.
+            Without `id` a class's label value is its position in the list, from 0.
 
     Raises:
         DataError: missing file, no class, an entry without name, a name or value used twice, a
@@ -91,20 +91,20 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     """
     if isinstance(source, (str, Path)):
         origin = str(source)
-        entries, unlabelled = _read(origin)
+        entries, unlabeled = _read(origin)
     else:
-        origin, entries, unlabelled = "benchmark.classes", list(source), ()
+        origin, entries, unlabeled = "benchmark.classes", list(source), ()
     if not entries:
         raise DataError(f"{origin}: the class list is empty; name at least one class")
     classes = ClassList(
-        tuple(_spec(entry, number, origin) for number, entry in enumerate(entries)), unlabelled
+        tuple(_spec(entry, number, origin) for number, entry in enumerate(entries)), unlabeled
     )
     _check(classes, origin)
     return classes
 
 
 def read_color(given: Any, where: str) -> Color:
-    """A colour `[r, g, b]` of 0..255, or `"#rrggbb"`.
+    """A color `[r, g, b]` of 0..255, or `"#rrggbb"`.
 
     Raises:
         DataError: neither of them.
@@ -116,7 +116,7 @@ def read_color(given: Any, where: str) -> Color:
         red, green, blue = given
         if all(type(part) is int and 0 <= part <= 255 for part in (red, green, blue)):
             return red, green, blue
-    raise DataError(f'{where} is {given!r}; give a colour as [r, g, b] of 0..255 or "#rrggbb"')
+    raise DataError(f'{where} is {given!r}; give a color as [r, g, b] of 0..255 or "#rrggbb"')
 
 
 def _check(classes: ClassList, origin: str) -> None:
@@ -127,9 +127,7 @@ def _check(classes: ClassList, origin: str) -> None:
     names = classes.names
     same = next((name for name in names if names.count(name) > 1), None)
     if same is not None:
-        raise DataError(
-            f"{origin}: two classes are called {same!r}; results are told apart by name"
-        )
+        raise DataError(f"{origin}: two classes are called {same!r}; results are listed by name")
     if BACKGROUND in names[1:]:
         raise DataError(
             f"{origin}: {BACKGROUND} is class {names.index(BACKGROUND)}; only the first class may "
@@ -153,21 +151,11 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in map(str.strip, _text(path).splitlines()) if line]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8 ({error})") from error
+    return [line for line in map(str.strip, read_text(path).splitlines()) if line]
 
 
 def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not a json file ({error})") from error
+    content: Any = read_json(path, object, "a list of classes")
     ignored: list[int] = []
     if isinstance(content, dict):
         given = content.get("unlabeled", [])
@@ -191,7 +179,7 @@ def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
         colors = [part for part in parts if part.startswith("#")]
         names = tuple(part for part in parts if not part.startswith("#"))
         if names and len(colors) < 2:
-            where = f"{origin}: class {number} ({names[0]}): colour"
+            where = f"{origin}: class {number} ({names[0]}): color"
             color = read_color(colors[0], where) if colors else None
             return ClassSpec(names[0], names, number, color)
     elif isinstance(entry, Mapping) and str(entry.get("name") or "").strip():

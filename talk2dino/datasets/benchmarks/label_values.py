@@ -1,9 +1,9 @@
-"""From what a label file stores, values or colours, to class indices.
+"""From what a label file stores, values or colors, to class indices.
 
 mmsegmentation does it in three steps (`LoadAnnotations`: `label_map`, then `reduce_zero_label`;
 then `ignore_index` in the metric). Here they are one table, looked up once per image. Values that
 are no class are refused: mmsegmentation lets them add to the union of what was predicted there,
-which only ever means a wrong class list or unconverted files.
+which happens only with a wrong class list or unconverted files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LabelValues:
                 f"{len(classes.classes)} classes and none of their label values"
             )
         table[ignore_index] = ignore_index
-        table[[value + shift for value in classes.unlabelled]] = ignore_index
+        table[[value + shift for value in classes.unlabeled]] = ignore_index
         if reduce_zero_label:
             table[0] = ignore_index
         table[values] = np.arange(len(values))
@@ -80,9 +80,9 @@ class LabelValues:
         else:  # signed and 32-bit files may hold anything
             inside = np.clip(stored, 0, MAX_VALUE)
             target = np.where(stored == inside, self._table[inside], _NONE)
-        foreign = target == _NONE
-        if foreign.any():
-            found = [int(value) for value in np.unique(stored[foreign])]
+        unknown = target == _NONE
+        if unknown.any():
+            found = [int(value) for value in np.unique(stored[unknown])]
             listed = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
             raise DataError(
                 f"{name}: label value {listed} is no class of benchmark.classes; add the class, "
@@ -93,15 +93,15 @@ class LabelValues:
 
 
 class LabelColors:
-    """Coloured label files: every class has a colour.
+    """Colored label files: every class has a color.
 
     Args:
         colors: of the classes, in index order.
-        ignored: colours that do not count.
+        ignored: colors that do not count.
         ignore_index: their value in the result.
 
     Raises:
-        ConfigError: one colour stands for two things.
+        ConfigError: one color stands for two things.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class LabelColors:
         twice = next((color for color in known if known.count(color) > 1), None)
         if twice is not None:
             raise ConfigError(
-                f"benchmark.palette: the colour {list(twice)} stands for two classes; give every "
-                "class and every ignored colour its own"
+                f"benchmark.palette: the color {list(twice)} stands for two classes; give every "
+                "class and every ignored color its own"
             )
         packed = _pack(np.array(known, np.uint8))
         meaning = np.array([*range(len(colors)), *[ignore_index] * len(ignored)], np.int64)
@@ -123,61 +123,61 @@ class LabelColors:
         """Class indices [H, W] int64 of a label picture [H, W, 3] uint8 RGB.
 
         Raises:
-            DataError: a colour that is neither a class's nor ignored.
+            DataError: a color that is neither a class's nor ignored.
         """
         pixels = _pack(stored)
-        place = np.searchsorted(self._packed, pixels).clip(max=len(self._packed) - 1)
-        foreign = self._packed[place] != pixels
-        if foreign.any():
+        index = np.searchsorted(self._packed, pixels).clip(max=len(self._packed) - 1)
+        unknown = self._packed[index] != pixels
+        if unknown.any():
             raise DataError(
-                f"{name}: the colour {stored[foreign][0].tolist()} is no class of "
+                f"{name}: the color {stored[unknown][0].tolist()} is no class of "
                 "benchmark.palette; add it there, or under benchmark.ignore_colors"
             )
-        return torch.from_numpy(self._meaning[place])
+        return torch.from_numpy(self._meaning[index])
 
 
 def class_colors(classes: ClassList, palette: Any) -> list[Color]:
-    """The colours of the classes, in index order.
+    """The colors of the classes, in index order.
 
     Args:
         classes: the class list.
-        palette: `"classes"` takes the list's own colours, else a colour per class: `[r, g, b]` or
+        palette: `"classes"` takes the list's own colors, else a color per class: `[r, g, b]` or
             `"#rrggbb"`.
 
     Raises:
-        ConfigError: a class without colour, or another number of colours than classes.
+        ConfigError: a class without color, or another number of colors than classes.
     """
     if palette == "classes":
         without = [spec.name for spec in classes.classes if spec.color is None]
         if without:
             raise ConfigError(
-                f"benchmark.palette=classes: {len(without)} classes have no colour, the first is "
+                f"benchmark.palette=classes: {len(without)} classes have no color, the first is "
                 f"{without[0]}; add one in benchmark.classes or list all in benchmark.palette"
             )
         return [spec.color for spec in classes.classes if spec.color is not None]
     colors = list_colors(palette, "benchmark.palette")
     if len(colors) != len(classes.classes):
         raise ConfigError(
-            f"benchmark.palette: {len(colors)} colours for {len(classes.classes)} classes; give "
+            f"benchmark.palette: {len(colors)} colors for {len(classes.classes)} classes; give "
             "one per class, in the order of benchmark.classes"
         )
     return colors
 
 
 def list_colors(given: Any, key: str) -> list[Color]:
-    """A list of colours, see `read_color`.
+    """A list of colors, see `read_color`.
 
     Raises:
         ConfigError: no list.
-        DataError: something in it is no colour.
+        DataError: something in it is no color.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ConfigError(f'{key}={given!r}: give a list of colours [r, g, b] or "#rrggbb"')
+        raise ConfigError(f'{key}={given!r}: give a list of colors [r, g, b] or "#rrggbb"')
     return [read_color(color, f"{key}: entry {number}") for number, color in enumerate(given)]
 
 
 def _pack(colors: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """[…, 3] to […], one number per colour."""
+    """[…, 3] to […], one number per color."""
     wide = colors.astype(np.int32)
     packed: NDArray[np.int32] = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
     return packed

@@ -27,6 +27,7 @@ from talk2dino.datasets.pictures import (
     read_values,
 )
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.files import read_text
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset's folders are laid out.
-
-    Attributes:
-        images: folder of images.
-        masks: folder of label maps.
-        image_suffix: end of an image's name; None takes any picture.
-        mask_suffix: end of a label map's name, in place of `image_suffix`.
-        split: file that names the images to take, one per line, without suffix; None takes all.
-        recursive: look into subfolders, which are the same in both folders.
-    """
+    """How a dataset's folders are laid out; see the attributes of `FolderBenchmark`."""
 
     images: Path
     masks: Path
@@ -80,10 +72,10 @@ def find_pairs(layout: Layout, limit: int | None = None) -> list[Pair]:
     images = _listed(layout.images, layout.image_suffix, layout.recursive, "images")
     if layout.split is None:
         names = sorted(images)
-        _refuse_lone_masks(layout, images)
+        _check_masks_have_images(layout, images)
     else:
         names = _split_names(layout.split)
-        _refuse_lone_names(layout, names, images)
+        _check_names_have_images(layout, names, images)
     names = names[:limit]
     masks = {name: layout.masks / f"{name}{layout.mask_suffix}" for name in names}
     without = [images[name] for name in names if not masks[name].is_file()]
@@ -173,11 +165,7 @@ def _name(image: Path, layout: Layout) -> str:
 def _split_names(split: Path) -> list[str]:
     if not split.is_file():
         raise DataError(f"benchmark.split={split}: no such file; it names the images to take")
-    try:
-        lines = split.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"benchmark.split={split}: not a text file ({error})") from error
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in read_text(split).splitlines() if line.strip()]
     if not names:
         raise DataError(f"benchmark.split={split}: is empty; name one image per line")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
@@ -186,17 +174,18 @@ def _split_names(split: Path) -> list[str]:
     return names
 
 
-def _refuse_lone_names(layout: Layout, names: Iterable[str], images: dict[str, Path]) -> None:
-    lone = [name for name in names if name not in images]
-    if lone:
+def _check_names_have_images(layout: Layout, names: Iterable[str], images: dict[str, Path]) -> None:
+    absent = [name for name in names if name not in images]
+    if absent:
         suffix = layout.image_suffix or ""
         raise DataError(
-            f"benchmark.split={layout.split}: {len(lone)} of its images are missing, the first is "
-            f"{lone[0]}{suffix}; add it to {layout.images} or remove the line; names have no suffix"
+            f"benchmark.split={layout.split}: {len(absent)} of its images are missing, the first "
+            f"is {absent[0]}{suffix}; add it to {layout.images} or remove the line; names have no "
+            "suffix"
         )
 
 
-def _refuse_lone_masks(layout: Layout, images: dict[str, Path]) -> None:
+def _check_masks_have_images(layout: Layout, images: dict[str, Path]) -> None:
     files = layout.masks.rglob("*") if layout.recursive else layout.masks.iterdir()
     ending = layout.mask_suffix
     names = (
@@ -204,11 +193,11 @@ def _refuse_lone_masks(layout: Layout, images: dict[str, Path]) -> None:
         for path in files
         if path.name.endswith(ending) and not path.name.startswith(".")
     )
-    lone = sorted(name for name in names if not _belongs(name, images))
-    if lone and layout.images != layout.masks:
+    absent = sorted(name for name in names if not _belongs(name, images))
+    if absent and layout.images != layout.masks:
         raise DataError(
-            f"benchmark.images={layout.images}: {len(lone)} label maps have no image, the first is "
-            f"{lone[0]}{ending}; add the image, move the label map away, or name the images to "
+            f"benchmark.images={layout.images}: {len(absent)} label maps have no image, the first "
+            f"is {absent[0]}{ending}; add the image, move the label map away, or name the images to "
             "take in a file: benchmark.split=FILE"
         )
 
@@ -238,8 +227,8 @@ class FolderBenchmark(Benchmark):
         reduce_zero_label: stored 0 does not count and other values are one higher than in the
             class list.
         label_map: stored value to the value meant, applied before everything else; None refuses.
-        palette: for coloured label maps: a colour per class, or `classes` for the class list's own.
-        ignore_colors: colours that do not count, with a palette.
+        palette: for colored label maps: a color per class, or `classes` for the class list's own.
+        ignore_colors: colors that do not count, with a palette.
         max_pixels: an image with more is refused before the work starts.
 
     Raises:
@@ -296,7 +285,7 @@ class FolderBenchmark(Benchmark):
         for key in ("reduce_zero_label", "label_map"):
             if getattr(self, key):
                 raise ConfigError(
-                    f"benchmark.{key}: changes label values, but with benchmark.palette colours "
+                    f"benchmark.{key}: changes label values, but with benchmark.palette colors "
                     "decide; remove one of the two"
                 )
         if not len(self._classes.classes) <= self.ignore_index:
@@ -330,7 +319,7 @@ class FolderBenchmark(Benchmark):
         """Read a picture and its label map.
 
         Raises:
-            DataError: unreadable, sizes differ, or a value or colour that is no class.
+            DataError: unreadable, sizes differ, or a value or color that is no class.
         """
         pair = self._pairs[index]
         image, target = read_image(pair.image), self._target(pair.mask)

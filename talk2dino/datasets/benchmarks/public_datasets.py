@@ -22,8 +22,8 @@ from talk2dino.files import replacing
 class RawLabelsBenchmark(FolderBenchmark):
     """Reads `mask_suffix`, or the download's own label files where no prepared one exists.
 
-    Preparing only looks every pixel up in a table; here the same table is applied while reading,
-    so the figures are the same.
+    Preparing only looks every pixel up in a table; here the same table is applied while reading, so
+    the scores are the same.
 
     Attributes:
         raw_suffix: end of a raw label file's name.
@@ -84,7 +84,7 @@ UNUSED_VALUES = (
 THING_VALUES = tuple(value for value in range(90) if value not in UNUSED_VALUES)  # 80
 STUFF_VALUES = tuple(range(91, 182))
 BACKGROUND_VALUES = (*STUFF_VALUES, 255)
-_FOREIGN = -1
+_UNKNOWN = -1
 
 
 def convert_coco_object(
@@ -140,21 +140,21 @@ def object_labels(values: NDArray[np.integer], name: str = "label map") -> NDArr
         name: file, for the message.
 
     Raises:
-        DataError: a value that COCO-Stuff does not use; the original let it pass as a class.
+        DataError: a value that COCO-Stuff does not use; the original treats it as a class.
     """
     wide = values.astype(np.int64)
     labels = _table()[np.clip(wide, 0, 255)]
-    foreign = (labels == _FOREIGN) | (wide < 0) | (wide > 255)
-    if foreign.any():
+    unknown = (labels == _UNKNOWN) | (wide < 0) | (wide > 255)
+    if unknown.any():
         raise DataError(
-            f"{name}: label value {int(wide[foreign][0])} is no class of COCO-Stuff; give the raw "
-            "maps of stuffthingmaps_trainval2017 (things 0..89, stuff 91..181, unlabelled 255)"
+            f"{name}: label value {int(wide[unknown][0])} is no class of COCO-Stuff; give the raw "
+            "maps of stuffthingmaps_trainval2017 (things 0..89, stuff 91..181, unlabeled 255)"
         )
     return labels.astype(np.uint8)
 
 
 def _table() -> NDArray[np.int64]:
-    table = np.full(256, _FOREIGN, np.int64)
+    table = np.full(256, _UNKNOWN, np.int64)
     table[list(THING_VALUES)] = np.arange(1, len(THING_VALUES) + 1)
     table[list(BACKGROUND_VALUES)] = 0
     return table
@@ -246,7 +246,7 @@ class CocoStuffBenchmark(RawLabelsBenchmark):
 class CocoObjectBenchmark(RawLabelsBenchmark):
     """`X_instanceTrainIds.png` as `convert_coco_object` makes them, or `X.png`.
 
-    Things are 1..80, everything else is background, unlabelled pixels too.
+    Things are 1..80, everything else is background, unlabeled pixels too.
     """
 
     raw_suffix = ".png"

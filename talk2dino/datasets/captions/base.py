@@ -63,7 +63,7 @@ class Source:
 
 
 class FileSource(Source):
-    """Images as files below one folder; a subclass calls `keep` with what it found.
+    """Images as files below one folder; a subclass calls `set_entries` with what it found.
 
     Attributes:
         images: the folder.
@@ -92,7 +92,7 @@ class FileSource(Source):
         """Read image `index` as upright RGB."""
         return read_picture(self.images / self.entries[index].file_name)
 
-    def keep(self, entries: Sequence[Entry], limit: int | None, origin: Path) -> None:
+    def set_entries(self, entries: Sequence[Entry], limit: int | None, origin: Path) -> None:
         """Set `entries` after the checks that every source of files needs.
 
         Raises:
@@ -118,7 +118,7 @@ def check_limit(limit: int | None, key: str = "source.limit") -> int | None:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images on their way to the encoder.
+    """A decoded batch for the vision encoder.
 
     Attributes:
         positions: of all images of the batch in the source, ascending.
@@ -133,12 +133,12 @@ class ImageBatch:
     skipped: Sequence[dict[str, Any]]
 
     def pin_memory(self) -> ImageBatch:
-        """Called by the loader: a copy from which a GPU reads while it computes."""
+        """A page-locked copy for asynchronous transfer to a GPU; called by the loader."""
         return ImageBatch(self.positions, self.entries, self.pixels.pin_memory(), self.skipped)
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Batches of a source's images: short side resized to `size` pixels (bicubic), centre kept."""
+    """Batches of a source's images: short side resized to `size` pixels (bicubic), center kept."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
@@ -168,18 +168,18 @@ def load_batches(
         ImageBatches(source, size),
         sampler=plan,  # its items are whole batches
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def crop_square(image: Image.Image, size: int) -> Tensor:
-    """Resize the short side to `size` (bicubic), crop the centre: [3, size, size] uint8."""
+    """Resize the short side to `size` (bicubic), crop the center: [3, size, size] uint8."""
     image = middle_strip(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

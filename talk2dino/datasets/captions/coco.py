@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from talk2dino.datasets.captions.base import Entry, FileSource
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.files import read_json
 
 
 def is_karpathy(data: Any) -> bool:
@@ -100,7 +100,9 @@ class CocoCaptions(FileSource):
         super().__init__(Path(images))
         self.annotations = Path(annotations)
         self.split = [split] if isinstance(split, str) else split
-        data = _read_json(self.annotations, "source.annotations")
+        if not self.annotations.is_file():
+            raise DataError(f"source.annotations={annotations}: no such file")
+        data: Any = read_json(self.annotations, object, "COCO captions")
         if is_karpathy(data):
             entries = karpathy_entries(self.annotations, data["images"], self.split, self.images)
         elif self.split is not None:
@@ -110,7 +112,7 @@ class CocoCaptions(FileSource):
             )
         else:
             entries = self._coco_entries(data)
-        self.keep(entries, limit, self.annotations)
+        self.set_entries(entries, limit, self.annotations)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name and size of the annotation file, its split if it has any, number of images."""
@@ -141,15 +143,6 @@ class CocoCaptions(FileSource):
         ]
 
 
-def _read_json(path: Path, key: str) -> Any:
-    if not path.is_file():
-        raise DataError(f"{key}={path}: no such file")
-    try:
-        return json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not a json file ({error})") from error
-
-
 def _file_names(path: Path, images: list[Any], folder: Path) -> dict[int, str]:
     """File name below `folder` by image id."""
     names: dict[int, str] = {}
@@ -171,7 +164,7 @@ def _file_names(path: Path, images: list[Any], folder: Path) -> dict[int, str]:
 
 
 def _sub_folder(name: str, row: dict[str, Any]) -> str:
-    """`train2014`, `val2017`, …: where COCO's own zip files put this image; empty if untold."""
+    """`train2014`, `val2017`, …: where COCO's own zip files put this image; empty if unknown."""
     if found := _SPLIT_2014.match(name):
         return found.group(1)
     url = row.get("coco_url")  # http://images.cocodataset.org/train2017/000000391895.jpg

@@ -13,6 +13,7 @@ from typing import Any
 from talk2dino.datasets.captions.base import Entry, FileSource
 from talk2dino.datasets.pictures import SUFFIXES
 from talk2dino.errors import DataError
+from talk2dino.files import read_text
 
 _TABLES = ("captions.csv", "captions.jsonl", "captions.txt")
 
@@ -21,8 +22,8 @@ class CaptionFolder(FileSource):
     """A folder of images with `captions.csv|jsonl|txt`, or one `.txt` beside each image.
 
     The csv has the columns, the jsonl the keys `file_name` and `caption`, a row per caption; a
-    line of `captions.txt` is the file name, a tab and the caption (Flickr's `name.jpg#0` loses its
-    number). The file beside an image has a caption per line. Names are relative to the folder.
+    line of `captions.txt` is the file name, a tab and the caption (Flickr's `name.jpg#0` without
+    its number). The file beside an image has a caption per line. Names are relative to the folder.
 
     Args:
         images: the folder.
@@ -40,7 +41,7 @@ class CaptionFolder(FileSource):
         entries = [
             Entry(number, name, tuple(grouped[name])) for number, name in enumerate(sorted(grouped))
         ]
-        self.keep(entries, limit, self.images)
+        self.set_entries(entries, limit, self.images)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name of the folder and its number of images and captions."""
@@ -63,7 +64,7 @@ class CaptionFolder(FileSource):
             (image.name, line.strip())
             for image in sorted(self.images.iterdir())
             if image.suffix.lower() in SUFFIXES and image.with_suffix(".txt").is_file()
-            for line in _read_text(image.with_suffix(".txt")).splitlines()
+            for line in read_text(image.with_suffix(".txt")).splitlines()
             if line.strip()
         ]
         if not pairs:
@@ -77,7 +78,7 @@ class CaptionFolder(FileSource):
 def _table(path: Path) -> Iterator[tuple[str, str]]:
     """(file name, caption) of every row."""
     readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".txt": _tab_rows}
-    for line, row in readers[path.suffix](path, _read_text(path)):
+    for line, row in readers[path.suffix](path, read_text(path)):
         name, text = row.get("file_name"), row.get("caption")
         if not (isinstance(name, str) and name.strip() and isinstance(text, str) and text.strip()):
             raise DataError(f"{path}: line {line} needs file_name and caption")
@@ -122,10 +123,3 @@ def _tab_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 "caption": caption.strip(),
             },
         )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error

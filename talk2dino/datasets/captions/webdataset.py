@@ -37,7 +37,7 @@ def sample_index(path: Path, json_key: str | None) -> NDArray[Any]:
     `text_size` (bytes; an absent part has the offset -1), `json` (the text is json), `captions`
     (0 where they cannot be read) and `first_caption` (counted within the tar).
 
-    The table is kept below the cache folder and made again when the tar's size or time differs.
+    The table is cached in the cache folder and rebuilt when the tar's size or time changes.
 
     Raises:
         DataError: no plain tar, cut off, or the same sample twice.
@@ -54,7 +54,7 @@ def sample_index(path: Path, json_key: str | None) -> NDArray[Any]:
 
 
 def parse_captions(data: bytes, is_json: bool, json_key: str | None) -> list[str]:
-    """Captions of a sample, at least one, white space made even.
+    """Captions of a sample, at least one, with single spaces.
 
     Args:
         data: content of the `.txt` (one caption) or the `.json`.
@@ -62,7 +62,7 @@ def parse_captions(data: bytes, is_json: bool, json_key: str | None) -> list[str
         json_key: key of a caption or a list of captions; None is `caption`, else `captions`.
 
     Raises:
-        ValueError: says in half a line why there is none.
+        ValueError: the reason why there is none.
     """
     text = data.decode("utf-8-sig")  # UnicodeDecodeError is a ValueError
     if not is_json:
@@ -93,7 +93,7 @@ def _samples(path: Path, json_key: str | None) -> NDArray[Any]:
             image = next((parts[suffix] for suffix in IMAGES if suffix in parts), None)
             text = next((parts[suffix] for suffix in wanted if suffix in parts), None)
             if image is None and not any(suffix in parts for suffix in ("txt", "json")):
-                continue  # masks, audio and what else a tar may hold
+                continue  # masks, audio and other things that a tar may hold
             captions, is_json = 0, text is not None and text is parts.get("json")
             if text is not None:
                 file.seek(text.offset)
@@ -158,7 +158,7 @@ def _read_cached(file: Path, state: NDArray[Any]) -> NDArray[Any] | None:
 
 
 def _write_cached(file: Path, state: NDArray[Any], samples: NDArray[Any]) -> None:
-    """Without a writable cache folder the index is made again by the next run."""
+    """Without a writable cache folder the next run builds the index again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, shared=True) as temporary, temporary.open("wb") as opened:
@@ -170,7 +170,7 @@ def _write_cached(file: Path, state: NDArray[Any], samples: NDArray[Any]) -> Non
 class WebDataset(Source):
     """Samples `key.jpg` with `key.txt` or `key.json` in plain tars, by position.
 
-    Every tar's members are listed once (kept in the cache folder); then a sample is one read at an
+    Every tar's members are listed once (the list is cached); then a sample is one read at an
     offset, in any order and any process. Samples count through the tars in the order given. A
     sample without a readable image or caption keeps its place and is listed as skipped by
     extraction. Caption ids count all captions before; image ids are positions.
@@ -179,7 +179,7 @@ class WebDataset(Source):
         tars: a brace range (`cc3m/{00000..00331}.tar`), a glob, a folder, a file, or a list.
         json_key: take the captions from this key of `key.json`, a text or a list of texts; None
             takes `key.txt`, and where there is none, `caption` or `captions` of `key.json`.
-        limit: take only the first samples; tars behind them are not opened.
+        limit: take only the first samples; tars after them are not opened.
 
     Raises:
         DataError: a missing, compressed or cut-off tar, the same member twice in a tar, or no
@@ -288,5 +288,5 @@ class WebDataset(Source):
 
 
 def _starts(counts: list[int]) -> NDArray[np.int64]:
-    """What lies before each tar, then the total, [T + 1]."""
+    """Number of items before each tar, then the total, [T + 1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

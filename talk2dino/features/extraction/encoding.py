@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,54 +23,18 @@ from talk2dino.features.extraction.fields import select_fields
 from talk2dino.features.store.schema import FIXED_DTYPES
 from talk2dino.features.store.shard_writer import ShardRows
 
-
-class Background:
-    """Runs one call at a time in a thread; the next one waits for the last.
-
-    Leaving the context waits too, so that nothing is cut off by an error of the main thread.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> Background:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._pool.shutdown(wait=True)
-        if kind is None:
-            self.wait()
-
-    def run(self, call: Callable[[], None]) -> None:
-        """Start `call` after the last one; raises what the last one raised."""
-        self.wait()
-        self._last = self._pool.submit(call)
-
-    def wait(self) -> None:
-        """Wait for the last call; raises what it raised."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-
-# Captions that are encoded together: text encoders sort them by length, so that little is padding.
-# Counted from the shard's first caption, so that the same ones meet whoever writes the shard.
-BLOCK = 1024
+# Captions that are encoded together; text encoders sort them by length to pad less. Counted from
+# the shard's first caption, so that a shard does not depend on the rank that writes it.
+CAPTIONS_PER_CALL = 1024
 
 
 class CaptionEncoding:
-    """The text encoder with everything that decides what is kept of a caption.
+    """The text encoder, the fields to store of a caption, and how to compute them.
 
     Args:
         text: the encoder.
-        names: fields to keep, out of `EXTRACTED_CAPTIONS`.
-        dtype: of the kept features, `float16` or `float32`.
+        names: fields to store, out of `EXTRACTED_CAPTIONS`.
+        dtype: of the stored features, `float16` or `float32`.
         precision: of the forward pass, a key of `PRECISIONS`.
         device: where the encoder computes.
     """
@@ -88,20 +50,20 @@ class CaptionEncoding:
         self.text, self.names, self.dtype = text, names, dtype
         self.precision, self.device = precision, device
 
-    def fill(self, rows: ShardRows, at_least: int = BLOCK) -> None:
-        """Encode the captions that wait in `rows` until fewer than `at_least` are left."""
+    def fill(self, rows: ShardRows, at_least: int = CAPTIONS_PER_CALL) -> None:
+        """Encode the next captions of `rows`, until fewer than `at_least` are left."""
         while rows.waiting() >= at_least:
-            rows.add_caption_fields(self.encode(rows.waiting_texts(BLOCK)))
+            rows.add_caption_fields(self.encode(rows.waiting_texts(CAPTIONS_PER_CALL)))
 
     def encode(self, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Fields of at least one text, each [m, ...] in stored types."""
         with torch.inference_mode(), autocast(self.precision, self.device):
             fields = encode_fields(self.text, texts, self.names)
-        with np.errstate(over="ignore"):  # reported when the shard is written, with the row
+        with np.errstate(over="ignore"):  # the writer reports it, with the row
             return {name: self._stored(name, values.numpy()) for name, values in fields.items()}
 
-    def nothing(self) -> dict[str, NDArray[Any]]:
-        """Every field with its shape and no row."""
+    def empty(self) -> dict[str, NDArray[Any]]:
+        """Every field with its shape and no rows."""
         return {name: values[:0] for name, values in self.encode([""]).items()}
 
     def _stored(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -110,7 +72,7 @@ class CaptionEncoding:
 
 @dataclass(frozen=True)
 class HostFields:
-    """Fields of a batch on the host, complete once `ready` has happened."""
+    """Fields of a batch on the host; complete when the event `ready` has been reached."""
 
     tensors: dict[str, Tensor]
     ready: torch.cuda.Event | None = None
@@ -123,17 +85,16 @@ class HostFields:
 
 
 class ImageEncoding:
-    """The vision encoder with everything that decides what is kept of an image.
+    """The vision encoder, the fields to store of an image, and how to compute them.
 
     Args:
         vision: the encoder on its device.
-        names: fields to keep, out of `IMAGE_CHOICES`.
-        dtype: of the kept features, `float16` or `float32`; the device converts, so that half as
+        names: fields to store, out of `IMAGE_CHOICES`.
+        dtype: of the stored features, `float16` or `float32`; the device converts, so that half as
             much travels to the host.
         precision: of the forward pass, a key of `PRECISIONS`.
-        patches_per_image: keep so many patches of each image; None keeps all.
-        compiled: translate the encoder with `torch.compile`; every batch is then filled up to the
-            encoder's batch size.
+        patches_per_image: number of patches to store of each image; None stores all.
+        compiled: use `torch.compile`; every batch is then padded to the encoder's batch size.
 
     Raises:
         ConfigError: `compiled` where torch finds no compiler.
@@ -156,9 +117,9 @@ class ImageEncoding:
             self._compile()
 
     def start(self, pixels: Tensor, image_ids: Sequence[int]) -> HostFields:
-        """Encode [B, 3, S, S] uint8 images; a GPU may still be at work when this returns."""
+        """Encode [B, 3, S, S] uint8 images; a GPU may still be computing when this returns."""
         count = len(pixels)
-        if self.compiled and count < self.vision.batch_size:  # a new size is translated anew
+        if self.compiled and count < self.vision.batch_size:  # every new size would compile again
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self.vision.batch_size - count))
             image_ids = [*image_ids, *[0] * (self.vision.batch_size - count)]
         with torch.inference_mode():
@@ -166,7 +127,7 @@ class ImageEncoding:
             with autocast(self.precision, self.device):
                 features = self.vision(images)
             fields = select_fields(features, self.names, image_ids, self.patches_per_image)
-            # Asynchronous copies from CUDA land in pinned memory; other devices have no event here.
+            # Copies from CUDA are asynchronous; other devices have no event to wait for.
             host = {
                 name: self._stored(values[:count]).to("cpu", non_blocking=images.is_cuda)
                 for name, values in fields.items()
@@ -175,8 +136,8 @@ class ImageEncoding:
             return HostFields(host)
         return HostFields(host, torch.cuda.current_stream(self.device).record_event())
 
-    def nothing(self) -> dict[str, NDArray[Any]]:
-        """Every field with its shape and no row."""
+    def empty(self) -> dict[str, NDArray[Any]]:
+        """Every field with its shape and no rows."""
         side = self.vision.image_size
         blank = self.start(torch.zeros(1, 3, side, side, dtype=torch.uint8), [0])
         return {name: values[:0] for name, values in blank.arrays().items()}
@@ -185,10 +146,10 @@ class ImageEncoding:
         return values.to(self.dtype) if values.is_floating_point() else values
 
     def _compile(self) -> None:
-        """Translate now, so that a missing compiler is reported before anything is decoded."""
+        """Compile now, so that a missing compiler is reported before anything is decoded."""
         self.vision.compile_blocks()
         try:
-            self.nothing()
+            self.empty()
         except Exception as error:  # torch wraps whatever its compiler said
             raise ConfigError(
                 f"compile=true: torch cannot compile the encoder here ({first_line(error)}); "
@@ -218,7 +179,7 @@ def encode_shards(
         advance: called with the number of images of every batch that is done.
     """
     size = images.vision.batch_size
-    # No batch crosses from one shard to the next, so that batches do not depend on the ranks.
+    # No batch spans two shards, so that batches do not depend on the number of ranks.
     plan = [shard[at : at + size] for shard in shards for at in range(0, len(shard), size)]
     on_gpu = images.device.type != "cpu"
     batches = load_batches(source, images.vision.image_size, plan, num_workers, pin_memory=on_gpu)
@@ -234,11 +195,11 @@ def encode_shards(
             if batch.positions[-1] == shard[-1]:
                 break
         captions.fill(rows, at_least=1)
-        # A shard without readable image, or without caption, has the fields of the others.
+        # A shard without readable image, or without caption, still has the fields of the others.
         if not rows.ids:
-            rows.add_images([], images.nothing())
+            rows.add_images([], images.empty())
         if not rows.captions:
-            rows.add_caption_fields(captions.nothing())
+            rows.add_caption_fields(captions.empty())
         yield rows
 
 

@@ -1,4 +1,4 @@
-"""What extraction keeps of an image and of a caption, and how many bytes that takes."""
+"""Which fields extraction stores of an image and of a caption, and how many bytes they take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
 from talk2dino.errors import ConfigError
 from talk2dino.features.store.schema import FIXED_DTYPES
 
-_SEED = 0x7A1D  # another one would choose other patches: part of the store's bytes
+_SEED = 0x7A1D  # part of the format: another seed would choose other patches
 _64_BITS = (1 << 64) - 1
 
 
@@ -158,7 +158,7 @@ EXTRACTED_CAPTIONS = (
     "second_last_tokens",
     "eot_index",
 )
-# Neither is of use without the other.
+# Both of a pair, or neither.
 _TOGETHER = (("token_embeddings", "token_mask"), ("second_last_tokens", "eot_index"))
 
 
@@ -188,7 +188,7 @@ def check_caption_fields(names: Sequence[str], text: TextEncoder) -> None:
 def caption_bytes(text: TextEncoder, names: Sequence[str], dtype: str) -> int:
     """Bytes of the named fields of one caption, stored in `dtype`.
 
-    An empty caption tells: L is the same for all captions, so that all shards of a store agree.
+    Computed from an empty caption: L is the same for all captions, so that all shards agree.
 
     Raises:
         ConfigError: the encoder does not give one of the fields.

@@ -1,15 +1,15 @@
 """Extraction: images and captions through the frozen encoders into the shards of a store.
 
-Shard k holds the source's images k·n … (k+1)·n − 1, whoever writes it and whenever. So the store is
-the same for any number of ranks, and a run that was stopped continues after its finished shards.
+Shard k holds the source's images k·n … (k+1)·n − 1, whichever rank writes it. So the store is the
+same for any number of ranks, and a run that was stopped continues after its finished shards.
 Images decode in worker processes and shards are written by a thread while the encoder runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features.extraction.encoding import (
-    Background,
     CaptionEncoding,
     ImageEncoding,
     encode_shards,
@@ -35,14 +34,13 @@ from talk2dino.features.extraction.fields import (
 from talk2dino.features.store.schema import EncoderInfo, Manifest, VisionInfo
 from talk2dino.features.store.shard_writer import ShardRows, shard_lock
 from talk2dino.features.store.writer import (
+    IMAGES_PER_SHARD,
     PARTS,
     finish_manifest,
     finished_shards,
     is_finished,
-    merge_skipped,
     open_for_append,
-    write_shard,
-    write_skipped,
+    write_rows,
 )
 
 
@@ -56,15 +54,15 @@ class Extraction:
         text: text encoder.
         store: folder to fill; created if absent.
         split: first part of the shards' names.
-        image_fields: what to keep of an image, out of `IMAGE_CHOICES`.
-        caption_fields: what to keep of a caption, out of `EXTRACTED_CAPTIONS`.
+        image_fields: what to store of an image, out of `IMAGE_CHOICES`.
+        caption_fields: what to store of a caption, out of `EXTRACTED_CAPTIONS`.
         dtype: of the stored features, `float16` or `float32`.
-        patches_per_image: keep a random subset of so many patches of each image; None keeps all.
+        patches_per_image: store a random subset of so many patches of each image; None stores all.
         images_per_shard: images per shard; two shards are in memory at a time.
         num_workers: processes that decode images.
         precision: of the vision encoder's forward pass, a key of `PRECISIONS`.
         text_precision: of the text encoder's.
-        compiled: translate the vision encoder with `torch.compile`.
+        compiled: use `torch.compile` for the vision encoder.
         rank: this process writes the shards k with k mod world_size = rank.
         world_size: number of processes.
         skipped: images that this run could not read, filled by `run`.
@@ -79,7 +77,7 @@ class Extraction:
     caption_fields: Sequence[str] = ("embedding",)
     dtype: str = "float16"
     patches_per_image: int | None = None
-    images_per_shard: int = 1024
+    images_per_shard: int = IMAGES_PER_SHARD
     num_workers: int = 2
     precision: str = "32"
     text_precision: str = "32"
@@ -137,12 +135,9 @@ class Extraction:
         advance(sum(len(self._images_of(k)) for k in self._own_shards() if k in done))
         missing = [k for k in self._own_shards() if k not in done]
         if missing:
-            with Background() as writer:  # holds one shard while the next one grows
-                for k, rows in self._encode(missing, advance):
-                    writer.run(partial(self._finish_shard, k, rows))
+            self._write(self._encode(missing, advance))
         if len(finished_shards(self.store, self.split)) < self.num_shards:
             return None
-        merge_skipped(self.store, self.split)
         return finish_manifest(
             self.store,
             shards=self.num_shards,
@@ -154,7 +149,7 @@ class Extraction:
     def _settings(self, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the bytes of a shard.
 
-        A batch of another size may sum in another order, so batch sizes are among it.
+        They include the batch sizes: a batch of another size may sum in another order.
         """
         return {
             "source": self.source.fingerprint(),
@@ -200,19 +195,20 @@ class Extraction:
             strict=True,
         )
 
+    def _write(self, shards: Iterator[tuple[int, ShardRows]]) -> None:
+        """Write each shard in a thread while the next one grows; at most two are in memory."""
+        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as pool:
+            writing: Future[None] | None = None
+            for k, rows in shards:
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self._finish_shard, k, rows)
+            if writing is not None:
+                writing.result()
+
     def _finish_shard(self, shard: int, rows: ShardRows) -> None:
         self.skipped += rows.skipped
         with shard_lock(self.store / PARTS, shard):
             if is_finished(self.store, self.split, shard):  # by a rank of an earlier start
                 return
-            write_skipped(self.store, self.split, shard, rows.skipped)
-            images, captions = rows.arrays()
-            write_shard(
-                self.store,
-                shard,
-                images,
-                captions,
-                split=self.split,
-                dtype=self.dtype,
-                skipped=len(rows.skipped),
-            )
+            write_rows(self.store, shard, rows, self.split, self.dtype)

@@ -1,4 +1,4 @@
-"""Stores compressed with zstd for keeping, and back to the contiguous form that training maps."""
+"""Stores compressed with zstd to save disk space, and back to the contiguous form for training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from talk2dino.features.store.shard_writer import write_hdf5
 from talk2dino.features.store.writer import PARTS, ShardRecord, finish_manifest, open_for_append
 from talk2dino.files import file_digest, replacing, write_json
 
-_CHUNK_BYTES = 1 << 18  # a row costs the chunk it lies in; HDF5 caches one megabyte of them
+_CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9
 
 Advance = Callable[[int, int], None]
@@ -30,7 +30,7 @@ def archive_store(
 ) -> Manifest:
     """Copy a store, its datasets compressed or contiguous; started again, it continues.
 
-    Compressed: zstd behind a byte shuffle, in chunks of rows of about 256 KB; a `FeatureStore`
+    Compressed: zstd after a byte shuffle, in chunks of rows of about 256 KB; a `FeatureStore`
     reads it too, slower. Contiguous: the copy of an archive has the bytes of the store that was
     archived (with the same HDF5 library). Every shard's SHA-256 is compared before it is copied.
     One field of one shard is in memory at a time.
@@ -38,7 +38,7 @@ def archive_store(
     Args:
         store: a complete store.
         output: folder for the copy.
-        compressed: which of the two to write.
+        compressed: whether to compress, or to write contiguous datasets.
         advance: called with (shards done, shards in all).
 
     Returns:
@@ -60,7 +60,7 @@ def archive_store(
     done = open_for_append(output, settings, manifest.split)
     for index, shard in enumerate(manifest.shards):
         if index not in done:
-            # The manifest keeps one sum of skipped images: the first shard answers for all.
+            # The manifest has one number of skipped images: it is counted with the first shard.
             skipped = manifest.skipped if index == 0 else 0
             _copy_shard(store, output, shard, manifest.fields, skipped, layout)
         advance(index + 1, len(manifest.shards))
@@ -111,7 +111,7 @@ def _copy_shard(
 ) -> None:
     target = output / shard.file
     record_file = output / PARTS / f"{target.stem}.json"
-    record_file.unlink(missing_ok=True)  # must not vouch for other bytes
+    record_file.unlink(missing_ok=True)  # it would describe other bytes
     with _tables(store, shard, fields) as tables, replacing(target) as temporary:
         write_hdf5(temporary, tables, layout)
         digest, size = file_digest(temporary), temporary.stat().st_size

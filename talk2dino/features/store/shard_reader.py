@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import mmap
-import os
-from collections.abc import Collection
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,64 +16,12 @@ from numpy.typing import NDArray
 from talk2dino.errors import StoreError
 from talk2dino.features.store.schema import FieldInfo, FieldTable, ShardInfo
 
-MAX_MAPPED_BYTES = 1 << 28
-_CHECK_BYTES = 1 << 26  # looking costs ten microseconds, so look once per so many bytes
-_FAULT_BYTES = 1 << 17  # Linux maps about that much around a touched page
-
-
-class Mapped(Protocol):
-    """Something that can unmap its pages without forgetting where they belong."""
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Size of its memory map."""
-
-    def release(self) -> None:
-        """Give the pages back; they are mapped again when touched."""
-
-
-class Residency:
-    """Unmaps a process's pages of a store when they exceed `limit` bytes.
-
-    Where the system tells nothing (no `/proc`, no `madvise`), it does nothing.
-    """
-
-    def __init__(self, limit: int = MAX_MAPPED_BYTES) -> None:
-        self.limit = limit
-        self._since = 0
-        self._base = mapped_bytes()
-
-    def touched(self, rows: int, row_bytes: int, maps: Collection[Mapped]) -> None:
-        """Count a read of rows of some bytes; nobody may be reading from `maps` meanwhile."""
-        self._since += rows * max(row_bytes, _FAULT_BYTES)
-        if self._since < _CHECK_BYTES:
-            return
-        self._since = 0
-        now = mapped_bytes()
-        self._base = min(self._base, now)
-        if now - self._base <= self.limit:
-            return
-        if sum(mapped.mapped_bytes for mapped in maps) > self.limit:  # not another library's
-            for mapped in maps:
-                mapped.release()
-
-
-def mapped_bytes() -> int:
-    """Resident bytes of this process that belong to files or shared memory; 0 if unknown."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123 (speed)
-            return int(file.read(128).split()[2]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
 
 class Rows(Protocol):
-    """Random access to the rows of one field in one shard; `dtype` as stored, bytes for text."""
-
-    dtype: np.dtype[Any]
+    """Random access to the rows of one field in one shard."""
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Copy `rows` (any order, repeats allowed) into `out`, [len(rows), ...]."""
+        """Copy ascending `rows` (repeats allowed) into `out`, [len(rows), ...]; text as `str`."""
 
     def will_need(self, first: int, last: int) -> None:
         """Ask the system to read rows `first` … `last` - 1 ahead; returns at once."""
@@ -88,11 +34,13 @@ class MappedRows:
         self, view: NDArray[Any], mapped: mmap.mmap | None = None, offset: int = 0
     ) -> None:
         self.view, self._map, self._offset = view, mapped, offset
-        self.dtype = view.dtype
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """See `Rows`; `mode="clip"` lets NumPy write into `out` without a buffer in between."""
-        np.take(self.view, rows, axis=0, out=out, mode="clip")
+        if out.dtype == object:
+            out[...] = _decoded(self.view[rows])
+        else:
+            self.view.take(rows, axis=0, out=out, mode="clip")
 
     def will_need(self, first: int, last: int) -> None:
         """See `Rows`."""
@@ -106,16 +54,15 @@ class MappedRows:
 
 
 class ChunkedRows:
-    """Rows of a chunked or compressed dataset, read by HDF5 in runs of neighbours."""
+    """Rows of a chunked or compressed dataset, read by HDF5 in runs of neighbors."""
 
     def __init__(self, dataset: Any, path: Path) -> None:
         self.dataset, self.path = dataset, path
-        self.dtype: np.dtype[Any] = dataset.dtype
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """See `Rows`; every row is decompressed once, however often it is asked for."""
         wanted, inverse = np.unique(rows, return_inverse=True)
-        found = np.empty((len(wanted), *out.shape[1:]), dtype=out.dtype)
+        found = np.empty((len(wanted), *out.shape[1:]), dtype=self.dataset.dtype)
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         edges = [0, *cuts.tolist(), len(wanted)]
         for a, b in pairwise(edges):
@@ -126,10 +73,17 @@ class ChunkedRows:
                 raise StoreError(
                     f"{self.path}: {self.dataset.name} is damaged ({reason:.120}); extract again"
                 ) from None
-        out[...] = found[inverse]
+        out[...] = (_decoded(found) if out.dtype == object else found)[inverse]
 
     def will_need(self, first: int, last: int) -> None:
         """See `Rows`; HDF5 reads chunks when it needs them."""
+
+
+def _decoded(values: NDArray[Any]) -> NDArray[Any]:
+    """UTF-8 bytes, of fixed or variable length, as an object array of str."""
+    decoded = np.empty(len(values), dtype=object)
+    decoded[:] = [value.decode("utf-8", errors="replace") for value in values.tolist()]
+    return decoded
 
 
 class ShardReader:
@@ -161,7 +115,7 @@ class ShardReader:
             self._file.close()  # the map needs no HDF5 handle
 
     def close(self) -> None:
-        """Close the HDF5 handle, if one is still needed; maps go with their last array."""
+        """Close the HDF5 handle, if one is still open; the map ends with its last array."""
         self._file.close()
 
     @property
@@ -187,26 +141,22 @@ class ShardReader:
             )
         if not dataset.size:
             return MappedRows(np.empty(dataset.shape, dataset.dtype))
-        if (offset := _map_offset(dataset)) is not None:
-            return MappedRows(self._view(dataset, offset), self._map, offset)
-        _require_filters(dataset, self.path)
-        return ChunkedRows(dataset, self.path)
-
-    def _view(self, dataset: Any, offset: int) -> NDArray[Any]:
-        """A plain array over the mapped file; `np.memmap` would cost more on every index."""
+        offset = _map_offset(dataset)
+        if offset is None:
+            _require_filters(dataset, self.path)
+            return ChunkedRows(dataset, self.path)
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if offset + dataset.nbytes > len(self._map):
             raise StoreError(f"{self.path}: {dataset.name} ends after the file; extract again")
-        view: NDArray[Any] = np.ndarray(
-            dataset.shape, dataset.dtype, buffer=self._map, offset=offset
-        )
-        return view
+        # A plain array over the mapped file; `np.memmap` would cost more on every index.
+        view = np.ndarray(dataset.shape, dataset.dtype, buffer=self._map, offset=offset)
+        return MappedRows(view, self._map, offset)
 
 
 def size_problem(folder: Path, info: ShardInfo) -> str | None:
-    """Half a line if the shard's file is absent or of another size than the manifest says."""
+    """What is wrong if the shard's file is absent or of another size than the manifest says."""
     try:
         found = (folder / info.file).stat().st_size
     except OSError:

@@ -24,7 +24,7 @@ from talk2dino.features.store.schema import (
 )
 from talk2dino.features.store.verify import nonfinite_rows
 
-if sys.platform != "win32":  # there without locks, as on file systems that have none
+if sys.platform != "win32":  # on Windows, as on some file systems, without locks
     import fcntl
 
 
@@ -37,63 +37,40 @@ def shard_lock(parts: Path, index: int) -> Iterator[None]:
     with (parts / "lock").open("ab") as file:
         with suppress(OSError):  # the file system has no locks
             fcntl.lockf(file, fcntl.LOCK_EX, 1, index)  # byte k of the file stands for shard k
-        yield  # closing the file lets go
+        yield  # closing the file releases the lock
 
 
-class GuardedFile:
-    """A file that keeps its first error to itself.
+class GuardedFile(FileIO):
+    """A file that remembers its first error instead of raising it.
 
-    HDF5 that meets a failed write can crash the whole process when it closes the file. So it is
-    told that all is well, nothing more is written, and `check` raises the error afterwards.
+    HDF5 can crash the whole process when it closes a file after a write failed (a full disk). So
+    it is told that writing succeeded, nothing more is written, and the error is raised afterwards.
+
+    Attributes:
+        error: what the operating system said, if anything.
     """
 
-    def __init__(self, raw: FileIO) -> None:
-        self.raw = raw
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def check(self) -> None:
-        """Raise what the operating system said, if anything."""
-        if self.error is not None:
-            raise self.error
-
-    def write(self, data: memoryview) -> int:
+    def write(self, data: memoryview) -> int:  # type: ignore[override]
         """Write all of `data`; the operating system may take it in pieces."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
             while left and self.error is None:
-                left = left[self.raw.write(left) :]
+                left = left[super().write(left) :]
         except OSError as error:
             self.error = error
         return size
 
-    def truncate(self, size: int) -> int:
+    def truncate(self, size: int | None = None) -> int:
         """Set the size in bytes."""
         try:
             if self.error is None:
-                self.raw.truncate(size)
+                super().truncate(size)
         except OSError as error:
             self.error = error
-        return size
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to `offset`."""
-        return self.raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Where the next byte goes."""
-        return self.raw.tell()
-
-    def readinto(self, buffer: memoryview) -> int | None:
-        """Read into `buffer`."""
-        return self.raw.readinto(buffer)
-
-    def read(self, size: int = -1) -> bytes | None:
-        """Read `size` bytes; h5py knows a file by this method."""
-        return self.raw.read(size)
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
+        return size or 0
 
 
 Arrays = Mapping[str, ArrayLike]
@@ -135,10 +112,9 @@ def write_hdf5(
     The oldest file layout and no time stamps keep the bytes independent of clock and machine.
     Raises the operating system's OSError for a full disk and the like.
     """
-    with path.open("w+b", buffering=0) as raw:
-        guarded = GuardedFile(raw)
+    with GuardedFile(path, "w+") as raw:
         with h5py.File(
-            guarded,
+            raw,
             "w",
             libver=("earliest", "v110"),
             alignment_threshold=_PAGE,
@@ -149,8 +125,10 @@ def write_hdf5(
                 for name, array in sorted(arrays.items()):
                     options = layout(array) if layout is not None else {}
                     group.create_dataset(name, data=array[...], track_times=False, **options)
-                    guarded.check()
-        guarded.check()
+                    if raw.error is not None:
+                        raise raw.error
+        if raw.error is not None:
+            raise raw.error
 
 
 def check_lengths(table: str, arrays: Mapping[str, NDArray[Any]], file: str = "") -> None:
@@ -217,7 +195,7 @@ def _stored(array: NDArray[Any], dtype: str, where: str, ids: NDArray[Any]) -> N
 
 
 def _fixed_length(array: NDArray[Any], where: str) -> NDArray[Any]:
-    """Text as UTF-8 of one length: contiguous, and free of HDF5's heap of pointers."""
+    """Text as UTF-8 of one length, since text of variable length is not contiguous in HDF5."""
     values = array.tolist()
     if not all(isinstance(value, str) for value in values):
         raise StoreError(f"{where} must hold str values, found {array.dtype}")
@@ -259,16 +237,16 @@ class ShardRows:
             self._images[name][first : len(self.ids)] = values
 
     def waiting_texts(self, limit: int) -> list[str]:
-        """At most `limit` texts of captions whose fields are not there yet."""
+        """At most `limit` texts of captions that are not encoded yet."""
         waiting = self.captions[self._encoded : self._encoded + limit]
         return [text for _, _, text in waiting]
 
     def waiting(self) -> int:
-        """Captions whose fields are not there yet."""
+        """Number of captions that are not encoded yet."""
         return len(self.captions) - self._encoded
 
     def add_caption_fields(self, fields: Fields) -> None:
-        """Append fields [m, ...] in stored types for the next captions that wait."""
+        """Append fields [m, ...] in stored types for the next m captions."""
         self._captions.append(fields)
         self._encoded += len(next(iter(fields.values())))
 

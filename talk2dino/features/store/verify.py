@@ -14,40 +14,25 @@ from talk2dino.features.store.schema import FEATURE_DTYPES, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.files import file_digest
 
-_INFINITY = {2: 0x7C00, 4: 0x7F800000}
-_SIGN = {2: 0x8000, 4: 0x80000000}
-_BLOCK = 1 << 18  # bytes: the second maximum finds them in the cache
-
-
-def all_finite(array: NDArray[Any]) -> bool:
-    """Whether a contiguous float16 or float32 array holds no NaN and no infinity."""
-    size = array.itemsize
-    flat = array.reshape(-1)
-    unsigned, signed = flat.view(f"u{size}"), flat.view(f"i{size}")
-    step = _BLOCK // size
-    infinity = _INFINITY[size]
-    for start in range(0, len(flat), step):
-        block = slice(start, start + step)
-        if signed[block].max() >= infinity or unsigned[block].max() >= infinity | _SIGN[size]:
-            return False
-    return True
+_EXPONENT = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000)}  # all ones in NaN and infinity
+_BLOCK_BYTES = 1 << 20  # of values at a time, so that the copies stay in the cache
+_READ_BYTES = 1 << 26
 
 
 def nonfinite_rows(array: NDArray[Any]) -> NDArray[np.int64]:
-    """Indices of rows (first axis) of a contiguous float array that hold NaN or infinity."""
+    """Indices of rows (first axis) of a contiguous float16 or float32 array with NaN or infinity.
+
+    By the bits of the exponent: `np.isfinite` takes twenty times as long for float16.
+    """
     if not array.size:
         return np.empty(0, dtype=np.int64)
-    flat = array.reshape(len(array), -1)
-    step = max(1, (_BLOCK << 6) // max(1, flat[:1].nbytes))  # bounds the memory of `isfinite`
-    found: list[int] = []
-    for start in range(0, len(flat), step):
-        block = flat[start : start + step]
-        if not all_finite(block):
-            found += (start + np.flatnonzero(~np.isfinite(block).all(axis=1))).tolist()
-    return np.array(found, dtype=np.int64)
-
-
-_BLOCK_BYTES = 1 << 26
+    exponent = _EXPONENT[array.itemsize]
+    bits = array.reshape(len(array), -1).view(exponent.dtype)  # [n, values of a row]
+    step = max(1, _BLOCK_BYTES // bits[0].nbytes)
+    largest = np.concatenate(
+        [(bits[start : start + step] & exponent).max(axis=1) for start in range(0, len(bits), step)]
+    )
+    return np.flatnonzero(largest == exponent)
 
 
 def verify_store(
@@ -75,7 +60,7 @@ def verify_store(
 def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> Iterator[str]:
     if problem := size_problem(folder, shard):
         yield problem
-        return  # what is cut off need not be read
+        return  # reading a file that is cut off would only repeat it
     if (digest := file_digest(folder / shard.file)) != shard.sha256:
         yield f"SHA-256 is {digest[:12]}…, the manifest says {shard.sha256[:12]}…"
     try:
@@ -95,13 +80,13 @@ def _content_problems(reader: ShardReader, shard: ShardInfo, manifest: Manifest)
     counts = {"images": shard.images, "captions": shard.captions}
     for (table, name), rows in reader.rows.items():
         field, count = manifest.fields[table][name], counts[table]
-        row_bytes = int(np.prod(field.shape)) * rows.dtype.itemsize
-        step = max(1, _BLOCK_BYTES // max(1, row_bytes))
         if field.dtype not in FEATURE_DTYPES and name != "image_row":
             continue
+        row_bytes = int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize
+        step = max(1, _READ_BYTES // max(1, row_bytes))
         for start in range(0, count, step):
             wanted = np.arange(start, min(start + step, count))
-            block = np.empty((len(wanted), *field.shape), dtype=rows.dtype)
+            block = np.empty((len(wanted), *field.shape), dtype=field.dtype)
             rows.read(wanted, block)
             if name == "image_row":
                 bad = np.flatnonzero((block < 0) | (block >= shard.images))

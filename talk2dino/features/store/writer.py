@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from talk2dino.features.store.schema import (
 )
 from talk2dino.features.store.shard_writer import (
     Arrays,
+    ShardRows,
     check_image_rows,
     check_lengths,
     describe,
@@ -39,11 +40,12 @@ from talk2dino.files import create_json, file_digest, replacing, temporary_name,
 from talk2dino.renamed import with_current_names
 
 PARTS = ".parts"
+IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What `.parts/{split}-{k:05d}.json` keeps of a finished shard."""
+    """The record of a finished shard, `.parts/{split}-{k:05d}.json`."""
 
     shard: ShardInfo
     fields: FieldTable
@@ -67,12 +69,12 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "settings.json"
-    # Looked at first: another rank writes its settings before its first shard.
+    # Before settings.json is looked for: another rank writes it before its first shard.
     used = any(folder.glob("*.h5")) or (folder / MANIFEST).exists()
     if not file.exists():
         if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
-        create_json(file, dict(settings))  # of ranks that start together, the first one decides
+        create_json(file, dict(settings))  # if ranks start together, the first one's settings count
     _refuse_other_settings(folder, read_json(file, "delete the folder"), dict(settings))
     return {k: record.shard for k, record in finished_shards(folder, split).items()}
 
@@ -122,13 +124,13 @@ def write_shard(
             captions; `image_row` counts within this shard.
         split: first part of the file name.
         dtype: of the features, `float16` or `float32`.
-        skipped: images of this shard that could not be read, kept for the manifest.
+        skipped: number of images of this shard that could not be read.
     """
     file = folder / shard_name(split, index)
     tables = prepare(images, captions, dtype, file.name)
     parts = folder / PARTS
     parts.mkdir(exist_ok=True)
-    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # must not vouch for other bytes
+    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # it would describe other bytes
     with replacing(file) as temporary:
         write_hdf5(temporary, tables)
         digest, size = file_digest(temporary), temporary.stat().st_size
@@ -140,6 +142,18 @@ def write_shard(
     return info
 
 
+def write_rows(folder: Path, index: int, rows: ShardRows, split: str, dtype: str) -> None:
+    """Write shard `index` from grown rows, and the list of the images that it leaves out."""
+    skipped = folder / PARTS / f"{split}-{index:05d}.skipped"
+    skipped.unlink(missing_ok=True)
+    if rows.skipped:
+        with replacing(skipped) as path:
+            path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+    images, captions = rows.arrays()
+    number = len(rows.skipped)
+    write_shard(folder, index, images, captions, split=split, dtype=dtype, skipped=number)
+
+
 def finish_manifest(
     folder: Path,
     *,
@@ -149,6 +163,8 @@ def finish_manifest(
     text: EncoderInfo | None = None,
 ) -> Manifest:
     """Merge the records of shards 0 ... `shards` - 1 into `manifest.json`, written last.
+
+    Skipped images are listed beside it in `{split}-skipped.jsonl`, if there are any.
 
     Raises StoreError when a shard is missing, shards disagree in fields, or no image was kept.
     """
@@ -174,7 +190,10 @@ def finish_manifest(
         package_version=_package_version(),
         skipped=sum(record.skipped for record in records),
     )
-    # Two ranks that finish at once both write it, with the same content.
+    # Two ranks that finish at once both write these files, with the same content.
+    if lists := sorted((folder / PARTS).glob(f"{split}-*.skipped")):
+        with replacing(folder / f"{split}-skipped.jsonl", shared=True) as path:
+            path.write_text("".join(part.read_text() for part in lists))
     write_json(folder / MANIFEST, manifest.to_json(), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
@@ -227,24 +246,6 @@ def _package_version() -> str:
         return "unknown"
 
 
-def write_skipped(store: Path, split: str, shard: int, items: Sequence[Mapping[str, Any]]) -> None:
-    """Note what shard `shard` leaves out; an older list of it goes."""
-    file = store / PARTS / f"{split}-{shard:05d}.skipped"
-    file.unlink(missing_ok=True)
-    if items:
-        with replacing(file) as path:
-            path.write_text("".join(json.dumps(item) + "\n" for item in items))
-
-
-def merge_skipped(store: Path, split: str) -> None:
-    """Write `{split}-skipped.jsonl` beside the manifest, if any shard left something out."""
-    lists = sorted((store / PARTS).glob(f"{split}-*.skipped"))
-    if lists:
-        # Two ranks may finish at once and both write it.
-        with replacing(store / f"{split}-skipped.jsonl", shared=True) as path:
-            path.write_text("".join(part.read_text() for part in lists))
-
-
 _Info = TypeVar("_Info", bound=EncoderInfo)
 
 
@@ -254,7 +255,7 @@ def write_store(
     captions: Arrays,
     *,
     split: str = "train",
-    images_per_shard: int = 1024,
+    images_per_shard: int = IMAGES_PER_SHARD,
     dtype: str = "float16",
     vision: VisionInfo | Mapping[str, Any] | None = None,
     text: EncoderInfo | Mapping[str, Any] | None = None,
@@ -266,8 +267,8 @@ def write_store(
     Args:
         folder: created if needed; must not hold a store yet.
         images: fields [n, ...]; `id` defaults to 0 ... n - 1, `file_name` to the id.
-        captions: fields [m, ...], or empty; `image_row` counts over all images. Captions live with
-            their image and keep their order within its shard.
+        captions: fields [m, ...], or empty; `image_row` counts over all images. Captions are stored
+            in the shard of their image, in the given order.
         split: name of the split.
         images_per_shard: images in each shard but the last.
         dtype: of the features, `float16` or `float32`.
