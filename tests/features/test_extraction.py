@@ -118,7 +118,7 @@ def test_fields_are_those_of_the_encoder(
     assert store.vision.prefix_tokens == vision.num_prefix_tokens
 
 
-def test_crop_keeps_the_centre() -> None:
+def test_crop_keeps_the_center() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     assert crop_square(Image.fromarray(pixels), 20).float().mean() == 255
