@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.helpers.goldens import Golden, golden_arrays
 from tests.helpers.once import once
 from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
 from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
+from tests.helpers.ranks import PRELOAD
 from tests.helpers.stores import pictures, token_store  # noqa: F401 (fixtures)
 
 DESELECTED = pytest.StashKey[int]()
@@ -32,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ParityRecord.KEY] = ParityRecord()
     config.stash[DESELECTED] = 0
     config.stash[COMPLETE] = False
+    multiprocessing.set_forkserver_preload(PRELOAD)  # for every process that a test forks from it
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in the commands that tests start

@@ -34,7 +34,7 @@ from talk2dino.alignment.similarity import (
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.training.callbacks import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
-from tests.helpers.ranks import two_ranks
+from tests.helpers.ranks import fork_what_lightning_spawns, two_ranks
 from tests.helpers.stores import tiny_store
 
 TEXT, WIDTH, HEADS, PATCHES, BATCH, TOKENS = 5, 7, 3, 11, 8, 4
@@ -429,8 +429,11 @@ def files_of(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_ddp_through_the_entry_point(store: Path, two_epochs: Path, tmp_path: Path) -> None:
+def test_ddp_through_the_entry_point(
+    store: Path, two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks with half the batch are the run of one process, and write one set of files."""
+    fork_what_lightning_spawns(monkeypatch)
     ddp = ("trainer=ddp_cpu", "trainer.enable_progress_bar=false")
     weights = trained(store, tmp_path, "data.batch_size=8", trainer=ddp)
     want = load_projection(two_epochs / "projection.safetensors").state_dict()

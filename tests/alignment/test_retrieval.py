@@ -19,7 +19,7 @@ from talk2dino.errors import DataError
 
 
 @pytest.mark.parametrize("chunk_size", [4, 512])
-def test_feature_normalisation_matches_original(golden, parity, chunk_size) -> None:
+def test_feature_normalization_matches_original(golden, parity, chunk_size) -> None:
     arrays = golden("retrieval")
     images, captions = arrays["in/images"][::5], arrays["in/captions"]
     owners = torch.arange(30) // 5
@@ -87,7 +87,7 @@ def test_metrics_take_ids_in_any_order() -> None:
         retrieval_metrics(DotProduct().scores, texts, images, ids[owners] + 1, ids)
 
 
-def test_vector_normalisation_ignores_length() -> None:
+def test_vector_normalization_ignores_length() -> None:
     texts, images = torch.randn(6, 4), torch.randn(3, 4)
     owners = torch.arange(6) // 2
     one = retrieval(texts, images, owners)

@@ -62,15 +62,15 @@ def test_captions_name_concepts_of_the_scene_only() -> None:
 
 
 def test_label_maps_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With photographs of one colour each, the picture itself says what every pixel shows."""
-    colours = [(7 * i + 5, 255 - 9 * i, 3 * i) for i in range(len(CONCEPTS))]
+    """With photographs of one color each, the picture itself says what every pixel shows."""
+    colors = [(7 * i + 5, 255 - 9 * i, 3 * i) for i in range(len(CONCEPTS))]
 
     def flat(concept: mosaic.Concept) -> Image.Image:
-        return Image.new("RGB", (2000, 2000), colours[CONCEPTS.index(concept)])
+        return Image.new("RGB", (2000, 2000), colors[CONCEPTS.index(concept)])
 
     monkeypatch.setattr(mosaic, "open_photo", flat)
     for scene in MosaicScenes("heldout", count=8, height=60, width=90):
-        np.testing.assert_array_equal(scene.image, np.array(colours)[scene.labels])
+        np.testing.assert_array_equal(scene.image, np.array(colors)[scene.labels])
 
 
 def test_scenes_show_the_part_of_their_split(monkeypatch: pytest.MonkeyPatch) -> None:

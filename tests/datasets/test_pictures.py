@@ -14,8 +14,8 @@ from talk2dino.datasets.captions.base import crop_square
 from talk2dino.datasets.pictures import middle_strip, read_picture
 
 RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17  # 0, 17, ... 255
-GREY = np.repeat(RAMP[..., None], 3, axis=2)
-COLOURS = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+GRAY = np.repeat(RAMP[..., None], 3, axis=2)
+COLORS = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 
 
 def reread(folder: Path, image: Image.Image, name: str, **options: object) -> np.ndarray:
@@ -30,7 +30,7 @@ def reread(folder: Path, image: Image.Image, name: str, **options: object) -> np
 @pytest.mark.parametrize(
     ("array", "mode", "name"),
     [
-        (RAMP, None, "grey.png"),
+        (RAMP, None, "gray.png"),
         (RAMP.astype(np.uint16) * 257, None, "wide.png"),  # 16 bits
         (RAMP.astype(np.uint16) * 257, None, "wide.tif"),
         ((RAMP.astype(np.uint16) * 257).astype(">u2"), None, "big-endian.tif"),
@@ -40,25 +40,25 @@ def reread(folder: Path, image: Image.Image, name: str, **options: object) -> np
         (RAMP, "P", "palette.gif"),
         (RAMP, "LA", "alpha.png"),
         (RAMP, "RGBA", "alpha.webp"),
-        (RAMP, "RGB", "colour.bmp"),
+        (RAMP, "RGB", "color.bmp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_grey_values_survive_every_mode(
+def test_gray_values_survive_every_mode(
     array: np.ndarray, mode: str | None, name: str, tmp_path: Path
 ) -> None:
     image = Image.fromarray(array)
     options = {"lossless": True} if name.endswith("webp") else {}
     got = reread(tmp_path, image.convert(mode) if mode else image, name, **options)
-    np.testing.assert_array_equal(got, GREY)
+    np.testing.assert_array_equal(got, GRAY)
 
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
-    rgba = Image.fromarray(np.concatenate([COLOURS, RAMP[..., None]], axis=2), "RGBA")
-    np.testing.assert_array_equal(reread(tmp_path, rgba, "alpha.png"), COLOURS)
+    rgba = Image.fromarray(np.concatenate([COLORS, RAMP[..., None]], axis=2), "RGBA")
+    np.testing.assert_array_equal(reread(tmp_path, rgba, "alpha.png"), COLORS)
     palette = Image.fromarray(RAMP).convert("P")
     got = reread(tmp_path, palette, "palette.png", transparency=3)
-    np.testing.assert_array_equal(got, GREY)
+    np.testing.assert_array_equal(got, GRAY)
 
 
 def test_cmyk(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_every_orientation(orientation: int, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_tags_do_not_cost_the_picture() -> None:
     buffer = io.BytesIO()
-    Image.fromarray(GREY).save(buffer, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\xff rubbish")
-    np.testing.assert_array_equal(np.asarray(read_picture(buffer)), GREY)
+    Image.fromarray(GRAY).save(buffer, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\xff rubbish")
+    np.testing.assert_array_equal(np.asarray(read_picture(buffer)), GRAY)
 
 
 def test_large_photographs_are_read_and_bombs_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from talk2dino.errors import ConfigError, DataError, UserError
 from tests.helpers.pipeline import need
 
 
-def picture(path: Path, colour: int = 0) -> None:
-    Image.new("RGB", (6, 4), (colour, 10, 20)).save(path)
+def picture(path: Path, color: int = 0) -> None:
+    Image.new("RGB", (6, 4), (color, 10, 20)).save(path)
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def picture(colour: int, suffix: str = "png") -> bytes:
+def picture(color: int, suffix: str = "png") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (colour, 10, 20)).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
+    Image.new("RGB", (8, 6), (color, 10, 20)).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
     return buffer.getvalue()
 
 

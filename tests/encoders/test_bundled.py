@@ -72,7 +72,7 @@ def test_patches_of_one_thing_resemble_each_other(cache: Path) -> None:
         scene = scenes[index]
         image = torch.from_numpy(scene.image.copy()).permute(2, 0, 1)[None] / 255
         tokens = F.normalize(encoder(image).patch_tokens[0], dim=-1)  # [P, D]
-        labels = torch.from_numpy(scene.labels.copy())[7::14, 7::14].flatten()  # patch centres
+        labels = torch.from_numpy(scene.labels.copy())[7::14, 7::14].flatten()  # patch centers
         same = labels[:, None] == labels[None]
         similar = tokens @ tokens.T
         off_diagonal = ~torch.eye(len(labels), dtype=torch.bool)

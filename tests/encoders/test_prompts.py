@@ -94,7 +94,7 @@ def test_class_embeddings(golden, parity: ParityRecord) -> None:
     parity.check("class embeddings", "DINOText.build_text_embedding", got, arrays["text/out"], 1e-6)
     assert rows.tolist() == [0, 1, 2, 3, 4]
     with torch.no_grad():  # the order matters: other orders give other numbers
-        normalised_first = projection.project_text(F.normalize(encoded, dim=-1).mean(1))
+        normalized_first = projection.project_text(F.normalize(encoded, dim=-1).mean(1))
         projected_first = projection.project_text(encoded).mean(1)
-    for other in (normalised_first, projected_first):
+    for other in (normalized_first, projected_first):
         assert (F.normalize(other, dim=-1) - got).abs().max() > 1e-4

@@ -191,7 +191,7 @@ def test_sentence_tokens() -> None:
 
 
 def test_bert_agrees_with_sentence_transformers_on_the_same_weights() -> None:
-    """Two libraries' roads to MiniLM: mean of the tokens (which the second also normalises)."""
+    """Two libraries' roads to MiniLM: mean of the tokens (which the second also normalizes)."""
     ours, theirs = bert().encode(TEXTS), minilm().encode(TEXTS)
     torch.testing.assert_close(F.normalize(ours, dim=-1), theirs, atol=1e-5, rtol=1e-4)
     features, other = bert().encode_tokens(TEXTS), minilm().encode_tokens(TEXTS)

@@ -171,7 +171,7 @@ def test_mae_tokens_have_passed_the_final_norm() -> None:
     torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(1, 16), atol=1e-3, rtol=0)
 
 
-def test_each_family_brings_its_own_normalisation() -> None:
+def test_each_family_brings_its_own_normalization() -> None:
     clip = shared("vit_base_patch16_clip_224.openai")
     assert clip.mean.flatten().tolist() == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
     assert clip.std.flatten().tolist() == pytest.approx([0.2686, 0.2613, 0.2758], abs=1e-4)

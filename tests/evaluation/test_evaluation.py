@@ -226,7 +226,7 @@ def test_label_maps_of_all_kinds(root: Path) -> None:
     path = root / "masks" / "0.png"
     values = np.asarray(Image.open(path))
     for image in (
-        Image.fromarray(values).convert("P"),  # a grey palette keeps the values
+        Image.fromarray(values).convert("P"),  # a gray palette keeps the values
         Image.fromarray(values.astype(np.uint16)),
     ):
         image.save(path)
@@ -296,15 +296,15 @@ def test_wrong_benchmark_settings_are_one_line(
 
 def test_images_of_all_kinds(tmp_path: Path) -> None:
     ramp = (np.arange(48).reshape(6, 8) * 5).astype(np.uint8)
-    grey = torch.from_numpy(ramp).expand(3, -1, -1)
-    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    gray = torch.from_numpy(ramp).expand(3, -1, -1)
+    Image.fromarray(ramp).save(tmp_path / "gray.png")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "wide.png")
     exif = Image.Exif()
     exif[0x0112] = 8  # turn anticlockwise
     Image.fromarray(ramp).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(read_image(tmp_path / "grey.png"), grey)
-    assert torch.equal(read_image(tmp_path / "wide.png"), grey)
-    assert torch.equal(read_image(tmp_path / "turned.png"), grey.rot90(1, (1, 2)))
+    assert torch.equal(read_image(tmp_path / "gray.png"), gray)
+    assert torch.equal(read_image(tmp_path / "wide.png"), gray)
+    assert torch.equal(read_image(tmp_path / "turned.png"), gray.rot90(1, (1, 2)))
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     pixels = read_image(tmp_path / "cmyk.jpg")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.records import Record, Records
 from tests.helpers.evaluations import benchmark, evaluate, settings, write_benchmark
 from tests.helpers.pipeline import files_below
-from tests.helpers.ranks import PRELOAD, two_ranks
+from tests.helpers.ranks import forked, two_ranks
 
 
 @dataclass(kw_only=True)
@@ -75,11 +74,8 @@ def rank_resumes(rank: int, root: str, folder: str) -> None:
 def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     root = write_benchmark(tmp_path / "data", 6)
     evaluate(tmp_path / "whole", benchmark(root), everything())
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     for name in ("alone", "ranks"):
-        process = context.Process(target=killed, args=(str(root), str(tmp_path / name)))
-        process.start()
+        process = forked(killed, str(root), str(tmp_path / name))
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert names_done(tmp_path / name) == {"0", "1"}

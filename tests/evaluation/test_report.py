@@ -86,7 +86,7 @@ def test_failed_and_missing_runs_have_no_mean() -> None:
     ]
 
 
-def test_runs_are_labelled_by_what_differs() -> None:
+def test_runs_are_labeled_by_what_differs() -> None:
     first = a_run("voc", 80.0, settings={"seed": 0, "benchmark.limit": 5})
     second = a_run("voc", 81.0, settings={"seed": 1, "benchmark.limit": 5})
     other = a_run("context", 40.0, settings={"seed": 0, "benchmark.limit": 9})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from talk2dino.features.extraction.job import Extraction
 from tests.helpers.encoders import HashText
 from tests.helpers.pipeline import TRAIN, files_below, run
 from tests.helpers.ranks import two_ranks
-from tests.helpers.stores import ENCODERS
 from tests.helpers.stores import extract as extract_pictures
 
 SIZE, BATCH, SHARD = 32, 4, 8
@@ -121,7 +118,7 @@ def test_fields_are_those_of_the_encoder(
     assert store.vision.prefix_tokens == vision.num_prefix_tokens
 
 
-def test_crop_keeps_the_centre() -> None:
+def test_crop_keeps_the_center() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     assert crop_square(Image.fromarray(pixels), 20).float().mean() == 255
@@ -334,18 +331,16 @@ def test_impossible_ranks_are_refused() -> None:
         process_rank({"RANK": "2", "WORLD_SIZE": "2"})
 
 
-@pytest.mark.slow
-def test_torchrun_writes_the_same_store(pictures: Path, tmp_path: Path) -> None:
+def rank_runs_the_command(rank: int, pictures: Path, store: Path) -> None:
+    printed = store.with_name(f"printed-{rank}.txt")
+    with printed.open("w") as file, contextlib.redirect_stdout(file):
+        extract_pictures(pictures, store, "features=pooled")
+
+
+def test_ranks_of_torchrun_write_the_same_store(pictures: Path, tmp_path: Path) -> None:
     one = extract_pictures(pictures, tmp_path / "one", "features=pooled")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = ("source=folder", f"source.images={pictures}", *ENCODERS, "features=pooled")
-    where = (f"store={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'run'}")
-    command += ["-m", "talk2dino.extract", *options, *where, "images_per_shard=10"]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "rank 1 of 2" in done.stdout
+    two_ranks(rank_runs_the_command, pictures, tmp_path / "two")
+    assert "rank 1 of 2" in (tmp_path / "printed-1.txt").read_text()
     assert files_below(tmp_path / "two") == files_below(one)
 
 

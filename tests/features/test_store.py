@@ -171,7 +171,7 @@ def _sum_in_child(opened: FeatureStore, queue: multiprocessing.Queue) -> None:
     queue.put((os.getpid(), float(opened.images["cls_token"][[10, 0]].astype(np.float64).sum())))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["forkserver", "fork"])  # spawn pickles as forkserver does
 def test_reads_in_another_process(folder: Path, method: str) -> None:
     opened = FeatureStore(folder)
     want = float(opened.images["cls_token"][[10, 0]].astype(np.float64).sum())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
 
 import h5py
@@ -19,6 +18,7 @@ from talk2dino.features import FeatureStore, write_store
 from talk2dino.features.store import shard_writer
 from talk2dino.features.store.schema import Manifest
 from talk2dino.features.store.writer import finish_manifest, open_for_append, write_shard
+from tests.helpers.ranks import forked
 from tests.helpers.stores import Arrays, shard_arrays
 
 
@@ -89,20 +89,17 @@ def test_resume_refuses_shards_of_unknown_settings(tmp_path: Path) -> None:
         open_for_append(tmp_path, {}, "train")
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from tests.helpers.stores import shard_arrays
-from talk2dino.features.store.writer import write_shard
-real, count = os.replace, [0]
-def replace(source, target):
-    count[0] += 1
-    if count[0] == int(sys.argv[2]):
-        os._exit(9)  # as SIGKILL: nothing is cleaned up
-    real(source, target)
-os.replace = replace
-write_shard(Path(sys.argv[1]), 0, *shard_arrays())
-"""
+def write_until(folder: Path, kill_at: int) -> None:
+    """A process that dies at the renaming of its file number `kill_at`."""
+    real, numbers = os.replace, count(1)
+
+    def replace(source: Path, target: Path) -> None:
+        if next(numbers) == kill_at:
+            os._exit(9)  # as SIGKILL: nothing is cleaned up
+        real(source, target)
+
+    os.replace = replace
+    write_shard(folder, 0, *shard_arrays())
 
 
 @pytest.mark.parametrize(("kill_at", "shard_exists"), [(1, False), (2, True)])
@@ -111,10 +108,9 @@ def test_kill_before_rename_leaves_no_final_file(
 ) -> None:
     settings = {"limit": 4}
     open_for_append(tmp_path, settings, "train")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kill_at)]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    assert subprocess.run(command, cwd=root, env=environment, check=False).returncode == 9
+    process = forked(write_until, tmp_path, kill_at)
+    process.join()
+    assert process.exitcode == 9
     assert (tmp_path / "train-00000.h5").exists() == shard_exists
     assert open_for_append(tmp_path, settings, "train") == {}  # to be written again
     write_shard(tmp_path, 0, *shard_arrays())
@@ -137,26 +133,23 @@ def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(p.name for p in tmp_path.iterdir()) == [".parts", "train-00000.h5"]
 
 
+def write_below_a_limit(folder: Path) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        write_store(folder / "s", {"cls_token": np.zeros((99, 2000), "f4")}, {})
+    except StoreError as error:
+        (folder / "said.txt").write_text(str(error))
+
+
 def test_file_size_limit_of_the_system_is_one_line(tmp_path: Path) -> None:
     """HDF5 itself meets the failed write and reports it as RuntimeError."""
     pytest.importorskip("resource")
-    code = (
-        "import resource, sys, numpy as np\n"
-        "from pathlib import Path\n"
-        "from talk2dino.errors import StoreError\n"
-        "from talk2dino.features import write_store\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n"
-        "    write_store(sys.argv[1], {'cls_token': np.zeros((99, 2000), 'f4')}, {})\n"
-        "except StoreError as error:\n"
-        "    print(error)\n"
-    )
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", code, str(tmp_path / "s")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.stdout.count("\n") == 1, run.stdout + run.stderr
-    assert "File too large" in run.stdout
+    forked(write_below_a_limit, tmp_path).join()
+    said = (tmp_path / "said.txt").read_text()
+    assert "\n" not in said
+    assert "File too large" in said
     assert not list((tmp_path / "s").glob("*.h5"))
     assert not list((tmp_path / "s").glob(".*.tmp"))
 

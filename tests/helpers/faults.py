@@ -27,7 +27,7 @@ from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.job import Extraction
 from tests.helpers.encoders import HashText
 from tests.helpers.pipeline import files_below
-from tests.helpers.ranks import PRELOAD
+from tests.helpers.ranks import PRELOAD, forked
 
 SIZE, BATCH, SHARD, IMAGES = 32, 2, 4, 30
 # What touches the store: a kill just before one of these leaves every possible state on the disk.
@@ -82,11 +82,7 @@ class _Killer:
 
 def start(images: Path, store: Path, kill_at: int | None = None, **options: Any) -> BaseProcess:
     """Fork an extraction from a server that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "tests.helpers.faults"])
-    process = context.Process(target=extract, args=(images, store, kill_at), kwargs=options)
-    process.start()
-    return process
+    return forked(extract, images, store, kill_at, **options)
 
 
 def start_ranks(images: Path, store: Path, world_size: int, **options: Any) -> list[BaseProcess]:
@@ -183,6 +179,7 @@ def _one_start(images: Path, store: Path, chance: random.Random, duration: float
 
 def main(kills: int, seed: int) -> None:
     """Print how many kills lost how many rows."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         images = make_images(Path(folder) / "images")
         killed, stores, wrong = kill_and_restart(images, Path(folder), kills, seed)

@@ -109,7 +109,7 @@ def write_layout(
     Args:
         name: key of `LAYOUTS`.
         root: folder of the dataset.
-        colors: [K, 3] in 0..255, a colour for every class.
+        colors: [K, 3] in 0..255, a color for every class.
         size: rows and columns, multiples of 8.
     """
     layout, random = LAYOUTS[name], np.random.default_rng(len(name))

@@ -193,8 +193,8 @@ def test_pictures_of_several_sizes_and_shapes(model: Talk2DINO) -> None:
         torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-4)
     batch = torch.stack([pictures[0], pictures[0]])
     assert len(model.segment(batch, ["cat"], short_side=32)) == 2
-    grey = model.segment(np.full((8, 8), 0.5), ["cat"], short_side=32)
-    assert grey.image.unique().tolist() == [128]
+    gray = model.segment(np.full((8, 8), 0.5), ["cat"], short_side=32)
+    assert gray.image.unique().tolist() == [128]
 
 
 def test_encode_once_then_score_again(model: Talk2DINO, pixels: torch.Tensor) -> None:
@@ -322,7 +322,7 @@ def test_heat_maps_follow_the_scores(model: Talk2DINO, pixels: torch.Tensor) -> 
     scores = found.scores[2].numpy()
     assert picture.shape == scores.shape
     order = np.argsort(scores, axis=None)
-    assert (np.diff(picture.flatten()[order]) >= -1).all()  # lightness never falls (one grey level)
+    assert (np.diff(picture.flatten()[order]) >= -1).all()  # lightness never falls (one gray level)
     narrow = np.asarray(found.heatmap("dog", alpha=1.0, limits=(2.0, 3.0)))
     assert len(np.unique(narrow.reshape(-1, 3), axis=0)) == 1  # all below the limits
     with pytest.raises(ConfigError, match="the background has no map"):

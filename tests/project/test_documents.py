@@ -18,10 +18,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.command import quote_ranges
 from talk2dino.config.schemas import register_schemas
+from tests.helpers.pipeline import run
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\s*)?^( *)```(bash|python)\n(.*?)^ *```", re.M | re.S)
+
+# `python -m talk2dino.NAME …` over all its lines, without what only a shell understands
+COMMAND = re.compile(r"^(python -m talk2dino\.\w+(?: (?:[^\n\\|<>&;$`]|\\\n)*)?)$", re.M)
 
 
 class Block(NamedTuple):
@@ -55,16 +59,30 @@ def chosen(mode: str, language: str) -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", chosen("run", "bash"))
-def test_shell_block_runs(block: Block, quickstart: Path) -> None:
+def test_shell_block_runs(block: Block, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain commands run in this process, which has imported everything; the rest in a shell."""
+    monkeypatch.chdir(quickstart.parents[1])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.code],
-        cwd=quickstart.parents[1],
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    for number, part in enumerate(COMMAND.split(block.code)):
+        if number % 2:
+            run_here(part)
+        elif part.strip():
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", part],
+                env=os.environ | {"PATH": path},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+
+
+def run_here(line: str) -> None:
+    """A command line as a shell would run it, if it asks nothing of the shell but quotes."""
+    _, _, module, *words = shlex.split(line.replace("\\\n", " "), comments=True)
+    try:
+        run(module.removeprefix("talk2dino."), *words)
+    except SystemExit as stopped:
+        assert not stopped.code, line
 
 
 @pytest.mark.slow

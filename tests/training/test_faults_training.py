@@ -22,7 +22,7 @@ import torch
 
 from talk2dino.alignment.module import AlignmentModule
 from tests.helpers.pipeline import TRAIN, run
-from tests.helpers.ranks import PRELOAD
+from tests.helpers.ranks import PRELOAD, forked
 from tests.helpers.stores import tiny_store
 
 IMAGES, HELD_OUT = 36, 4
@@ -91,13 +91,8 @@ class _Killer:
 
 def start(store: Path, folder: Path, **kill: int | None) -> BaseProcess:
     """Fork a training from a server that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "tests.training.test_faults_training"])
     folder.mkdir(exist_ok=True)
-    arguments = {"step": None, "operation": None} | kill
-    process = context.Process(target=train, args=(store, folder), kwargs=arguments)
-    process.start()
-    return process
+    return forked(train, store, folder, **{"step": None, "operation": None} | kill)
 
 
 def finish(process: BaseProcess) -> bool:
@@ -163,6 +158,7 @@ def test_killed_trainings_equal_one_that_was_not(tmp_path: Path) -> None:
 
 def main(kills: int, seed: int) -> None:
     """Print how many kills lost how many steps."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         killed, runs, wrong = kill_and_resume(Path(folder), kills, seed)
     print(f"{killed} kills over {runs} runs: {wrong} lost or different steps and files")
