@@ -197,8 +197,8 @@ def _check_masks_have_images(layout: Layout, images: dict[str, Path]) -> None:
     if absent and layout.images != layout.masks:
         raise DataError(
             f"benchmark.images={layout.images}: {len(absent)} label maps have no image, the first "
-            f"is {absent[0]}{ending}; add the image, move the label map away, or name the images to "
-            "take in a file: benchmark.split=FILE"
+            f"is {absent[0]}{ending}; add the image, move the label map away, or name the images "
+            "to take in a file: benchmark.split=FILE"
         )
 
 
