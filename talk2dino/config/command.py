@@ -8,7 +8,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from talk2dino.config.checks import check_given, check_targets, use_current_names
@@ -195,6 +198,17 @@ def quote_ranges(arguments: list[str]) -> list[str]:
     plain = re.compile(r"([^=]+)=((?!['\"\[]).*\{\d+\.\.\d+\}.*)")
     found = [(plain.fullmatch(argument), argument) for argument in arguments]
     return [f"{match[1]}='{match[2]}'" if match else argument for match, argument in found]
+
+
+@contextmanager
+def progress(what: str, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Gives `advance(done, total)`, which moves a bar on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    hidden = not (visible and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def require_output_folder(path: Path, key: str) -> Path:

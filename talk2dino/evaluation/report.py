@@ -1,6 +1,7 @@
 """`report.html` of an evaluation, or of several side by side, from the files of the run folders.
 
-This file collects what a page shows; `templates/report.html.j2` says how it looks.
+Several also get a table, in the terminal, in Markdown and as CSV: `compare`. This file collects
+what a page shows; `templates/report.html.j2` says how it looks.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
 
 from talk2dino.evaluation.charts import Confusion, HeatMap, heat_map, histogram, top_confusions
 from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
 from talk2dino.evaluation.runs import Run, read_runs
-from talk2dino.evaluation.summary import published, summarize
+from talk2dino.evaluation.summary import as_csv, as_markdown, as_table, published, summarize
 from talk2dino.files import read_json, replacing
 from talk2dino.tables import percent
 
@@ -95,6 +97,27 @@ def write_report(folder: Path) -> Path:
     before = next((run for run in runs if run.untrained), None)
     title = f"{run.benchmark}: {percent(run.miou)} mIoU"
     return _write(folder, title=title, sections=[section(run, before)], summary=None)
+
+
+def compare(runs: Sequence[Run], folder: Path | None) -> None:
+    """Print the table of several evaluations; with a folder, write it there in three forms.
+
+    Args:
+        runs: evaluations.
+        folder: `summary.md`, `summary.csv` and `report.html` go there.
+    """
+    summary = summarize(runs)
+    console = Console()
+    console.print(as_table(summary, console.width))
+    for run in runs:
+        if run.error:
+            print(f"{run.folder}: {run.error}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "summary.md", as_markdown(summary))
+    _replace(folder / "summary.csv", as_csv(summary))
+    print(f"report: {write_sweep_report(runs, folder)}")
 
 
 def write_sweep_report(runs: Sequence[Run], folder: Path) -> Path:
@@ -172,7 +195,10 @@ def templates() -> Environment:
 
 
 def _write(folder: Path, **context: Any) -> Path:
-    text = templates().get_template("report.html.j2").render(context)
-    with replacing(folder / NAME) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _replace(folder / NAME, templates().get_template("report.html.j2").render(context))
     return folder / NAME
+
+
+def _replace(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
