@@ -42,9 +42,9 @@ def run(
     """Compose `<command>.yaml` from the command line and call `task` with the checked config.
 
     `complete` fills in the values that the config leaves to the data, before they are checked.
-    An error that is the user's to mend is printed as one line and exits with status 2. In a sweep
-    (-m) any error ends its own job only: a line is printed, `failed.json` in the job's run folder
-    says why, the other jobs run, and the command exits with status 1 at its end.
+    A `UserError` is printed as one line and exits with status 2. In a sweep (-m) any error ends its
+    own job only: a line is printed, `failed.json` in the job's run folder says why, the other jobs
+    run, and the command exits with status 1 at its end.
     """
     register_schemas()
     sys.argv[1:] = quote_ranges(sys.argv[1:])
@@ -121,7 +121,7 @@ def failures(sweep: Path) -> list[Path]:
 def note_failure(error: Exception, message: str | None) -> None:
     """Print a sweep's failed job as one line and write `failed.json` into its run folder.
 
-    The file holds `error`, the line, and `traceback` where the error is not the user's to mend.
+    The file holds `error`, the line, and `traceback` unless it is a `UserError`.
     """
     job = HydraConfig.get().job
     described = {"error": message or f"{type(error).__name__}: {error}"}
@@ -145,7 +145,7 @@ def failure_file() -> Path:
 
 
 def user_message(error: Exception) -> str | None:
-    """Return the line for the user; None if the error is not his to mend.
+    """Return the line of a `UserError`; None for any other error.
 
     A loader worker or a spawned rank hands its error over as the text of a traceback.
     """
@@ -156,7 +156,7 @@ def user_message(error: Exception) -> str | None:
 
 
 def quiet_libraries() -> None:
-    """Keep advertisements and inner affairs of libraries out of the terminal."""
+    """Keep advertisements and irrelevant warnings of libraries out of the terminal."""
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
