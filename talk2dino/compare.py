@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from talk2dino.errors import UserError
-from talk2dino.evaluation.report import report
+from talk2dino.evaluation.report import compare
 from talk2dino.evaluation.runs import read_runs
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     try:
-        report(read_runs(given.runs), given.output)
+        compare(read_runs(given.runs), given.output)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Activation
 from talk2dino.config import command
-from talk2dino.config.command import require_output_folder
+from talk2dino.config.command import progress, require_output_folder
 from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object
 from talk2dino.datasets.tars import expand_tars
 from talk2dino.encoders.build import check_spec
@@ -215,22 +212,6 @@ TASKS: Mapping[str, Callable[..., None]] = {
     "verify": verify,
     "coco_object": coco_object,
 }
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives `advance(done, total)`, which moves a bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_encoders(specs: Mapping[str, Spec | None]) -> None:

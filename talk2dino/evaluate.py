@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from talk2dino.alignment.checkpoint import describe_projection
@@ -84,11 +83,8 @@ def check_files(benchmark: Benchmark) -> None:
     Raises:
         DataError: the first bad one.
     """
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or getattr(rank_zero_only, "rank", 0) > 0
-    with Progress(console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("checking files", total=None)
-        benchmark.check(lambda done, total: bar.update(task, completed=done, total=total))
+    with command.progress("checking files", getattr(rank_zero_only, "rank", 0) == 0) as advance:
+        benchmark.check(advance)
 
 
 def fresh_projection(trained: Projection, text: TextEncoder) -> Projection:

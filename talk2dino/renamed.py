@@ -2,7 +2,7 @@
 
 Configs, feature stores, checkpoints and records of evaluations name classes as `_target_`. Names
 are translated where such a file is read, and on both sides where one is compared with a present
-config. So a class may move: its old name is added to `RENAMED`, and nothing else needs to know.
+config. So a class may move: a row is added to the table, and nothing else needs to know.
 """
 
 from __future__ import annotations
@@ -11,65 +11,41 @@ from collections.abc import Mapping
 from typing import Any
 
 TARGET = "_target_"
-
-
-def _moved(old: str, new: str, *names: str) -> dict[str, str]:
-    return {f"{old}.{name}": f"{new}.{name}" for name in names}
-
-
-_HEADS = "talk2dino.alignment.similarity.heads"
-_TEXT = "talk2dino.encoders.text"
-
-RENAMED: Mapping[str, str] = {  # old dotted name: present one
-    **_moved("talk2dino.cli", "talk2dino.config.command", "ExitStatus"),
-    **_moved("talk2dino.sweeps.callback", "talk2dino.sweeps.table", "SweepTable"),
-    **_moved("talk2dino.sweeps.evaluation_report", "talk2dino.sweeps.table", "SweepReport"),
-    # sources of captioned images
-    **_moved(
-        "talk2dino.features.sources",
-        "talk2dino.datasets.captions",
-        *("CaptionFolder", "CocoCaptions", "WebDataset"),
+_MOVED = (  # former module, present module, classes
+    ("cli", "config.command", "ExitStatus"),
+    ("sweeps.callback", "sweeps.table", "SweepTable"),
+    ("sweeps.evaluation_report", "sweeps.table", "SweepReport"),
+    ("features.sources", "datasets.captions", "CaptionFolder CocoCaptions WebDataset"),
+    ("features.sources.coco_captions", "datasets.captions", "CocoCaptions"),
+    ("features.sources.folder", "datasets.captions", "CaptionFolder"),
+    ("features.sources.webdataset", "datasets.captions", "WebDataset"),
+    ("features.sources", "datasets.mosaic", "Mosaic"),
+    ("features.sources.mosaic", "datasets.mosaic", "Mosaic"),
+    ("segmentation.folder", "datasets.benchmarks.labeled_folders", "FolderBenchmark"),
+    ("segmentation.cityscapes", "datasets.benchmarks.public_datasets", "CityscapesBenchmark"),
+    (
+        "segmentation.coco_stuff",
+        "datasets.benchmarks.public_datasets",
+        "CocoObjectBenchmark CocoStuffBenchmark",
     ),
-    **_moved(
-        "talk2dino.features.sources.coco_captions", "talk2dino.datasets.captions", "CocoCaptions"
+    ("segmentation.mosaic", "datasets.mosaic", "MosaicBenchmark"),
+    # ("segmentation.knn", "segmentation.refinement.knn", "KNN"),
+    # ("segmentation.pamr", "segmentation.refinement.pamr", "PAMR"),
+    ("alignment.all_pairs", "alignment.similarity", "MaxRowSum MeanHeads Nucleus SumHeads"),
+    (
+        "alignment.paired_heads",
+        "alignment.similarity",
+        "MaxScore SampledHead SoftHead WeightedAverage",
     ),
-    **_moved("talk2dino.features.sources.folder", "talk2dino.datasets.captions", "CaptionFolder"),
-    **_moved("talk2dino.features.sources.webdataset", "talk2dino.datasets.captions", "WebDataset"),
-    **_moved("talk2dino.features.sources", "talk2dino.datasets.mosaic", "Mosaic"),
-    **_moved("talk2dino.features.sources.mosaic", "talk2dino.datasets.mosaic", "Mosaic"),
-    # benchmarks
-    **_moved(
-        "talk2dino.segmentation.folder",
-        "talk2dino.datasets.benchmarks.labeled_folders",
-        "FolderBenchmark",
-    ),
-    **_moved(
-        "talk2dino.segmentation.cityscapes",
-        "talk2dino.datasets.benchmarks.public_datasets",
-        "CityscapesBenchmark",
-    ),
-    **_moved(
-        "talk2dino.segmentation.coco_stuff",
-        "talk2dino.datasets.benchmarks.public_datasets",
-        *("CocoObjectBenchmark", "CocoStuffBenchmark"),
-    ),
-    **_moved("talk2dino.segmentation.mosaic", "talk2dino.datasets.mosaic", "MosaicBenchmark"),
-    # refinements of label maps
-    # **_moved("talk2dino.segmentation.knn", "talk2dino.segmentation.refinement.knn", "KNN"),
-    # **_moved("talk2dino.segmentation.pamr", "talk2dino.segmentation.refinement.pamr", "PAMR"),
-    # similarities by the modules that held them; `talk2dino.alignment.similarity` has them all
-    **_moved(
-        "talk2dino.alignment.all_pairs", _HEADS, "MaxRowSum", "MeanHeads", "Nucleus", "SumHeads"
-    ),
-    **_moved(
-        "talk2dino.alignment.paired_heads",
-        _HEADS,
-        *("MaxScore", "SampledHead", "SoftHead", "WeightedAverage"),
-    ),
-    # text encoders by the modules that held them
-    **_moved("talk2dino.encoders.bert_text", _TEXT, "BertTextEncoder"),
-    **_moved("talk2dino.encoders.open_clip_text", _TEXT, "OpenClipTextEncoder"),
-    **_moved("talk2dino.encoders.sentence_text", _TEXT, "SentenceTransformerTextEncoder"),
+    ("alignment.visual_projection", "alignment.projection", "VisualProjectionLayer"),
+    ("encoders.bert_text", "encoders.text", "BertTextEncoder"),
+    ("encoders.open_clip_text", "encoders.text", "OpenClipTextEncoder"),
+    ("encoders.sentence_text", "encoders.text", "SentenceTransformerTextEncoder"),
+)
+RENAMED: Mapping[str, str] = {  # former dotted name: present one
+    f"talk2dino.{old}.{name}": f"talk2dino.{new}.{name}"
+    for old, new, names in _MOVED
+    for name in names.split()
 }
 
 

@@ -1,6 +1,7 @@
 """A search with Optuna 4 or later as a Hydra sweeper (`sweep=optuna`).
 
-Hydra imports every plugin at every start, so only Hydra is imported up here.
+Hydra imports every plugin at every start, also of other programs, so that nothing large is imported
+at the top.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from talk2dino.errors import ConfigError
+from talk2dino.files import replacing
+
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import Trial
@@ -50,7 +54,7 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what Hydra hands over."""
+        """Take the config, and make the parser of overrides and the launcher."""
         self.config = config
         self.parser = OverridesParser.create(config_loader=hydra_context.config_loader)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -69,7 +73,7 @@ class OptunaSweeper(Sweeper):
         in_config: Any = OmegaConf.to_container(node.space, resolve=True) if node.space else {}
         ranges = distributions({**flat(in_config), **space})
         if not ranges:
-            raise _config_error("sweep.space: nothing to search; see docs/sweeps.md")
+            raise ConfigError("sweep.space: nothing to search; see docs/sweeps.md")
         storage = node.storage or f"sqlite:///{folder / 'optuna.db'}"
         fixed.append(f"sweep.storage='{storage}'")
         sampler, pruner = (node[key] and instantiate(node[key]) for key in ("sampler", "pruner"))
@@ -130,7 +134,7 @@ def _choices(override: Override) -> Any:
         return [_plain(item) for item in value.range()]
     if isinstance(value, ChoiceSweep):
         return [_plain(item) for item in value.list]
-    raise _config_error(f"{override.input_line}: a search knows a,b choice() range() interval()")
+    raise ConfigError(f"{override.input_line}: a search knows a,b choice() range() interval()")
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +173,6 @@ def write_best(study: Study, folder: Path, fixed: list[str]) -> None:
     """Write the best trial's values as `best.yaml`; its first line is a command line."""
     from optuna.trial import TrialState
 
-    from talk2dino.files import replacing
     from talk2dino.sweeps.study import as_override
 
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -184,12 +187,6 @@ def write_best(study: Study, folder: Path, fixed: list[str]) -> None:
     ]
     with replacing(folder / "best.yaml") as path:
         path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def _config_error(line: str) -> Exception:
-    from talk2dino.errors import ConfigError
-
-    return ConfigError(line)
 
 
 ConfigStore.instance().store(

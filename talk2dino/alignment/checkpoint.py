@@ -43,11 +43,7 @@ _CLASSES: tuple[type[Projection], ...] = (
     VisualProjectionLayer,
     CLIPLastLayer,
 )
-_PACKAGES = {  # with the one in which an earlier version kept VisualProjectionLayer
-    "talk2dino.alignment",
-    "talk2dino.alignment.visual_projection",
-    *(kind.__module__ for kind in _CLASSES),
-}
+_PACKAGES = {"talk2dino.alignment"} | {kind.__module__ for kind in _CLASSES}
 
 
 @dataclass(frozen=True)

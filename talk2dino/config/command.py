@@ -8,7 +8,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from talk2dino.config.checks import (
@@ -45,9 +48,9 @@ def run(
     """Compose `<command>.yaml` from the command line and call `task` with the checked config.
 
     `complete` fills in the values that the config leaves to the data, before they are checked.
-    An error that is the user's to mend is printed as one line and exits with status 2. In a sweep
-    (-m) any error ends its own job only: a line is printed, `failed.json` in the job's run folder
-    says why, the other jobs run, and the command exits with status 1 at its end.
+    A `UserError` is printed as one line and exits with status 2. In a sweep (-m) any error ends its
+    own job only: a line is printed, `failed.json` in the job's run folder says why, the other jobs
+    run, and the command exits with status 1 at its end.
     """
     register_schemas()
     sys.argv[1:] = quote_ranges(sys.argv[1:])
@@ -124,7 +127,7 @@ def failures(sweep: Path) -> list[Path]:
 def note_failure(error: Exception, message: str | None) -> None:
     """Print a sweep's failed job as one line and write `failed.json` into its run folder.
 
-    The file holds `error`, the line, and `traceback` where the error is not the user's to mend.
+    The file holds `error`, the line, and `traceback` unless it is a `UserError`.
     """
     job = HydraConfig.get().job
     described = {"error": message or f"{type(error).__name__}: {error}"}
@@ -148,7 +151,7 @@ def failure_file() -> Path:
 
 
 def user_message(error: Exception) -> str | None:
-    """Return the line for the user; None if the error is not his to mend.
+    """Return the line of a `UserError`; None for any other error.
 
     A loader worker or a spawned rank hands its error over as the text of a traceback.
     """
@@ -159,7 +162,7 @@ def user_message(error: Exception) -> str | None:
 
 
 def quiet_libraries() -> None:
-    """Keep advertisements and inner affairs of libraries out of the terminal."""
+    """Keep advertisements and irrelevant warnings of libraries out of the terminal."""
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -201,6 +204,17 @@ def quote_ranges(arguments: list[str]) -> list[str]:
     plain = re.compile(r"([^=]+)=((?!['\"\[]).*\{\d+\.\.\d+\}.*)")
     found = [(plain.fullmatch(argument), argument) for argument in arguments]
     return [f"{match[1]}='{match[2]}'" if match else argument for match, argument in found]
+
+
+@contextmanager
+def progress(what: str, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Gives `advance(done, total)`, which moves a bar on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    hidden = not (visible and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def require_output_folder(path: Path, key: str) -> Path:

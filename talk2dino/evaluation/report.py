@@ -1,7 +1,7 @@
 """Tables and pages of evaluations: `report.html` of one run, or of several side by side.
 
-This file collects what a page shows from the files of the run folders; `templates/report.html.j2`
-and `templates/charts.html.j2` say how it looks.
+Several also get a table, in the terminal, in Markdown and as CSV: `compare`. This file collects what
+a page shows; `templates/report.html.j2` and `templates/charts.html.j2` say how it looks.
 """
 
 from __future__ import annotations
@@ -184,6 +184,27 @@ def write_report(folder: Path) -> Path:
     return _write(folder, title=title, sections=[section(run, before)], summary=None)
 
 
+def compare(runs: Sequence[Run], folder: Path | None) -> None:
+    """Print the table of several evaluations; with a folder, write it there in three forms.
+
+    Args:
+        runs: evaluations.
+        folder: `summary.md`, `summary.csv` and `report.html` go there.
+    """
+    summary = summarize(runs)
+    console = Console()
+    console.print(as_table(summary, console.width))
+    for run in runs:
+        if run.error:
+            print(f"{run.folder}: {run.error}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "summary.md", as_markdown(summary))
+    _replace(folder / "summary.csv", as_csv(summary))
+    print(f"report: {write_sweep_report(runs, folder)}")
+
+
 def write_sweep_report(runs: Sequence[Run], folder: Path) -> Path:
     """Write `report.html` of several evaluations into `folder`: a summary, then every run.
 
@@ -259,29 +280,10 @@ def templates() -> Environment:
 
 
 def _write(folder: Path, **context: Any) -> Path:
-    text = templates().get_template("report.html.j2").render(context)
-    with replacing(folder / NAME) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _replace(folder / NAME, templates().get_template("report.html.j2").render(context))
     return folder / NAME
 
 
-def report(runs: Sequence[Run], folder: Path | None) -> None:
-    """Print the table of the runs; with a folder, write it there in three forms.
-
-    Args:
-        runs: evaluations.
-        folder: `summary.md`, `summary.csv` and `report.html` go there.
-    """
-    summary = summarize(runs)
-    console = Console()
-    console.print(as_table(summary, console.width))
-    for run in runs:
-        if run.error:
-            print(f"{run.folder}: {run.error}")
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("summary.md", as_markdown(summary)), ("summary.csv", as_csv(summary))):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    print(f"report: {write_sweep_report(runs, folder)}")
+def _replace(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

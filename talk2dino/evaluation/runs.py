@@ -10,28 +10,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from talk2dino.errors import DataError
+from talk2dino.evaluation.settings import compared
 from talk2dino.files import read_json
-from talk2dino.renamed import with_current_names
 
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
-# the axes of the table, and what does not change a figure
-_NOT_SETTINGS = {
-    "benchmark",
-    "checkpoint",
-    "pamr",
-    "compare_untrained",
-    "pictures",
-    "label_maps",
-    "examples",
-    "resume",
-    "num_workers",
-    "batch_size",
-    "window_batch_size",
-    "trainer",
-    "vision",
-    "text",
-}
-_NOT_PROTOCOL = {"name", "root", "reference"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +27,7 @@ class Run:
         pamr: whether the windows were refined.
         results: contents of `results.json`; empty if the run has none.
         error: why it has none.
-        settings: the rest of the config that may change a figure, flat with dotted keys.
+        settings: the other values that decide its figures, by dotted keys.
         reference: published figures of the benchmark.
         untrained: whether this is the freshly initialised projection beside the checkpoint.
     """
@@ -128,12 +110,8 @@ def _run(
     error: str | None,
     untrained: bool = False,
 ) -> Run:
-    config = with_current_names(config)
     node = config.get("benchmark")
     protocol: Mapping[str, Any] = node if isinstance(node, Mapping) else {}
-    plain = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
-    plain["benchmark"] = {k: v for k, v in protocol.items() if k not in _NOT_PROTOCOL}
-    plain["trainer"] = {"precision": (config.get("trainer") or {}).get("precision")}
     return Run(
         folder,
         benchmark=str(results.get("benchmark") or protocol.get("name") or "?"),
@@ -141,19 +119,10 @@ def _run(
         pamr=bool(config.get("pamr")),
         results=results,
         error=error,
-        settings=dict(flatten(plain)),
+        settings=compared(config),
         reference=protocol.get("reference") or {},
         untrained=untrained,
     )
-
-
-def flatten(node: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted keys and values of a config, without those that point elsewhere."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{path}{key}.")
-        elif "${" not in str(value):  # a failed job's config is not resolved
-            yield f"{path}{key}", value
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -54,23 +54,22 @@ def deciding(config: Mapping[str, Any], command: str) -> dict[str, Any]:
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by which runs of one benchmark are told apart in a table, flat with dotted keys.
 
-    The seed is one of them: it decides a freshly initialized projection. Interpolations are left
-    out; a failed job's config is not resolved.
+    The seed is one of them: it decides a freshly initialized projection.
     """
     chosen = with_current_names(deciding(config, "evaluate")) | {"seed": config.get("seed")}
     return {
         key: value
-        for key, value in _flat(chosen)
+        for key, value in flatten(chosen)
         if not any(f"{key}.".startswith(f"{other}.") for other in _NOT_COMPARED)
-        and "${" not in str(value)
     }
 
 
-def _flat(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a config, without those that point elsewhere."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
+            yield from flatten(value, f"{path}{key}.")
+        elif "${" not in str(value):  # a failed job's config is not resolved
             yield f"{path}{key}", value
 
 
@@ -93,6 +92,7 @@ def describe_run(
         "unlabelled": list(benchmark.class_list.unlabeled),
         **{f"benchmark.{k}": v for k, v in protocol.items() if k not in ("reference", "limit")},
         **chosen,
+        "refinement": chosen["refinement"] or None,  # an empty node is none
         "trainer.precision": str(chosen["trainer.precision"] or PRECISION),
         "projection": state_dict_digest(projection),
         "vision": state_dict_digest(vision),

@@ -16,7 +16,8 @@ import talk2dino
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.projection import Projection
 from talk2dino.errors import DataError
-from talk2dino.evaluation.runs import RESULTS, flatten, read_config
+from talk2dino.evaluation.runs import RESULTS, read_config
+from talk2dino.evaluation.settings import flatten
 from talk2dino.files import read_json, replacing, write_json
 from talk2dino.tables import markdown_table, percent
 

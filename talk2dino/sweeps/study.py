@@ -43,7 +43,7 @@ def open_study(
         storage: URL, `sqlite:////path/optuna.db` or of another database.
         mode: max or min.
         sampler: proposes values; None is Optuna's default.
-        pruner: stops runs that fall behind; None never does.
+        pruner: stops runs that do worse than others; None stops none.
 
     Raises:
         ConfigError: the storage cannot be opened, or another mode.

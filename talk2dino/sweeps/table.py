@@ -17,7 +17,7 @@ from rich.table import Table
 
 from talk2dino.config.command import FAILED
 from talk2dino.errors import DataError
-from talk2dino.evaluation.report import report
+from talk2dino.evaluation.report import compare
 from talk2dino.evaluation.runs import read_sweep
 from talk2dino.files import read_json, replacing
 from talk2dino.sweeps.study import PRUNED
@@ -47,7 +47,7 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         runs = read_sweep(folder)
         if runs:
-            report(runs, folder)
+            compare(runs, folder)
 
 
 @dataclass(frozen=True)
