@@ -1,7 +1,7 @@
 """Tables and pages of evaluations: `report.html` of one run, or of several side by side.
 
-Several also get a table, in the terminal, in Markdown and as CSV: `compare`. This file collects what
-a page shows; `templates/report.html.j2` and `templates/charts.html.j2` say how it looks.
+Several also get a table, in the terminal, in Markdown and as CSV: `compare`. This file collects
+what a page shows; `templates/report.html.j2` and `templates/charts.html.j2` say how it looks.
 """
 
 from __future__ import annotations
