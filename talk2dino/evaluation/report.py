@@ -275,8 +275,14 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     found.filters |= {"percent": percent, "median": median, "histogram": histogram}
-    found.filters["published"] = published
+    found.filters |= {"published": published, "shown": _shown}
     return found
+
+
+def _shown(file: Path) -> str:
+    """A path without the folders of the machine, where the file lies below the working directory."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _write(folder: Path, **context: Any) -> Path:
