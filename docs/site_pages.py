@@ -27,7 +27,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         "reference/config.md": config_reference(REPOSITORY / "conf"),
     }
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
-        pages[f"reference/{folder.name}.md"] = api_reference(folder)
+        name = "config-package" if folder.name == "config" else folder.name  # config.md: of conf/
+        pages[f"reference/{name}.md"] = api_reference(folder)
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -62,9 +63,10 @@ def config_reference(conf: Path) -> str:
 
 def api_reference(folder: Path) -> str:
     """A page with the docstrings of every module of a package."""
-    package = f"{PACKAGE.name}.{folder.name}"
-    modules = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
-    return "\n\n".join([f"# {package}", *(f"::: {package}.{module}" for module in modules)]) + "\n"
+    files = sorted(file for file in folder.rglob("*.py") if file.stem != "__init__")
+    modules = [".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files]
+    title = f"# {PACKAGE.name}.{folder.name}"
+    return "\n\n".join([title, *(f"::: {module}" for module in modules)]) + "\n"
 
 
 def own_keys(file: Path) -> str:
