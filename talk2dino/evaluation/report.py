@@ -280,7 +280,7 @@ def templates() -> Environment:
 
 
 def _shown(file: Path) -> str:
-    """A path without the folders of the machine, where the file lies below the working directory."""
+    """A path relative to the working directory, if the file lies below it."""
     here = Path.cwd()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 

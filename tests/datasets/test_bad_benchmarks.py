@@ -397,7 +397,7 @@ def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:
 
 def test_numbers_with_fractions_are_no_picture(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "a.tif")
-    refused("a.tif: .*numbers with fractions; save it", lambda: read_image(tmp_path / "a.tif"))
+    refused("a.tif: .*floating-point numbers; save it", lambda: read_image(tmp_path / "a.tif"))
 
 
 def test_hidden_files_and_folders_are_no_images(root: Path) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureStore
 from talk2dino.features.batches import CaptionBatches, StoreLoader
-from talk2dino.features.sampler import EpochBatchSampler
+from talk2dino.features.sampler import BLOCK_ROWS, MIX_BLOCKS, EpochBatchSampler
 from tests.helpers.stores import tiny_store
 
 ROWS = np.repeat(np.arange(10), 5)  # ten images of five captions
@@ -338,3 +339,8 @@ def test_fields_are_checked_at_once(folder: Path) -> None:
         CaptionBatches(opened, ["patch_tokens"], [])
     with pytest.raises(StoreError, match="field 'image_row' is asked for twice"):
         CaptionBatches(opened, [], ["image_row"])
+
+
+def test_the_config_states_the_defaults_of_the_block_shuffle() -> None:
+    data = OmegaConf.load(Path(__file__).resolve().parents[2] / "conf" / "train.yaml").data
+    assert (data.block_rows, data.mix_blocks) == (BLOCK_ROWS, MIX_BLOCKS)

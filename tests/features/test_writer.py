@@ -11,13 +11,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from talk2dino import files
 from talk2dino.errors import StoreError
 from talk2dino.features import FeatureStore, write_store
 from talk2dino.features.store import shard_writer
 from talk2dino.features.store.schema import Manifest
-from talk2dino.features.store.writer import finish_manifest, open_for_append, write_shard
+from talk2dino.features.store.writer import (
+    IMAGES_PER_SHARD,
+    finish_manifest,
+    open_for_append,
+    write_shard,
+)
 from tests.helpers.ranks import forked
 from tests.helpers.stores import Arrays, shard_arrays
 
@@ -266,3 +272,9 @@ def test_a_created_file_appears_once(
     assert files.create_json(target, {"a": 2}) is not links
     assert json.loads(target.read_text()) == {"a": 1 if links else 2}
     assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("command", ["extract", "convert"])
+def test_configs_state_the_default_of_images_per_shard(command: str) -> None:
+    file = Path(__file__).resolve().parents[2] / "conf" / f"{command}.yaml"
+    assert OmegaConf.load(file).images_per_shard == IMAGES_PER_SHARD

@@ -78,13 +78,13 @@ def find_pairs(layout: Layout, limit: int | None = None) -> list[Pair]:
         _check_names_have_images(layout, names, images)
     names = names[:limit]
     masks = {name: layout.masks / f"{name}{layout.mask_suffix}" for name in names}
-    without = [images[name] for name in names if not masks[name].is_file()]
+    without = [name for name in names if not masks[name].is_file()]
     if without:
-        missing = layout.masks / f"{_name(without[0], layout)}{layout.mask_suffix}"
+        first, ending = without[0], layout.mask_suffix
         raise DataError(
             f"benchmark.masks={layout.masks}: {len(without)} images have no label map, the first "
-            f"is {without[0].name}; add {missing.relative_to(layout.masks)}, move the image away, "
-            f"or say how label maps end (benchmark.mask_suffix={layout.mask_suffix})"
+            f"is {images[first].name}; add {first}{ending}, move the image away, or say how label "
+            f"maps end (benchmark.mask_suffix={ending})"
         )
     return [Pair(name, images[name], masks[name]) for name in names]
 
@@ -157,11 +157,6 @@ def _has_suffix(path: Path, suffix: str) -> bool:
     return named and path.is_file()
 
 
-def _name(image: Path, layout: Layout) -> str:
-    relative = image.relative_to(layout.images).as_posix()
-    return relative[: -len(layout.image_suffix or image.suffix)]
-
-
 def _split_names(split: Path) -> list[str]:
     if not split.is_file():
         raise DataError(f"benchmark.split={split}: no such file; it names the images to take")
@@ -175,13 +170,12 @@ def _split_names(split: Path) -> list[str]:
 
 
 def _check_names_have_images(layout: Layout, names: Iterable[str], images: dict[str, Path]) -> None:
-    absent = [name for name in names if name not in images]
-    if absent:
-        suffix = layout.image_suffix or ""
+    missing = [name for name in names if name not in images]
+    if missing:
+        first = f"{missing[0]}{layout.image_suffix or ''}"
         raise DataError(
-            f"benchmark.split={layout.split}: {len(absent)} of its images are missing, the first "
-            f"is {absent[0]}{suffix}; add it to {layout.images} or remove the line; names have no "
-            "suffix"
+            f"benchmark.split={layout.split}: {len(missing)} of its images are missing, the first "
+            f"is {first}; add it to {layout.images} or remove the line; names have no suffix"
         )
 
 
@@ -193,11 +187,11 @@ def _check_masks_have_images(layout: Layout, images: dict[str, Path]) -> None:
         for path in files
         if path.name.endswith(ending) and not path.name.startswith(".")
     )
-    absent = sorted(name for name in names if not _belongs(name, images))
-    if absent and layout.images != layout.masks:
+    others = sorted(name for name in names if not _belongs(name, images))
+    if others and layout.images != layout.masks:
         raise DataError(
-            f"benchmark.images={layout.images}: {len(absent)} label maps have no image, the first "
-            f"is {absent[0]}{ending}; add the image, move the label map away, or name the images "
+            f"benchmark.images={layout.images}: {len(others)} label maps have no image, the first "
+            f"is {others[0]}{ending}; add the image, move the label map away, or name the images "
             "to take in a file: benchmark.split=FILE"
         )
 

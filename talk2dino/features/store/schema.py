@@ -237,19 +237,19 @@ def _check_names(shards: list[ShardInfo], split: str, file: Path) -> None:
             )
 
 
-def symbol_sizes(fields: Mapping[str, FieldInfo], table: str, file: str) -> dict[str, int]:
-    """Sizes of P, D, ... that all fields of a table agree on; StoreError names both shapes."""
-    sizes: dict[str, tuple[int, str]] = {}
+def check_shapes(fields: Mapping[str, FieldInfo], table: str, file: str) -> None:
+    """Refuse fields of a table that disagree on P, D, …; StoreError names both shapes."""
+    owners: dict[str, str] = {}  # P, D, … -> the first field that has it
     for name, info in fields.items():
         symbols = TABLES[table][name]
         if len(symbols) != len(info.shape):
             want = "[" + ", ".join(("n", *symbols)) + "]"
             raise StoreError(f"{file}: {table}/{name} has row shape {info.shape}, expected {want}")
         for symbol, size in zip(symbols, info.shape, strict=True):
-            known, owner = sizes.setdefault(symbol, (size, name))
+            owner = owners.setdefault(symbol, name)
+            known = fields[owner].shape[TABLES[table][owner].index(symbol)]
             if known != size:
                 raise StoreError(
                     f"{file}: {table}/{name} {info.shape} and {table}/{owner} "
                     f"{fields[owner].shape} disagree on {symbol} ({size} and {known})"
                 )
-    return {symbol: size for symbol, (size, _) in sizes.items()}

@@ -20,7 +20,7 @@ from talk2dino.features.store.schema import (
     FIXED_DTYPES,
     TABLES,
     FieldInfo,
-    symbol_sizes,
+    check_shapes,
 )
 from talk2dino.features.store.verify import nonfinite_rows
 
@@ -172,7 +172,7 @@ def _table(table: str, given: Arrays, dtype: str, file: str) -> _Prepared:
         name: _stored(array, FIXED_DTYPES.get(name, dtype), f"{file}: {table}/{name}", ids)
         for name, array in arrays.items()
     }
-    symbol_sizes(describe(stored), table, file)
+    check_shapes(describe(stored), table, file)
     return stored
 
 
