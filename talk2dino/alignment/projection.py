@@ -12,7 +12,6 @@ Classes and parameter names are those of the original's `src/model.py`, so its w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -100,6 +99,17 @@ class ProjectionLayer(Projection):
 
     Raises:
         ConfigError: an option has an unknown value, or `num_heads` is missing.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> psi = ProjectionLayer(text_dim=512, vision_dim=768)
+        >>> psi(torch.zeros(4, 512)).shape
+        torch.Size([4, 768])
+        >>> sum(parameter.numel() for parameter in psi.parameters())  # 513 x 768 + 769 x 768
+        984576
+        >>> [name for name in psi.state_dict() if name.endswith("weight")]
+        ['linear_layer.weight', 'hidden_layers.0.weight']
     """
 
     def __init__(
@@ -136,24 +146,6 @@ class ProjectionLayer(Projection):
         elif head_weighting == "conditioned":
             self.weight_layer1 = nn.Linear(vision_dim, vision_dim)
             self.weight_layer2 = nn.Linear(vision_dim, num_heads or 0)
-
-    @classmethod
-    def from_original_config(cls, config: Mapping[str, Any]) -> ProjectionLayer:
-        """Build from the `model` section of an original config file.
-
-        Reads `act`, `hidden_layer`, `dino_embed_dim`, `clip_embed_dim`, `num_attn_head` and
-        `weight_attn_heads`; keys of the similarity (`cosine`, `alignment_strategy`, …) are not
-        this module's and are left alone.
-
-        Raises:
-            ConfigError: a width is missing or an option has an unknown value.
-        """
-        return cls(
-            **_original_arguments(config),
-            hidden_layers=config.get("hidden_layer") or 0,
-            head_weighting=config.get("weight_attn_heads"),
-            num_heads=config.get("num_attn_head"),
-        )
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -250,6 +242,15 @@ class DoubleMLP(ProjectionLayer):
     Arguments are those of `ProjectionLayer`. Parameters of the image side are `visual_linear` and
     `visual_hidden_layers.N`. With `hidden_layers=0` both sides are one linear layer; the original
     `DoubleMLP` raises there.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import DoubleMLP
+        >>> both = DoubleMLP(text_dim=512, vision_dim=768)
+        >>> both.project_text(torch.zeros(4, 512)).shape
+        torch.Size([4, 768])
+        >>> both.project_visual(torch.zeros(9, 768)).shape
+        torch.Size([9, 768])
     """
 
     projects_visual: ClassVar[bool] = True
@@ -283,6 +284,16 @@ class VisualProjectionLayer(Projection):
         vision_dim: width D of the visual features.
         hidden_dim: width between two layers (`linear_layer`, `linear_layer2`); None has one layer.
         activation: "tanh", "relu", "sigmoid" or None.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import VisualProjectionLayer
+        >>> back = VisualProjectionLayer(text_dim=512, vision_dim=768)
+        >>> back.project_visual(torch.zeros(9, 768)).shape
+        torch.Size([9, 512])
+        >>> text = torch.zeros(4, 512)
+        >>> back.project_text(text) is text  # only the image side learns
+        True
     """
 
     projects_visual: ClassVar[bool] = True
@@ -300,16 +311,6 @@ class VisualProjectionLayer(Projection):
         self.hidden_dim, self.activation = hidden_dim, activation
         self.linear_layer = nn.Linear(vision_dim, hidden_dim or text_dim)
         self.linear_layer2 = nn.Linear(hidden_dim, text_dim) if hidden_dim else None
-
-    @classmethod
-    def from_original_config(cls, config: Mapping[str, Any]) -> VisualProjectionLayer:
-        """Build from the `model` section of an original config file.
-
-        Raises:
-            ConfigError: a width is missing or an option has an unknown value.
-        """
-        hidden = _original_width(config, "hidden_embed_dim") if config.get("hidden_layer") else None
-        return cls(**_original_arguments(config), hidden_dim=hidden)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -368,22 +369,6 @@ def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ConfigError that names `key` unless the value is one of the choices or None."""
     if value is not None and value not in choices:
         raise ConfigError(f"{key} is {value!r}: choose one of {', '.join(choices)} or null")
-
-
-def _original_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Widths and activation out of the `model` section of an original config file."""
-    check_choice("original config: act", config.get("act"), get_args(Activation))
-    return {
-        "text_dim": _original_width(config, "clip_embed_dim"),
-        "vision_dim": _original_width(config, "dino_embed_dim"),
-        "activation": config.get("act"),
-    }
-
-
-def _original_width(config: Mapping[str, Any], key: str) -> int:
-    if not isinstance(config.get(key), int):
-        raise ConfigError(f"original config: {key} is {config.get(key)!r}: give a whole number")
-    return int(config[key])
 
 
 def _square_layers(width: int, count: int) -> nn.ModuleList:

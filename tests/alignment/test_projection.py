@@ -145,34 +145,6 @@ def test_static_head_weights_start_equal() -> None:
     torch.testing.assert_close(layer.pool_visual(patches, maps, torch.zeros(2, 8)), want)
 
 
-def test_original_configs_are_understood() -> None:
-    config = {
-        "act": "tanh",
-        "hidden_layer": True,
-        "dino_embed_dim": 32,
-        "clip_embed_dim": 16,
-        "num_attn_head": 4,
-        "weight_attn_heads": "static",
-        "alignment_strategy": "max_score",
-    }
-    layer = ProjectionLayer.from_original_config(config)
-    assert layer.hyperparameters == {
-        "text_dim": 16,
-        "vision_dim": 32,
-        "hidden_layers": 1,
-        "activation": "tanh",
-        "head_weighting": "static",
-        "num_heads": 4,
-    }
-    visual = VisualProjectionLayer.from_original_config(config | {"hidden_embed_dim": 24})
-    assert visual.hyperparameters["hidden_dim"] == 24
-    plain = VisualProjectionLayer.from_original_config(config | {"hidden_layer": False})
-    assert plain.hyperparameters["hidden_dim"] is None
-    assert isinstance(DoubleMLP.from_original_config(config), DoubleMLP)
-    with pytest.raises(ConfigError, match="clip_embed_dim is None"):
-        ProjectionLayer.from_original_config({"dino_embed_dim": 32})
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

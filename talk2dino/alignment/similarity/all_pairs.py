@@ -23,7 +23,17 @@ from talk2dino.errors import ConfigError
 
 
 class DotProduct(Similarity):
-    """One vector per image, one per text (the original's comparison of 2-D inputs)."""
+    """One vector per image, one per text (the original's comparison of 2-D inputs).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> visual = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])  # [I, D]
+        >>> similarity.DotProduct()(text, visual)  # cosines [T, I]
+        tensor([[ 1.0000,  0.0000, -1.0000],
+                [ 0.6000,  0.8000, -0.6000]])
+    """
 
     def __init__(
         self,
@@ -95,7 +105,17 @@ class AllPairs(Similarity):
 
 
 class SumHeads(AllPairs):
-    """Sum over heads and tokens of the similarities (original `sum`)."""
+    """Sum over heads and tokens of the similarities (original `sum`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.SumHeads()(text, heads)
+        tensor([[ 1.0000, -1.0000],
+                [ 1.4000,  0.2000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         # A sum of dot products is the dot product of the sums.
@@ -103,14 +123,34 @@ class SumHeads(AllPairs):
 
 
 class MeanHeads(AllPairs):
-    """Mean over heads and tokens; masked tokens count in the divisor (original `mean`)."""
+    """Mean over heads and tokens; masked tokens count in the divisor (original `mean`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.MeanHeads()(text, heads)
+        tensor([[ 0.5000, -0.5000],
+                [ 0.7000,  0.1000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         return (tokens * mask[..., None]).mean(dim=1) @ heads.mean(dim=1).T
 
 
 class MaxRowSum(AllPairs):
-    """Each token's best head, summed over tokens (original `max-row_sum`)."""
+    """Each token's best head, summed over tokens (original `max-row_sum`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.MaxRowSum()(text, heads)
+        tensor([[1.0000, 0.0000],
+                [0.8000, 0.8000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         return best_head(tokens, mask, heads).sum(dim=-1)
@@ -122,6 +162,17 @@ class Nucleus(AllPairs):
     Per pair: each token's best head, sorted, scaled to [0, 1] and to sum one; the tokens up to the
     first whose cumulative share exceeds `alpha` are summed at their unscaled value. If no share
     exceeds `alpha` (from 1 on), only the best token counts.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> words = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])  # [S, D]
+        >>> mask, heads = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[1.0, 0.0]]])
+        >>> for alpha in (0.5, 0.6):  # start, end cut; the first word holds 1 / 1.8
+        ...     strategy = similarity.Nucleus(alpha, text_field="token_embeddings")
+        ...     print(strategy(words[None], heads, mask))
+        tensor([[1.]])
+        tensor([[1.8000]])
     """
 
     def __init__(
@@ -148,7 +199,15 @@ class Nucleus(AllPairs):
 
 
 def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
-    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept."""
+    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> mask = torch.tensor([[True, True, True, True, False]])  # start, two words, end, padding
+        >>> similarity.trim_mask(mask, keep_cls=False, keep_end_seq=False)
+        tensor([[False,  True,  True, False, False]])
+    """
     positions = torch.arange(mask.shape[1], device=mask.device)
     kept = mask.clone()
     if not keep_end_seq:

@@ -62,6 +62,19 @@ class MaxScore(PairedHead):
     """The head most similar to the image's own caption (Talk2DINO; original `max_score`).
 
     The choice has no gradient; the chosen head's vector has one.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> chosen = similarity.MaxScore().select(text, heads)
+        >>> chosen  # caption i chooses a head of image i
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> similarity.MaxScore().scores(text, chosen)
+        tensor([[1.0000, 0.0000],
+                [0.6000, 0.8000]])
     """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
@@ -72,6 +85,15 @@ class WeightedAverage(PairedHead):
     """Mean over heads of softmax(similarity) times head (original `weighted_avg`).
 
     The mean makes it 1/H of a weighted average, and it is not normalized again.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.WeightedAverage()(text, heads)
+        tensor([[ 0.3655, -0.0989],
+                [ 0.3269,  0.2615]])
     """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
@@ -87,6 +109,15 @@ class SampledHead(PairedHead):
         cosine: compare directions.
         generator: source of randomness; None is torch's default generator.
         text_field: what of a caption is compared.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> draw = similarity.SampledHead(generator=torch.Generator().manual_seed(0))
+        >>> draw.select(text, heads).shape  # one head of each image
+        torch.Size([2, 2])
     """
 
     def __init__(
@@ -111,6 +142,15 @@ class SoftHead(PairedHead):
     Between `MaxScore` (temperature towards 0) and the plain mean (towards infinity), with a
     gradient through the choice. Not in the original. For a choice per text-image pair use
     `Dense(field="disentangled_self_attn")`.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.SoftHead(temperature=1.0)(text, heads)
+        tensor([[ 0.9385, -0.2394],
+                [ 0.8393,  0.6331]])
     """
 
     def __init__(
@@ -130,7 +170,16 @@ class SoftHead(PairedHead):
 
 
 def head_choice(text: Tensor, heads: Tensor, cosine: bool = True) -> Tensor:
-    """Index `[B]` int64 of the head that `MaxScore` takes; text `[B, D]`, heads `[B, H, D]`."""
+    """Index `[B]` int64 of the head that `MaxScore` takes; text `[B, D]`, heads `[B, H, D]`.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.head_choice(text, heads)
+        tensor([0, 0])
+    """
     heads = heads.to(text.dtype)
     if cosine:
         text, heads = F.normalize(text, dim=-1), F.normalize(heads, dim=-1)
