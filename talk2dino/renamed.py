@@ -52,6 +52,7 @@ RENAMED: Mapping[str, str] = {  # former dotted name: present one
 def current(name: str) -> str:
     """The present dotted name of a class or function, by any name that it has had.
 
+    >>> from talk2dino.renamed import current
     >>> current("talk2dino.cli.ExitStatus")
     'talk2dino.config.command.ExitStatus'
     >>> current("torch.optim.Adam")

@@ -68,8 +68,11 @@ def cosine_with_warmup(
         ConfigError: `total_steps` is missing, or a warm-up is negative.
 
     Examples:
-        >>> from talk2dino.alignment.schedules import cosine_factor
-        >>> [round(cosine_factor(step, warmup_steps=2, total_steps=6), 3) for step in range(7)]
+        >>> import torch
+        >>> from talk2dino.alignment.schedules import cosine_with_warmup
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> [factor] = cosine_with_warmup(optimizer, warmup_steps=2, total_steps=6).lr_lambdas
+        >>> [round(factor(step), 3) for step in range(7)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
     if total_steps is None:

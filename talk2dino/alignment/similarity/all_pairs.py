@@ -203,9 +203,9 @@ def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> from talk2dino.alignment import similarity
+        >>> from talk2dino.alignment.similarity.all_pairs import trim_mask
         >>> mask = torch.tensor([[True, True, True, True, False]])  # start, two words, end, padding
-        >>> similarity.trim_mask(mask, keep_cls=False, keep_end_seq=False)
+        >>> trim_mask(mask, keep_cls=False, keep_end_seq=False)
         tensor([[False,  True,  True, False, False]])
     """
     positions = torch.arange(mask.shape[1], device=mask.device)

@@ -174,10 +174,10 @@ def head_choice(text: Tensor, heads: Tensor, cosine: bool = True) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> from talk2dino.alignment import similarity
+        >>> from talk2dino.alignment.similarity.heads import head_choice
         >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
         >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
-        >>> similarity.head_choice(text, heads)
+        >>> head_choice(text, heads)
         tensor([0, 0])
     """
     heads = heads.to(text.dtype)

@@ -37,6 +37,7 @@ class Protocol:
         ConfigError: a size that is not positive, a stride that leaves gaps, or a threshold by
             model size that does not fit every model.
 
+    >>> from talk2dino.datasets.benchmarks.base import Protocol
     >>> Protocol(window=224, stride=112).threshold(768) is None
     True
     >>> Protocol(background_threshold={"default": 0.55, "ViT-L": 0.54}).threshold(1024)
