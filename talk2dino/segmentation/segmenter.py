@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.labels import contender_labels, label_map
-from talk2dino.segmentation.pamr import PAMR
+from talk2dino.segmentation.refinement.knn import KNN
+from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
     clean_background,
@@ -357,8 +357,7 @@ class Segmenter(nn.Module):
         tokens = self._token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
             if self.pamr is not None:
-                refine, compiled = self._at_working_size(encoded), self.pamr.compiled
-                return contender_labels(tokens, refine, size, threshold, compiled)
+                return contender_labels(tokens, self._at_working_size(encoded), size, threshold)
             working = (encoded.image.shape[-2], encoded.image.shape[-1])
             return SeparableScores(tokens, encoded.windows, working, size).labels(threshold)
 
@@ -369,8 +368,7 @@ class Segmenter(nn.Module):
         """Labels of `size` from `[K, h, w]` scores; the background channel comes in here."""
         threshold = self.background_threshold
         if not return_scores:
-            compiled = self.pamr is not None and self.pamr.compiled
-            return Segmentation(label_map(scores, *size, threshold, compiled))
+            return Segmentation(label_map(scores, *size, threshold))
         full = with_background(resize_scores(scores, *size), threshold)
         return Segmentation(full.argmax(0), full)
 
