@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talk2dino.segmentation.pamr import PAMR, RING, Gather
+from talk2dino.segmentation.refinement.pamr import PAMR, RING, Gather
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 CHUNK = 30

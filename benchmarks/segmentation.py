@@ -129,13 +129,11 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
             refiner.add_to(window.crop(total), one, window.crop(share))
         return total
 
-    found = clock(
-        "PAMR to labels", lambda: contender_labels(scores, refine, encoded.size, compiled=True)
-    )
+    found = clock("PAMR to labels", lambda: contender_labels(scores, refine, encoded.size))
     clock.best["refined maps"] = sum(refined_maps) / clock.repeats
     clock(
         "PAMR to labels, cleaned",
-        lambda: contender_labels(cleaned, refine, encoded.size, compiled=True),
+        lambda: contender_labels(cleaned, refine, encoded.size),
     )
 
     def refine_all() -> list[Tensor]:
@@ -143,7 +141,7 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
 
     refined = clock("PAMR, all classes", refine_all)
     whole = clock("stitch", lambda: stitch(refined, windows, *working))
-    expected = clock("argmax", lambda: label_map(whole, *encoded.size, compiled=True))
+    expected = clock("argmax", lambda: label_map(whole, *encoded.size))
     clock.best["different labels"] = float((found != expected).double().mean())
 
     [once] = clock("once: weights", lambda: list(pamr.prepare([encoded.image])))
@@ -153,7 +151,7 @@ def pamr_times(clock: Clock, encoded: EncodedImage, scores: Tensor, cleaned: Ten
 
     clock(
         "once: to labels",
-        lambda: contender_labels(scores, refine_once, encoded.size, compiled=True),
+        lambda: contender_labels(scores, refine_once, encoded.size),
     )
 
 

@@ -35,7 +35,7 @@ from talk2dino.inference.vocabulary import (
     TextCache,
     read_words,
 )
-from talk2dino.segmentation.pamr import PAMR
+from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmenter
 
 DTYPES = {dtype or torch.float32: name for name, dtype in PRECISIONS.items()}

@@ -9,7 +9,6 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from talk2dino.segmentation.parts import equal_parts
 from talk2dino.segmentation.scores import resize_scores
 
 MAPS = 1 << 25  # scores at the size of the picture held at once: 134 MB
@@ -21,7 +20,6 @@ def label_map(
     height: int,
     width: int,
     background_threshold: float | None = None,
-    compiled: bool = False,
 ) -> Tensor:
     """Resize scores and take the best class, a few classes at a time.
 
@@ -35,41 +33,13 @@ def label_map(
         width: columns of the label map.
         background_threshold: score of the background, which becomes label 0 and shifts the
             classes to `1..K`; `None` for no background.
-        compiled: see `best_class`.
 
     Returns:
         `[height, width]` int64.
     """
-    best = best_class(height, width, background_threshold, scores.device, compiled)
+    best = BestClass(height, width, background_threshold, scores.device)
     best.add(scores, range(len(scores)))
     return best.labels
-
-
-def best_class(
-    height: int,
-    width: int,
-    background_threshold: float | None = None,
-    device: torch.device | None = None,
-    compiled: bool = False,
-) -> BestClass:
-    """A `BestClass`.
-
-    Args:
-        height: rows of the picture.
-        width: columns of the picture.
-        background_threshold: see `BestClass`.
-        device: where the scores are.
-        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`):
-            about three times as fast, but ready half a second later; scores agree to 1e-6.
-    """
-    if compiled and (device is None or device.type == "cpu"):
-        try:
-            from talk2dino.segmentation.best_class_kernel import CompiledBestClass
-
-            return CompiledBestClass(height, width, background_threshold)
-        except ImportError:  # without Numba
-            pass
-    return BestClass(height, width, background_threshold, device)
 
 
 class BestClass:
@@ -93,7 +63,7 @@ class BestClass:
         lowest = -torch.inf if background_threshold is None else background_threshold
         self._labels = torch.zeros(height, width, dtype=torch.int32, device=device)
         self._best = torch.full((height, width), lowest, device=device)
-        self._first = 0 if background_threshold is None else 1
+        self._first = self._last = 0 if background_threshold is None else 1
         self._chunk = max(1, min(CHUNK, MAPS // (height * width)))
 
     @property
@@ -108,7 +78,9 @@ class BestClass:
             for values, name in zip(part, names, strict=False):
                 label = name + self._first
                 better = values > self._best
-                better |= (values == self._best) & (self._labels > label)
+                if label < self._last:  # of equal scores the one that came before may be later
+                    better |= (values == self._best) & (self._labels > label)
+                self._last = max(self._last, label)
                 torch.maximum(self._best, values, out=self._best)
                 self._labels.masked_fill_(better, label)
 
@@ -125,8 +97,8 @@ class BestClass:
             yield resize_scores(scores[start : start + self._chunk], *self._best.shape)
 
 
-LANES = 4  # maps refined together in any case: up to 4 are as fast as one
-TOGETHER = 32  # maps refined before they compete: they and the buffers stay in a shared cache
+LANES = 8  # maps refined together in any case: up to 8 are as fast as one
+TOGETHER = 48  # maps refined before they compete
 FEW = 16  # maps that cost less than a round more
 SMOOTHING = (1, 3, 7)  # tokens a side; what a refinement may average away
 FIRST, LATER = 6, 3  # this many uncertain classes a group, on average
@@ -137,9 +109,8 @@ def contender_labels(
     refine: Callable[[Tensor], Tensor],
     size: tuple[int, int],
     background_threshold: float | None = None,
-    compiled: bool = False,
 ) -> Tensor:
-    """The labels of `label_map(refine(token_scores), *size, background_threshold, compiled)`.
+    """The labels of `label_map(refine(token_scores), *size, background_threshold)`.
 
     Exactly those if `refine` rounds every class alike, else where no two classes are equal to
     rounding.
@@ -150,12 +121,11 @@ def contender_labels(
             smaller, and no map may depend on another.
         size: rows and columns of the picture.
         background_threshold: see `label_map`.
-        compiled: see `best_class`.
 
     Returns:
         `[*size]` int64.
     """
-    best = best_class(*size, background_threshold, token_scores.device, compiled)
+    best = BestClass(*size, background_threshold, token_scores.device)
     ahead = _lead(token_scores, background_threshold)
     order = ahead.argsort(descending=True, stable=True).tolist()
     groups = _groups(order, int((ahead >= 0).sum()), FIRST)
@@ -215,8 +185,10 @@ def _compete(
     several = [group for group in groups if len(group) > 1]
     left: list[list[int]] = []
     groups = single + several
-    for start, stop in equal_parts(len(groups), TOGETHER):
-        part = groups[start:stop]
+    size = ceil(len(groups) / ceil(len(groups) / TOGETHER))  # no part is much smaller
+    size = ceil(size / LANES) * LANES
+    for start in range(0, len(groups), size):
+        part = groups[start : start + size]
         refined = refine(torch.stack([scores[:, group].amax(1) for group in part], 1))
         alone = [group[0] for group in part if len(group) == 1]
         best.add(refined[: len(alone)], alone)

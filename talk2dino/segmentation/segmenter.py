@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.knn import KNN
 from talk2dino.segmentation.labels import contender_labels
-from talk2dino.segmentation.pamr import PAMR
+from talk2dino.segmentation.refinement.knn import KNN
+from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.scores import (
     class_scores,
     clean_background,
@@ -340,8 +340,7 @@ class Segmenter(nn.Module):
         tokens = self.token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
             if self.pamr is not None:
-                refine, compiled = self._at_working_size(encoded), self.pamr.compiled
-                return contender_labels(tokens, refine, size, threshold, compiled)
+                return contender_labels(tokens, self._at_working_size(encoded), size, threshold)
             working = (encoded.image.shape[-2], encoded.image.shape[-1])
             return SeparableScores(tokens, encoded.windows, working, size).labels(threshold)
 

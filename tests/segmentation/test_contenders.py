@@ -61,9 +61,9 @@ def test_a_class_that_leads_nowhere_and_wins_between_two_others() -> None:
     scores[:, 0, :, ::2], scores[:, 1, :, 1::2] = 0.60, 0.60  # each in every second column
     scores[:, 17] = 0.55  # second everywhere
     refine = Refinement()
-    want = label_map(refine(scores), *SIZE, compiled=True)
+    want = label_map(refine(scores), *SIZE)
     assert (want == 17).any()
-    assert torch.equal(contender_labels(scores, refine, SIZE, compiled=True), want)
+    assert torch.equal(contender_labels(scores, refine, SIZE), want)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
-from talk2dino.segmentation.pamr import RING, Gather, affinity, neighbours
+from talk2dino.segmentation.refinement.pamr import RING, Gather, affinity, neighbours
 from tests.helpers.goldens import Golden
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
@@ -121,7 +121,7 @@ def test_brute_force_twin_with_neighbours_beyond_the_border(
 def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.rand(3, 37, 21)
     whole = affinity(image, (1, 4))
-    monkeypatch.setattr("talk2dino.segmentation.pamr.STRIP", 100)
+    monkeypatch.setattr("talk2dino.segmentation.refinement.pamr.STRIP", 100)
     torch.testing.assert_close(affinity(image, (1, 4)), whole, rtol=0, atol=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_chunks_of_classes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = torch.rand(1, 3, 18, 23), torch.rand(1, 11, 5, 6)
     refine = PAMR(3, (1, 4), compiled=False)
     whole = refine(image, mask)
-    monkeypatch.setattr("talk2dino.segmentation.pamr.CLASSES", 4)
+    monkeypatch.setattr("talk2dino.segmentation.refinement.pamr.CLASSES", 4)
     torch.testing.assert_close(refine(image, mask), whole, rtol=0, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbou
 dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
 row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
 iteration: it is built once, and the classes never enter it. On the CPU the product is compiled
-where Numba is installed (`pamr_kernel.py`); otherwise it is a bag of weighted rows per pixel, a few
+where Numba is installed (`pamr_numba.py`); otherwise it is a bag of weighted rows per pixel, a few
 classes at a time: those of one pixel lie together, and the rows within reach of the largest
 dilation stay in a core's cache.
 """
@@ -15,15 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import finalize
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.segmentation.memory import Memory
-from talk2dino.segmentation.parts import equal_parts
 from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
@@ -64,7 +61,6 @@ class PAMR(nn.Module):
         self.dilations = tuple(dilations)
         self.compiled = compiled
         self.whole_image = whole_image
-        self._memory = Memory()
 
     def extra_repr(self) -> str:
         """Settings for `print(model)`."""
@@ -115,25 +111,22 @@ class PAMR(nn.Module):
 
         Yields:
             A function from `[C, h, w]` to `[C, H, W]` float32. It holds `8 * len(dilations)`
-            float32 per pixel; compiled code keeps them for later pictures.
+            float32 per pixel.
         """
         engine: Engine | None = None
         for image in images:
             engine = engine or self.engine(image.device)
             weights = engine.affinity(image.float()) if self.num_iter else torch.empty(0)
             size = (image.shape[-2], image.shape[-1])
-            prepared = Prepared(engine, weights, size, self.num_iter)
-            if self.num_iter:
-                finalize(prepared, engine.release, weights).atexit = False
-            yield prepared
+            yield Prepared(engine, weights, size, self.num_iter)
 
     def engine(self, device: torch.device) -> Engine:
         """What computes on `device`: compiled code on the CPU if allowed and installed."""
         if self.compiled and device.type == "cpu":
             try:
-                from talk2dino.segmentation.pamr_kernel import Compiled
+                from talk2dino.segmentation.refinement.pamr_numba import NumbaEngine
 
-                return Compiled(self.dilations, RING, self._memory)
+                return NumbaEngine(self.dilations, RING)
             except ImportError:  # without Numba
                 pass
         return Gather(self.dilations)
@@ -144,9 +137,6 @@ class Engine(Protocol):
 
     def affinity(self, image: Tensor) -> Tensor:
         """Weights of a picture `[3, H, W]` float (see `affinity`), in the engine's own order."""
-
-    def release(self, weights: Tensor) -> None:
-        """Take back weights that are not needed any more."""
 
     def refine(
         self, weights: Tensor, mask: Tensor, target: Tensor, share: Tensor, num_iter: int
@@ -198,23 +188,20 @@ class Gather:
         """See `Engine`."""
         return affinity(image, self.dilations)
 
-    def release(self, weights: Tensor) -> None:
-        """See `Engine`."""
-
     def refine(
         self, weights: Tensor, mask: Tensor, target: Tensor, share: Tensor, num_iter: int
     ) -> None:
         """See `Engine`."""
-        classes, *rest = target.shape
-        size = (rest[0], rest[1])
+        size = (share.shape[0], share.shape[1])
         if self.size != size:
             self.index = neighbours(*size, self.dilations, mask.device)  # [HW, N]
             self.size = size
-        for start, stop in equal_parts(classes, CLASSES):
-            values = _class_last(mask[start:stop], *size)
+        parts = -(-len(mask) // CLASSES)  # none is much smaller than the others
+        for part, planes in zip(mask.tensor_split(parts), target.tensor_split(parts), strict=True):
+            values = _class_last(part, *size)
             for _ in range(num_iter):
                 values = F.embedding_bag(self.index, values, per_sample_weights=weights, mode="sum")
-            target[start:stop] += values[:, : stop - start].t().view(-1, *size) * share
+            planes += values[:, : len(part)].t().view(-1, *size) * share
 
 
 def _class_last(mask: Tensor, height: int, width: int) -> Tensor:

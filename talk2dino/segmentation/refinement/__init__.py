@@ -1,0 +1,1 @@
+"""What may happen to scores between the patch tokens and the labels."""
