@@ -29,8 +29,8 @@ _MOVED = (  # former module, present module, classes
         "CocoObjectBenchmark CocoStuffBenchmark",
     ),
     ("segmentation.mosaic", "datasets.mosaic", "MosaicBenchmark"),
-    # ("segmentation.knn", "segmentation.refinement.knn", "KNN"),
-    # ("segmentation.pamr", "segmentation.refinement.pamr", "PAMR"),
+    ("segmentation.knn", "segmentation.refinement.knn", "KNN"),
+    ("segmentation.pamr", "segmentation.refinement.pamr", "PAMR"),
     ("alignment.all_pairs", "alignment.similarity", "MaxRowSum MeanHeads Nucleus SumHeads"),
     (
         "alignment.paired_heads",

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from tests.helpers.goldens import Golden, golden_arrays
-from tests.helpers.once import once
 from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
 from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
 from tests.helpers.ranks import PRELOAD
+from tests.helpers.shared import once
 from tests.helpers.stores import pictures, token_store  # noqa: F401 (fixtures)
 
 DESELECTED = pytest.StashKey[int]()

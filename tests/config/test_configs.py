@@ -7,26 +7,25 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import hydra
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 from torch import nn
 
 from talk2dino import load_projection
 from talk2dino.alignment import ProjectionLayer
 from talk2dino.config import command
-from talk2dino.config.checks import check_given, check_targets, config_folder
+from talk2dino.config.checks import check_given, check_targets
 from talk2dino.config.command import user_message
-from talk2dino.config.schemas import SCHEMAS, register_schemas
+from talk2dino.config.schemas import SCHEMAS
 from talk2dino.errors import DataError
 from talk2dino.evaluate import build_segmenter
+from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
 
-CONF = config_folder()
 COMMANDS = ("extract", "train", "evaluate", "segment")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
@@ -47,12 +46,6 @@ USED = {  # groups of each command
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
     "segment": ("vision", "text", "launcher"),
 }
-GIVEN = {  # values that have no default
-    "extract": ["store=s", "source.images=i", "source.annotations=a"],
-    "train": ["store=s", "projection.text_dim=4", "projection.vision_dim=6"],
-    "evaluate": ["checkpoint=c", "benchmark.images=i", "benchmark.masks=m", "benchmark.classes=t"],
-    "segment": ["checkpoint=c", "image=i", "classes=[cat]"],
-}
 OPTIONS = [
     (command, group, path.stem)
     for command, groups in USED.items()
@@ -66,34 +59,6 @@ def _clean_hydra() -> Iterator[None]:
     yield
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
-
-
-def compose(command: str, *overrides: str) -> DictConfig:
-    """The config as the entry point would see it, interpolations into Hydra included."""
-    register_schemas()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose(command, list(overrides), return_hydra_config=True)
-    config.hydra.runtime.output_dir = "run"
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return config
-
-
-def needed(command: str, group: str, option: str) -> list[str]:
-    """`GIVEN` without the keys that a choice does not have, with those that only it has."""
-    given = list(GIVEN[command])
-    if group == "source" and option != "coco_captions":
-        given.remove("source.annotations=a")
-    if option in ("mosaic", "webdataset") and group == "source":
-        given.remove("source.images=i")
-    if (group, option) == ("source", "webdataset"):
-        given.append("source.tars=t")
-    if (group, option) == ("vision", "timm"):
-        given.append("vision.name=test_vit")
-    if group == "benchmark" and option != "custom":
-        given = [item for item in given if not item.startswith("benchmark.")]
-    return given
 
 
 def test_no_group_is_forgotten() -> None:

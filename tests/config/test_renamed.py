@@ -22,7 +22,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.evaluation.records import Records
 from talk2dino.features.store.writer import open_for_append
 from talk2dino.renamed import RENAMED, current, with_current_names
-from tests.config.test_configs import compose, needed
+from tests.helpers.configs import compose, needed
 from tests.helpers.pipeline import fails
 
 # Every `_target_` of the configs of version 0.1, by command, group and option.

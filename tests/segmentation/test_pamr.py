@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
-from talk2dino.segmentation.refinement.pamr import RING, Gather, affinity, neighbours
+from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbours
 from tests.helpers.goldens import Golden
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
@@ -68,10 +68,8 @@ def test_affinity(
     want = arrays[name][0, 0].flatten(1)
     engine = PAMR(1, dilations, compiled).engine(torch.device("cpu"))
     got = engine.affinity(arrays["image/flat24x20"][0])
-    if compiled:  # [H, W / 4, N, 4], neighbours in another order
-        steps = [(d * dy, d * dx) for d in dilations for dy, dx in RING]
-        order = [engine.steps.tolist().index(list(step)) for step in steps]  # type: ignore[attr-defined]
-        got = got.permute(0, 1, 3, 2).flatten(0, 2)[:, order]
+    if compiled:  # [H, dilations, W, 8]
+        got = got.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
     parity.check("mask refinement affinity", "LocalAffinity", got.t(), want, 1e-6)
 
 
@@ -245,20 +243,18 @@ def test_compiled_chunks_tiles_and_callers_do_not_show(
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(got, whole) for got in pool.map(refine, [image] * 8, [mask] * 8))
-    monkeypatch.setattr("talk2dino.segmentation.pamr_kernel.WIDEST", 16)
+    monkeypatch.setattr("talk2dino.segmentation.refinement.pamr_numba.WIDEST", 16)
     assert torch.equal(refine(image, mask), whole)
 
 
 @needs_numba
 def test_compiled_power_against_double_precision() -> None:
-    from talk2dino.segmentation.compiled import compiled
-    from talk2dino.segmentation.pamr_affinity import exp2
-    from talk2dino.segmentation.pamr_vectors import load, store
+    from talk2dino.segmentation.refinement.pamr_numba import compiled, exp2
 
     @compiled
     def all_powers(values: Any, result: Any) -> None:
-        for place in range(0, len(values), 16):
-            store(result, place, exp2(load(values, place)))
+        for place in range(len(values)):
+            result[place] = exp2(values[place])
 
     values = np.concatenate([np.linspace(-114, 0, 4096), [-1e9] * 15, [0]]).astype(np.float32)
     got = np.empty_like(values)
@@ -272,25 +268,23 @@ def test_compiled_power_against_double_precision() -> None:
 def test_without_a_folder_for_the_cache_it_is_compiled_anyway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from talk2dino.segmentation import compiled
+    from talk2dino.segmentation.refinement import pamr_numba
 
     def no_folder(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(compiled, "njit", no_folder)
-    assert compiled.compiled(len) is len
+    monkeypatch.setattr(pamr_numba, "njit", no_folder)
+    assert pamr_numba.compiled(len) is len
 
 
 def test_without_numba_or_off_the_cpu_library_calls_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert isinstance(PAMR().engine(torch.device("meta")), Gather)
-    for name in list(sys.modules):
-        if name.startswith("talk2dino.segmentation.pamr_") or name.endswith(".compiled"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("talk2dino.segmentation.pamr_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "talk2dino.segmentation.refinement.pamr_numba", raising=False)
+    monkeypatch.delattr("talk2dino.segmentation.refinement.pamr_numba", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     assert isinstance(PAMR().engine(torch.device("cpu")), Gather)
     image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9)

@@ -217,7 +217,7 @@ def test_knn_sees_the_tokens_of_the_encoder() -> None:
     want = KNN(3, 2)(
         encoded.features.patch_tokens, plain.token_scores(encoded.features, text, None)
     )
-    assert torch.equal(refined._token_scores(encoded.features, text, None), want)
+    assert torch.equal(refined.token_scores(encoded.features, text, None), want)
 
 
 def test_surrounding_autocast_reaches_the_encoder_alone() -> None:

@@ -1,0 +1,46 @@
+"""Configs composed in-process, as a command would see them."""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from talk2dino.config.checks import config_folder
+from talk2dino.config.schemas import register_schemas
+
+CONF = config_folder()
+GIVEN = {  # values that have no default
+    "extract": ["store=s", "source.images=i", "source.annotations=a"],
+    "train": ["store=s", "projection.text_dim=4", "projection.vision_dim=6"],
+    "evaluate": ["checkpoint=c", "benchmark.images=i", "benchmark.masks=m", "benchmark.classes=t"],
+    "segment": ["checkpoint=c", "image=i", "classes=[cat]"],
+}
+
+
+def compose(command: str, *overrides: str) -> DictConfig:
+    """The config as the entry point would see it, interpolations into Hydra included."""
+    register_schemas()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(command, list(overrides), return_hydra_config=True)
+    config.hydra.runtime.output_dir = "run"
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def needed(command: str, group: str, option: str) -> list[str]:
+    """`GIVEN` without the keys that a choice does not have, with those that only it has."""
+    given = list(GIVEN[command])
+    if group == "source" and option != "coco_captions":
+        given.remove("source.annotations=a")
+    if option in ("mosaic", "webdataset") and group == "source":
+        given.remove("source.images=i")
+    if (group, option) == ("source", "webdataset"):
+        given.append("source.tars=t")
+    if (group, option) == ("vision", "timm"):
+        given.append("vision.name=test_vit")
+    if group == "benchmark" and option != "custom":
+        given = [item for item in given if not item.startswith("benchmark.")]
+    return given
