@@ -7,7 +7,7 @@ import importlib.util
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.given import load_model, require
+from talk2dino.config.command import load_model, require
 from talk2dino.errors import ConfigError
 
 

@@ -17,17 +17,17 @@ from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.config import command
-from talk2dino.config.given import load_model
+from talk2dino.config.command import load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.datamodule import SegmentationDataModule
-from talk2dino.evaluation.module import OutputOptions, SegmentationModule
-from talk2dino.evaluation.progress import EvaluationProgress
+from talk2dino.evaluation.module import EvaluationProgress, OutputOptions, SegmentationModule
 from talk2dino.evaluation.records import how_to_go_on
 from talk2dino.evaluation.report import ENVIRONMENT, write_report
+from talk2dino.evaluation.runs import class_table
 from talk2dino.evaluation.settings import (
     PRECISION,
     check_counts,
@@ -35,7 +35,6 @@ from talk2dino.evaluation.settings import (
     describe_environment,
     describe_run,
 )
-from talk2dino.evaluation.summary import class_table
 from talk2dino.files import read_json, write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import KNN, PAMR, Segmenter

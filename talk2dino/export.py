@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.given import class_words, load_model, require
+from talk2dino.config.command import class_words, load_model, require
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import (

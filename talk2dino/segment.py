@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from talk2dino.config import command
-from talk2dino.config.given import class_words, listed, load_model, require
+from talk2dino.config.command import class_words, listed, load_model, require
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.inference.outputs import Job, plan, write

@@ -22,8 +22,15 @@ from rich.console import Console
 from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
-from talk2dino.evaluation.runs import Run, read_runs
-from talk2dino.evaluation.summary import as_csv, as_markdown, as_table, published, summarize
+from talk2dino.evaluation.runs import (
+    Run,
+    as_csv,
+    as_markdown,
+    as_table,
+    published,
+    read_runs,
+    summarize,
+)
 from talk2dino.files import read_json, replacing
 from talk2dino.tables import percent
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from talk2dino.config.given import class_words
+from talk2dino.config.command import class_words
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.outputs import Job, plan
 from tests.helpers.pipeline import fails, run

@@ -314,8 +314,7 @@ def test_images_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_the_miou_so_far(root: Path, tmp_path: Path, terminal: bool) -> None:
-    from talk2dino.evaluation.module import SegmentationModule
-    from talk2dino.evaluation.progress import EvaluationProgress
+    from talk2dino.evaluation.module import EvaluationProgress, SegmentationModule
     from talk2dino.segmentation import Segmenter
 
     bench = benchmark(root)

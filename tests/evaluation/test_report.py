@@ -25,8 +25,15 @@ from talk2dino.evaluation.report import (
     write_report,
     write_sweep_report,
 )
-from talk2dino.evaluation.runs import Run, read_runs
-from talk2dino.evaluation.summary import PAPER_ORDER, as_csv, as_markdown, published, summarize
+from talk2dino.evaluation.runs import (
+    PAPER_ORDER,
+    Run,
+    as_csv,
+    as_markdown,
+    published,
+    read_runs,
+    summarize,
+)
 from tests.helpers.evaluations import (
     benchmark,
     evaluate,

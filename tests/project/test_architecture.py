@@ -47,7 +47,6 @@ ONLY_IN = {
         "alignment/module.py",
         "evaluation/datamodule.py",
         "evaluation/module.py",
-        "evaluation/progress.py",
         "sweeps/study.py",
         "train.py",
         "evaluate.py",
