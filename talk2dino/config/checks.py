@@ -149,9 +149,14 @@ def _join(path: str, parameters: Mapping[str, Any]) -> list[str]:
     return [f"{path}.{name}" for name in parameters if name != "self"]
 
 
+def unknown(what: str, name: str, valid: Iterable[str], value: str = "") -> str:
+    """One line about a key or an option that does not exist, with the nearest one that does."""
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
+    return f"unknown {what} {name}{value}; {hint}"
+
+
 def unknown_key(key: str, value: object, valid: Iterable[str]) -> str:
     """One line about an unknown key: its value, its type, and the nearest valid key."""
-    names = list(valid)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
-    return f"unknown config key {key} (value {value!r}, {type(value).__name__}); {hint}"
+    return unknown("config key", key, valid, f" (value {value!r}, {type(value).__name__})")
