@@ -155,12 +155,17 @@ def _join(path: str, parameters: Mapping[str, Any]) -> list[str]:
     return [f"{path}.{name}" for name in parameters if name != "self"]
 
 
+def unknown(what: str, name: str, valid: Iterable[str], value: str = "") -> str:
+    """One line about a key or an option that does not exist, with the nearest one that does."""
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
+    return f"unknown {what} {name}{value}; {hint}"
+
+
 def unknown_key(key: str, value: object, valid: Iterable[str]) -> str:
     """One line about an unknown key: its value, its type, and the nearest valid key."""
-    names = list(valid)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(names)[:12])}"
-    return f"unknown config key {key} (value {value!r}, {type(value).__name__}); {hint}"
+    return unknown("config key", key, valid, f" (value {value!r}, {type(value).__name__})")
 
 
 def config_folder() -> Path:
@@ -197,17 +202,17 @@ def explain(error: Exception, command: str) -> str:
         r"Could not find '([^']+)/([^'/]+)'.*?Available options[^\n]*\n(.*)", text, re.S
     )
     if group:
-        options = group.group(3).split()
-        if group.group(1).startswith("hydra/"):  # a plugin of Hydra, chosen by a group of ours
-            return f"{group.group(2)}: not installed; pip install 'talk2dino[sweep]'"
-        return unknown_option(group.group(1), group.group(2), options)
+        name, option, options = group.groups()
+        if name.startswith("hydra/"):  # a plugin of Hydra, chosen by a group of ours
+            return f"{option}: not installed; pip install 'talk2dino[sweep]'"
+        return unknown("option", f"{name}={option}", [f"{name}={one}" for one in options.split()])
     absent = re.search(r"Error locating target '([^']+)'", text)
     if absent and current(absent.group(1)) != absent.group(1):  # Hydra builds callbacks on its own
         return f"_target_={absent.group(1)}: is called {current(absent.group(1))} now"
     nested = re.search(r"Key '([^']+)' not in '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     if nested and full:
-        return unknown_key(full.group(1), "", valid_keys(command)).replace(" (value '', str)", "")
+        return unknown("config key", full.group(1), valid_keys(command))
     lines = [line.strip() for line in [*text.splitlines(), *causes[:1]] if line.strip()]
     return "; ".join(map(_first_line, lines[:3])) if lines else type(error).__name__
 
@@ -232,14 +237,6 @@ def valid_keys(command: str) -> list[str]:
 
     walk(OmegaConf.to_container(config, resolve=False), "")
     return keys + sorted(groups)
-
-
-def unknown_option(group: str, option: str, options: list[str]) -> str:
-    """One line about a group option that does not exist."""
-    line = unknown_key(f"{group}={option}", option, [f"{group}={name}" for name in options])
-    return line.replace("unknown config key", "unknown option").replace(
-        f" (value {option!r}, str)", ""
-    )
 
 
 def _given_value(key: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from talk2dino.alignment.similarity import Similarity
 from talk2dino.config import command
-from talk2dino.config.checks import unknown_key
+from talk2dino.config.checks import unknown
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
 from talk2dino.sweeps.study import PruneTrial
@@ -116,8 +116,7 @@ def check_metric(key: str, metric: str | None, validates: bool) -> None:
     """
     names = [*METRICS, TRAIN_LOSS]
     if metric not in names:
-        line = unknown_key(f"{key}={metric}", metric, [f"{key}={name}" for name in names])
-        raise ConfigError(line.replace("unknown config key", "unknown metric"))
+        raise ConfigError(unknown("metric", f"{key}={metric}", [f"{key}={name}" for name in names]))
     if metric != TRAIN_LOSS and not validates:
         raise ConfigError(
             f"{key}={metric}: there is nothing to validate on; give val_store=DIR or a "
