@@ -1,9 +1,14 @@
-"""`python -m talk2dino`: what commands there are."""
+"""`talk2dino COMMAND …` is `python -m talk2dino.COMMAND …`; alone it lists the commands."""
 
 from __future__ import annotations
 
 import ast
+import difflib
+import os
 import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # along the data's way; commands that are not named here come after these
@@ -25,17 +30,55 @@ def commands() -> dict[str, str]:
     return {name: found[name] for name in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
 
 
-def main() -> None:
-    """Print the list."""
-    print("python -m talk2dino.<command> --help explains a command and its keys.\n")
-    listed = commands()
+def overview(listed: Mapping[str, str]) -> str:
+    """What `--help` prints: each command with its line."""
     width = max(map(len, listed))
-    for name, line in listed.items():
-        print(f"  {name:<{width}}  {line.rstrip('.')}")
-    print(
-        "\nNew here? `make quickstart` trains and segments in minutes; `python -m talk2dino.doctor`"
+    lines = [f"  {name:<{width}}  {line.rstrip('.')}" for name, line in listed.items()]
+    return "\n".join(
+        [
+            "talk2dino COMMAND … is python -m talk2dino.COMMAND …; --version prints the version\n",
+            *lines,
+            "\ntalk2dino COMMAND --help explains a command and its keys.",
+            "New here? `make quickstart` trains and segments in minutes, `talk2dino doctor`",
+            "says what is installed, and docs/get-started.md is the place to begin.",
+        ]
     )
-    print("says what is installed, and docs/get-started.md is the place to begin.")
+
+
+def unknown(name: str, listed: Mapping[str, str]) -> str:
+    """One line about a command that does not exist."""
+    near = difflib.get_close_matches(name, listed, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(listed)}"
+    return f"error: talk2dino {name}: no such command; {hint}"
+
+
+def own_version() -> str:
+    """The installed package's version."""
+    try:
+        return version("talk2dino")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Become the command that the first argument names, or print what there is.
+
+    This process is replaced by `python -m talk2dino.COMMAND …`, instead of running the module
+    inside it: the search path, `sys.argv` and the spec of `__main__` are then those of `python -m`.
+    DDP, joblib and multiprocessing start further processes by them.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given else "--help"
+    listed = commands()
+    if name in ("-h", "--help"):
+        print(overview(listed))
+    elif name == "--version":
+        print(f"talk2dino {own_version()}")
+    elif name in listed:
+        os.execv(sys.executable, [sys.executable, "-m", f"talk2dino.{name}", *given[1:]])
+    else:
+        print(unknown(name, listed), file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PACKAGE = Path(doctor.__file__).parent
 
 
 def test_the_list_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main()
+    main([])
     printed = capsys.readouterr().out
     listed = commands()
     assert {"extract", "train", "evaluate", "segment", "export", "convert", "doctor"} <= set(listed)

@@ -58,7 +58,17 @@ class Checkpoint:
 
 
 def load_projection(path: str | Path, activation: Activation | None = "tanh") -> Projection:
-    """The projection of a checkpoint file; arguments and errors as `read_checkpoint`."""
+    """The projection of a checkpoint file; arguments and errors as `read_checkpoint`.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino import load_projection
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> from talk2dino.alignment.checkpoint import save_projection
+        >>> save_projection(ProjectionLayer(512, 384), "projection.safetensors")
+        >>> load_projection("projection.safetensors")(torch.zeros(2, 512)).shape
+        torch.Size([2, 384])
+    """
     return read_checkpoint(path, activation).projection
 
 

@@ -27,6 +27,15 @@ class InfoNCE(nn.Module):
     Attributes:
         logit_scale: 0-dim log-factor; a parameter if learnable, otherwise a buffer outside the
             state dict, so that the config alone decides it.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import InfoNCE
+        >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # [text, image]
+        >>> InfoNCE(logit_scale=1.0, normalize_by_batch_squared=False)(scores)
+        tensor(0.4037)
+        >>> InfoNCE(logit_scale=1.0)(scores)  # divided by 2²
+        tensor(0.1009)
     """
 
     logit_scale: Tensor
@@ -78,6 +87,13 @@ class TripletLoss(nn.Module):
     Args:
         margin: how much a true pair must score above a wrong one.
         max_violation: count only the hardest negative of each row and column.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import TripletLoss
+        >>> scores = torch.tensor([[0.9, 0.8], [0.2, 0.7]])  # text 0 and image 1 are 0.1 too close
+        >>> TripletLoss(margin=0.2)(scores)
+        tensor(0.1000)
     """
 
     def __init__(self, margin: float = 0.2, max_violation: bool = True) -> None:

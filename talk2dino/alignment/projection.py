@@ -143,6 +143,17 @@ class ProjectionLayer(Projection):
 
     Raises:
         ConfigError: an option has an unknown value, or `num_heads` is missing.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> psi = ProjectionLayer(text_dim=512, vision_dim=768)
+        >>> psi(torch.zeros(4, 512)).shape
+        torch.Size([4, 768])
+        >>> sum(parameter.numel() for parameter in psi.parameters())  # 513 x 768 + 769 x 768
+        984576
+        >>> [name for name in psi.state_dict() if name.endswith("weight")]
+        ['linear_layer.weight', 'hidden_layers.0.weight']
     """
 
     def __init__(
@@ -300,6 +311,15 @@ class DoubleMLP(ProjectionLayer):
     Arguments are those of `ProjectionLayer`. Parameters of the image side are `visual_linear` and
     `visual_hidden_layers.N`. With `hidden_layers=0` both sides are one linear layer; the original
     `DoubleMLP` raises there.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import DoubleMLP
+        >>> both = DoubleMLP(text_dim=512, vision_dim=768)
+        >>> both.project_text(torch.zeros(4, 512)).shape
+        torch.Size([4, 768])
+        >>> both.project_visual(torch.zeros(9, 768)).shape
+        torch.Size([9, 768])
     """
 
     projects_visual: ClassVar[bool] = True

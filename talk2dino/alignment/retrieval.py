@@ -91,6 +91,16 @@ def retrieval_metrics(
 
     Raises:
         DataError: a caption's image is not among the images, or an image has no caption.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment.retrieval import retrieval_metrics
+        >>> from talk2dino.alignment.similarity import DotProduct
+        >>> images, ids = torch.eye(4), torch.arange(4)
+        >>> texts = images[[0, 1, 2, 0]]  # caption 3 describes image 0
+        >>> found = retrieval_metrics(DotProduct().scores, texts, images, ids, ids)
+        >>> found["text_to_image/recall@1"], found["text_to_image/mean_rank"]
+        (75.0, 1.75)
     """
     ordered, order = image_ids.sort()
     place = torch.searchsorted(ordered, text_image_ids).clamp_(max=len(ordered) - 1)
@@ -153,6 +163,15 @@ def retrieval(
 
     Raises:
         DataError: as `retrieval_from_scores`, or `normalize` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment.retrieval import retrieval
+        >>> images = torch.eye(3)
+        >>> texts = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]])
+        >>> report = retrieval(texts, images, text_image=torch.tensor([0, 1, 2]))
+        >>> report.text_to_image.ranks, round(report.text_to_image.recall[1], 1)
+        (tensor([1, 1, 2]), 66.7)
     """
     if normalize == "vector":
         texts, images = F.normalize(texts, dim=-1), F.normalize(images, dim=-1)

@@ -31,6 +31,15 @@ def constant_with_warmup(
 
     Raises:
         ConfigError: a warm-up is negative.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment.schedules import constant_with_warmup, warmup_factor
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+        >>> constant_with_warmup(optimizer, warmup_steps=4).get_last_lr()
+        [0.1]
+        >>> [warmup_factor(step, warmup_steps=4) for step in range(6)]
+        [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
     warmup = warmup_length(warmup_steps, warmup_epochs, steps_per_epoch)
     return LambdaLR(optimizer, lambda step: warmup_factor(step, warmup))
@@ -57,6 +66,11 @@ def cosine_with_warmup(
 
     Raises:
         ConfigError: `total_steps` is missing, or a warm-up is negative.
+
+    Examples:
+        >>> from talk2dino.alignment.schedules import cosine_factor
+        >>> [round(cosine_factor(step, warmup_steps=2, total_steps=6), 3) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
     warmup = warmup_length(warmup_steps, warmup_epochs, steps_per_epoch)
     if total_steps is None:

@@ -28,6 +28,16 @@ class VisualProjectionLayer(Projection):
         vision_dim: width D of the visual features.
         hidden_dim: width between two layers (`linear_layer`, `linear_layer2`); None has one layer.
         activation: "tanh", "relu", "sigmoid" or None.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import VisualProjectionLayer
+        >>> back = VisualProjectionLayer(text_dim=512, vision_dim=768)
+        >>> back.project_visual(torch.zeros(9, 768)).shape
+        torch.Size([9, 512])
+        >>> text = torch.zeros(4, 512)
+        >>> back.project_text(text) is text  # only the image side learns
+        True
     """
 
     projects_visual: ClassVar[bool] = True

@@ -45,7 +45,8 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if inspect.isclass(hint) and not getattr(hint, "_is_protocol", False):
+    # list[int] is a class as well on Python 3.10
+    if origin is None and inspect.isclass(hint) and not getattr(hint, "_is_protocol", False):
         return isinstance(value, hint)
     if inspect.isclass(origin):  # Sequence[str] and alike: a plain value is none
         return not issubclass(origin, Collection)

@@ -182,6 +182,15 @@ def pool_attention(
 
     Raises:
         ValueError: the two differ in their number of patches.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import pool_attention
+        >>> tokens = torch.tensor([[[2.0, 0.0], [0.0, 4.0]]])  # [B=1, P=2, D=2]
+        >>> logits = torch.tensor([[[9.0, -9.0], [0.0, 0.0]]])  # the second head looks at both
+        >>> pool_attention(tokens, logits).round(decimals=4)  # [B, H=2, D], divided by P
+        tensor([[[1.0000, 0.0000],
+                 [0.5000, 1.0000]]])
     """
     if patch_tokens.shape[-2] != self_attn_maps.shape[-1]:
         raise ValueError(

@@ -30,6 +30,15 @@ def mean_iou_metric(
         num_classes: K, with the background if it is a class.
         ignore_index: target value whose pixels do not count.
         average: `macro` for the mean over classes, `none` for all of them (0 where undefined).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.evaluation.metrics import mean_iou_metric
+        >>> metric = mean_iou_metric(num_classes=3)
+        >>> truth = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 255]])
+        >>> metric.update(torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2]]), truth)
+        >>> metric.compute()
+        tensor(0.7750)
     """
     return MulticlassJaccardIndex(
         num_classes, average=average, ignore_index=ignore_index, validate_args=False
@@ -41,6 +50,13 @@ def per_class_iou(confusion: Tensor) -> list[float | None]:
 
     Args:
         confusion: `[K, K]` pixel counts, rows are targets.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.evaluation.metrics import per_class_iou
+        >>> confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # rows are targets
+        >>> per_class_iou(confusion)
+        [0.75, 0.8, None]
     """
     hits = confusion.diagonal().double()
     union = confusion.sum(0).double() + confusion.sum(1).double() - hits
@@ -48,13 +64,29 @@ def per_class_iou(confusion: Tensor) -> list[float | None]:
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean of `per_class_iou` over the classes that have one; NaN if none has."""
+    """Mean of `per_class_iou` over the classes that have one; NaN if none has.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.evaluation.metrics import mean_iou
+        >>> confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # rows are targets
+        >>> mean_iou(confusion)
+        0.775
+    """
     values = [value for value in per_class_iou(confusion) if value is not None]
     return sum(values) / len(values) if values else float("nan")
 
 
 def pixel_accuracy(confusion: Tensor) -> float:
-    """Share of counted pixels with the right class; NaN if no pixel counts."""
+    """Share of counted pixels with the right class; NaN if no pixel counts.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.evaluation.metrics import pixel_accuracy
+        >>> confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # rows are targets
+        >>> pixel_accuracy(confusion)
+        0.875
+    """
     total = int(confusion.sum())
     return int(confusion.diagonal().sum()) / total if total else float("nan")
 

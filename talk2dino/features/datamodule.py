@@ -45,6 +45,18 @@ class FeatureDataModule(L.LightningDataModule):
     Raises:
         StoreError: a store is missing, damaged, or lacks a field.
         ConfigError: a value out of range.
+
+    Examples:
+        >>> import numpy as np
+        >>> from talk2dino.features import FeatureDataModule, write_store
+        >>> captions = {"image_row": [0, 0, 1, 2, 3], "embedding": np.ones((5, 8))}
+        >>> _ = write_store("train", {"cls_token": np.eye(4)}, captions)
+        >>> field = ["cls_token"]
+        >>> data = FeatureDataModule("train", field, field, val_fraction=0.25, batch_size=2)
+        >>> [tuple(batch["embedding"].shape) for batch in data.train_dataloader()]
+        [(2, 8), (2, 8)]
+        >>> next(iter(data.val_dataloader()))["cls_token"]
+        tensor([[0., 0., 0., 1.]], dtype=torch.float16)
     """
 
     def __init__(

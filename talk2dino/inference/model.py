@@ -56,6 +56,21 @@ class Talk2DINO(nn.Module):
     Raises:
         CheckpointError: the projection's widths are not those of the encoders.
         ConfigError: another dtype.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino import Talk2DINO
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+        >>> vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+        >>> text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+        >>> model = Talk2DINO(vision, text, ProjectionLayer(text.embed_dim, vision.embed_dim))
+        >>> model.encode_text(["a cat", "a sofa"]).shape
+        torch.Size([2, 64])
+        >>> image = torch.zeros(3, 40, 64, dtype=torch.uint8)
+        >>> seg = model.segment(image, ["cat", "sofa"], short_side=32)
+        >>> seg.classes, seg.labels.shape, seg.scores.shape
+        (['cat', 'sofa'], torch.Size([40, 64]), torch.Size([2, 40, 64]))
     """
 
     def __init__(

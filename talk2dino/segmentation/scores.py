@@ -111,6 +111,16 @@ def clean_background(
 
     Raises:
         DataError: the shapes do not belong together.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.segmentation import clean_background
+        >>> tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # [B=1, P=2, D=2]
+        >>> attention = torch.tensor([[[4.0, 0.0], [0.0, 4.0]]])  # each head looks at one patch
+        >>> mask = torch.tensor([[[[0.5, 0.6]]]])  # one class, 1 x 2 patches
+        >>> text = torch.tensor([[1.0, 0.0]])  # the class is like patch 0
+        >>> clean_background(mask, tokens, attention, text)
+        tensor([[[[0.5140, 0.5833]]]])
     """
     _check(mask, patch_tokens, self_attn_maps, text)
     tokens, logits, scores = patch_tokens.float(), self_attn_maps.float(), mask.float()

@@ -119,6 +119,22 @@ class Segmenter(nn.Module):
     Raises:
         ConfigError: `input_size` is no multiple of the encoder's patch size, or the window
             settings are unusable.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.segmentation import Segmenter
+        >>> from talk2dino.segmentation.segmenter import WindowFeatures
+        >>> class MeanColor(torch.nn.Module):  # an encoder whose tokens are mean colors
+        ...     patch_size = 8
+        ...     def forward(self, images):
+        ...         colors = torch.nn.functional.avg_pool2d(images, 8)
+        ...         tokens = colors.flatten(2).transpose(1, 2)  # [B, P, D=3]
+        ...         return WindowFeatures(tokens, torch.zeros(len(images), 1, 4), (2, 2))
+        >>> image = torch.zeros(3, 16, 32, dtype=torch.uint8)
+        >>> image[0, :, :16], image[2, :, 16:] = 255, 255  # red beside blue
+        >>> segmenter = Segmenter(MeanColor(), window=16, stride=8, short_side=16, input_size=16)
+        >>> segmenter(image, text=torch.eye(3)).labels[0, ::8]  # classes: red, green, blue
+        tensor([0, 0, 2, 2])
     """
 
     def __init__(

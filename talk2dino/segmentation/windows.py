@@ -45,6 +45,13 @@ def sliding_windows(height: int, width: int, window: int = 448, stride: int = 22
     Raises:
         ConfigError: `window` or `stride` is not positive, or the stride leaves gaps.
         DataError: the picture is empty.
+
+    Examples:
+        >>> from talk2dino.segmentation import sliding_windows
+        >>> len(sliding_windows(448, 672))
+        2
+        >>> [tuple(window) for window in sliding_windows(4, 7, window=4, stride=2)]
+        [(0, 0, 4, 4), (0, 2, 4, 6), (0, 3, 4, 7)]
     """
     if not 0 < stride <= window:
         raise ConfigError(f"stride={stride}, window={window}: use 0 < stride <= window (no gaps)")
@@ -129,6 +136,11 @@ def short_side_size(height: int, width: int, short: int = 448, long: int = 2048)
     """The size `(h, w)` with short side `short`, unless the long side would exceed `long`.
 
     Proportions are kept; halves round up (mmcv `rescale_size`), and at least one pixel is left.
+
+    Examples:
+        >>> from talk2dino.segmentation.windows import short_side_size
+        >>> short_side_size(375, 500), short_side_size(100, 1000)  # the long side is 2048 at most
+        ((448, 597), (205, 2048))
     """
     scale = min(long / max(height, width), short / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
@@ -150,6 +162,12 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 
     Raises:
         DataError: the image is not uint8.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.segmentation.windows import resize_image
+        >>> resize_image(torch.tensor([[0, 100, 200]], dtype=torch.uint8), height=1, width=6)
+        tensor([[  0,  25,  75, 125, 175, 200]], dtype=torch.uint8)
     """
     if image.dtype != torch.uint8:
         raise DataError(f"image dtype {image.dtype}: give uint8 pixels 0..255")

@@ -108,7 +108,17 @@ class _PooledCosine(torch.autograd.Function):
 
 
 class DotProduct(Similarity):
-    """One vector per image, one per text (the original's comparison of 2-D inputs)."""
+    """One vector per image, one per text (the original's comparison of 2-D inputs).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> visual = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])  # [I, D]
+        >>> similarity.DotProduct()(text, visual)  # cosines [T, I]
+        tensor([[ 1.0000,  0.0000, -1.0000],
+                [ 0.6000,  0.8000, -0.6000]])
+    """
 
     def __init__(
         self,
@@ -138,6 +148,18 @@ class Dense(Similarity):
         field: name of the visual feature.
         generator: source of randomness of the subset; None is torch's default generator.
         text_field: what of a caption is compared.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [-0.8, 0.6]]])
+        >>> similarity.Dense(temperature=0.1)(text, patches)  # [T, D], [I, P, D] to [T, I]
+        tensor([[1.0000, 0.6000],
+                [0.8732, 1.0000]])
+        >>> similarity.Dense(temperature=10.0)(text, patches)  # nearly the mean patch of each image
+        tensor([[ 0.7415, -0.0721],
+                [ 0.9913,  0.7415]])
     """
 
     def __init__(

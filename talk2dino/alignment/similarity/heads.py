@@ -56,7 +56,21 @@ class PairedHead(Similarity):
 
 
 class MaxScore(PairedHead):
-    """The head closest to the image's own caption (Talk2DINO; original `max_score`)."""
+    """The head closest to the image's own caption (Talk2DINO; original `max_score`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> chosen = similarity.MaxScore().select(text, heads)
+        >>> chosen  # caption i chooses a head of image i
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> similarity.MaxScore().scores(text, chosen)
+        tensor([[1.0000, 0.0000],
+                [0.6000, 0.8000]])
+    """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
         return take_head(heads, _head_logits(text, heads).argmax(dim=-1))
@@ -66,6 +80,15 @@ class WeightedAverage(PairedHead):
     """Mean over heads of softmax(similarity) times head (original `weighted_avg`).
 
     The mean makes it 1/H of a weighted average, and it is not normalised again.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.WeightedAverage()(text, heads)
+        tensor([[ 0.3655, -0.0989],
+                [ 0.3269,  0.2615]])
     """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
@@ -81,6 +104,15 @@ class SampledHead(PairedHead):
         cosine: compare directions.
         generator: source of randomness; None is torch's default generator.
         text_field: what of a caption is compared.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> draw = similarity.SampledHead(generator=torch.Generator().manual_seed(0))
+        >>> draw.select(text, heads).shape  # one head of each image
+        torch.Size([2, 2])
     """
 
     def __init__(
@@ -105,6 +137,15 @@ class SoftHead(PairedHead):
     Between `MaxScore` (temperature towards 0) and the plain mean (towards infinity), with a
     gradient through the choice. Not in the original. For a choice per text-image pair use
     `Dense(field="disentangled_self_attn")`.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.SoftHead(temperature=1.0)(text, heads)
+        tensor([[ 0.9385, -0.2394],
+                [ 0.8393,  0.6331]])
     """
 
     def __init__(
@@ -123,7 +164,16 @@ class SoftHead(PairedHead):
 
 
 def head_choice(text: Tensor, heads: Tensor, cosine: bool = True) -> Tensor:
-    """Index `[B]` int64 of the head that `MaxScore` takes; text `[B, D]`, heads `[B, H, D]`."""
+    """Index `[B]` int64 of the head that `MaxScore` takes; text `[B, D]`, heads `[B, H, D]`.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.head_choice(text, heads)
+        tensor([0, 0])
+    """
     heads = heads.to(text.dtype)
     if cosine:
         text, heads = F.normalize(text, dim=-1), F.normalize(heads, dim=-1)
@@ -194,7 +244,17 @@ class AllPairs(Similarity):
 
 
 class SumHeads(AllPairs):
-    """Sum over heads and tokens of the similarities (original `sum`)."""
+    """Sum over heads and tokens of the similarities (original `sum`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.SumHeads()(text, heads)
+        tensor([[ 1.0000, -1.0000],
+                [ 1.4000,  0.2000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         # A sum of dot products is the dot product of the sums.
@@ -202,14 +262,34 @@ class SumHeads(AllPairs):
 
 
 class MeanHeads(AllPairs):
-    """Mean over heads and tokens; masked tokens count in the divisor (original `mean`)."""
+    """Mean over heads and tokens; masked tokens count in the divisor (original `mean`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.MeanHeads()(text, heads)
+        tensor([[ 0.5000, -0.5000],
+                [ 0.7000,  0.1000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         return (tokens * mask[..., None]).mean(dim=1) @ heads.mean(dim=1).T
 
 
 class MaxRowSum(AllPairs):
-    """Each token's best head, summed over tokens (original `max-row_sum`)."""
+    """Each token's best head, summed over tokens (original `max-row_sum`).
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # [T, D]
+        >>> heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])  # [I, H, D]
+        >>> similarity.MaxRowSum()(text, heads)
+        tensor([[1.0000, 0.0000],
+                [0.8000, 0.8000]])
+    """
 
     def _compare(self, tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:
         return best_head(tokens, mask, heads).sum(dim=-1)
@@ -221,6 +301,17 @@ class Nucleus(AllPairs):
     Per pair: each token's best head, sorted, scaled to [0, 1] and to sum one; the tokens up to the
     first whose cumulative share exceeds `alpha` are summed at their unscaled value. If no share
     exceeds `alpha` (from 1 on), only the best token counts.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> words = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])  # [S, D]
+        >>> mask, heads = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[1.0, 0.0]]])
+        >>> for alpha in (0.5, 0.6):  # start, end cut; the first word holds 1 / 1.8
+        ...     strategy = similarity.Nucleus(alpha, text_field="token_embeddings")
+        ...     print(strategy(words[None], heads, mask))
+        tensor([[1.]])
+        tensor([[1.8000]])
     """
 
     def __init__(
@@ -247,7 +338,15 @@ class Nucleus(AllPairs):
 
 
 def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
-    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept."""
+    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment import similarity
+        >>> mask = torch.tensor([[True, True, True, True, False]])  # start, two words, end, padding
+        >>> similarity.trim_mask(mask, keep_cls=False, keep_end_seq=False)
+        tensor([[False,  True,  True, False, False]])
+    """
     positions = torch.arange(mask.shape[1], device=mask.device)
     kept = mask.clone()
     if not keep_end_seq:

@@ -126,6 +126,13 @@ def average_text_tokens(
 
     Raises:
         ValueError: the two shapes do not belong together.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.encoders import average_text_tokens
+        >>> tokens = torch.tensor([[[9.0], [1.0], [3.0], [9.0], [0.0]]])  # start, words, end, pad
+        >>> average_text_tokens(tokens, torch.tensor([[1, 1, 1, 1, 0]]))
+        tensor([[2.]])
     """
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(

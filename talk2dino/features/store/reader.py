@@ -227,6 +227,17 @@ class FeatureStore:
         images: fields of the images, `store.images["patch_tokens"]` [n, P, D] and so on.
         captions: fields of the captions; `image_row` counts over the whole store.
         manifest: the manifest as a dataclass; `vision` and `text` are its encoders.
+
+    Examples:
+        >>> import numpy as np
+        >>> from talk2dino.features import FeatureStore, write_store
+        >>> _ = write_store("store", {"cls_token": np.eye(3)}, {"image_row": [0, 0, 2]})
+        >>> store = FeatureStore("store")
+        >>> len(store.images), len(store.captions), store.verify()
+        (3, 3, [])
+        >>> store.images["cls_token"][[2, 0]]
+        array([[0., 0., 1.],
+               [1., 0., 0.]], dtype=float16)
     """
 
     def __init__(self, path: str | Path) -> None:

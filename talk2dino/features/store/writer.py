@@ -271,6 +271,15 @@ def write_store(
         dtype: of the features, `float16` or `float32`.
         vision: the vision encoder, or its fields as a dict.
         text: the text encoder, or its fields as a dict.
+
+    Examples:
+        >>> import numpy as np
+        >>> from talk2dino.features import write_store
+        >>> images = {"cls_token": np.eye(3), "file_name": ["a.jpg", "b.jpg", "c.jpg"]}
+        >>> captions = {"image_row": [0, 0, 1, 2], "embedding": np.ones((4, 8))}
+        >>> manifest = write_store("features", images, captions, images_per_shard=2)
+        >>> [(shard.file, shard.images, shard.captions) for shard in manifest.shards]
+        [('train-00000.h5', 2, 3), ('train-00001.h5', 1, 1)]
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
