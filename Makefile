@@ -6,6 +6,8 @@ VENV ?= .venv
 PY ?= $(VENV)/bin/python
 WORKERS ?= 2
 CONSTRAINTS ?= constraints.txt
+# empty leaves mypy out, for versions with other stubs
+TYPES ?= yes
 
 # sizes of the quickstart
 OUT ?= outputs/quickstart
@@ -15,13 +17,14 @@ EPOCHS ?= 8
 HEAD_EPOCHS ?= 30
 PICTURES ?= 6
 
-.PHONY: help quickstart quickstart-steps test check docs clean
+.PHONY: help quickstart quickstart-steps test check docs dist clean
 
 help:
 	@echo "make quickstart   install, then extract -> train -> evaluate -> segment on real parts"
 	@echo "make test         install, then format, lint, types, docs and all tests"
 	@echo "make check        the same without installing"
 	@echo "make docs         the documentation site in build/site, warnings are errors"
+	@echo "make dist         sdist and wheel in dist/, the wheel tried in an environment of its own"
 	@echo "make clean        remove environment and outputs"
 
 $(VENV)/.quickstart: pyproject.toml $(CONSTRAINTS)
@@ -72,12 +75,20 @@ test: $(VENV)/.dev
 check:
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy
+	$(if $(strip $(TYPES)),$(PY) -m mypy)
 	$(MAKE) --no-print-directory docs
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+# The installed command is asked from a folder without the checkout's files.
+dist: $(VENV)/.dev
+	rm -rf dist build/wheel
+	$(PY) -m build --outdir dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build/wheel && bin/talk2dino --version && bin/talk2dino train --cfg job store=DIR > train.yaml
 
 clean:
 	rm -rf $(VENV) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache

@@ -42,7 +42,7 @@ def train(config: DictConfig) -> None:
     trainer: L.Trainer = command.build(
         config.trainer,
         default_root_dir=str(folder),
-        plugins=[AtomicCheckpointIO()],
+        plugins=AtomicCheckpointIO(),
         logger=command.build(config.logger) if config.logger else False,
         callbacks=callbacks(config, folder, store, module.similarity, len(data.val_rows) > 0),
     )

@@ -36,6 +36,7 @@ def test_the_wheel_holds_code_and_configs_only(wheel: Path) -> None:
         assert f"talk2dino/conf/{path.relative_to(ROOT / 'conf')}" in names
     for path in (ROOT / "talk2dino").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
+    assert "talk2dino/py.typed" in names
     for kind in ("*.txt", "templates/*"):  # class lists, and what reports and cards look like
         found = list((ROOT / "talk2dino").rglob(kind))
         assert found
