@@ -123,9 +123,9 @@ def test_synonyms_stand_for_one_class(model: Talk2DINO, pixels: torch.Tensor) ->
 
 
 def test_the_working_size_fits_the_patches(model: Talk2DINO) -> None:
-    assert model.segmenter(None, False, 40).input_size % 16 == 0
-    assert model.segmenter(None, False).input_size == 448
-    assert model.segmenter(None, False, 3).input_size == 16
+    assert model.segmenter(None, False, 40).protocol.input_size % 16 == 0
+    assert model.segmenter(None, False).protocol.input_size == 448
+    assert model.segmenter(None, False, 3).protocol.input_size == 16
 
 
 def test_wrong_input_is_one_line(model: Talk2DINO, pixels: torch.Tensor, tmp_path: Path) -> None:

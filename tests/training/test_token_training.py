@@ -375,7 +375,7 @@ def test_the_image_side_stands_before_the_scores(projection: Any, token_store: P
     assert tokens.shape == (1, 16, text.shape[1])
     with torch.no_grad():
         want = (F.normalize(tokens, dim=-1) @ text.T).sigmoid()  # [1, 16, K]
-        got = segmenter._token_scores(encoded.features, text, None)
+        got = segmenter.token_scores(encoded.features, text)
     torch.testing.assert_close(got[0].flatten(1).T, want[0], atol=1e-5, rtol=1e-4)
     clean = model.segmenter(0.5, pamr=False, short_side=64)
     assert clean.background_cleaning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Protocol:
     lambda_bg: float = 0.2
     background_threshold: float | Mapping[str, float] | None = None
 
-    _key: ClassVar[str] = ""  # what stands before a setting's name in an error
+    _key = ""  # what stands before a setting's name in an error
 
     def __post_init__(self) -> None:
         for name in ("short_side", "long_side", "window", "stride", "input_size"):
@@ -128,7 +128,7 @@ class Benchmark(Protocol):
     reference: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
 
-    _key: ClassVar[str] = "benchmark."
+    _key = "benchmark."
 
     def __post_init__(self) -> None:
         if self.vocabulary not in VOCABULARIES:
