@@ -378,7 +378,7 @@ def test_the_image_side_stands_before_the_scores(projection: Any, token_store: P
         got = segmenter.token_scores(encoded.features, text)
     torch.testing.assert_close(got[0].flatten(1).T, want[0], atol=1e-5, rtol=1e-4)
     clean = model.segmenter(0.5, pamr=False, short_side=64)
-    assert clean.background_cleaning
+    assert clean.protocol.background_cleaning
     assert clean.scores(encoded, text).shape == (3, 64, 64)
     assert clean.project_patches is not None  # moves with the segmenter
     assert {name.split(".")[0] for name, _ in clean.named_parameters()} >= {"project_patches"}
