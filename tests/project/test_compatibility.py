@@ -262,7 +262,7 @@ def test_training_goes_on_in_another_folder(here: Path) -> None:
 def test_the_config_of_a_run_trains_it_again(here: Path) -> None:
     """`config.yaml` names every part by its old place; the same seed gives the same weights."""
     config = ("--config-path", str(here / "runs" / "dense_ema"), "--config-name", "config")
-    run("train", *config, "hydra.run.dir=again")
+    run("train", *config, "logger.save_dir=again", "hydra.run.dir=again")
     got, want = (
         load_file(f"{place}/projection.safetensors") for place in ("again", "runs/dense_ema")
     )
