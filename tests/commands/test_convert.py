@@ -180,7 +180,7 @@ def verify(store: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, list[st
 def test_a_sound_store(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, lines = verify(store, capfd)
     assert status == 0
-    assert lines == [f"{store}: sound, 3 shards, 10 images, 0 captions"]
+    assert lines == [f"{store}: sound, 3 shards, 10 images, 10 captions"]
 
 
 def test_every_bad_shard_is_named(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
