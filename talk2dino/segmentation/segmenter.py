@@ -328,7 +328,7 @@ class Segmenter(nn.Module):
         """The best class of every pixel, `[H, W]` int64, without keeping the scores.
 
         Without PAMR no score is ever held at the size of the picture for more than a few classes;
-        with it, classes that cannot win are not refined (`contenders.py`).
+        with it, classes that cannot win are not refined (`labels.contender_labels`).
 
         Args:
             encoded: from `encode` or `encode_batch`.
