@@ -3,7 +3,7 @@
     python benchmarks/pamr.py --size 448 --classes 21 30 80 171
     python benchmarks/pamr.py --without-usual  # minutes faster: library calls are the baseline
 
-The usual way copies all neighbours of every class, `[B, C, 48, H, W]`, by dilated convolutions with
+The usual way copies all neighbors of every class, `[B, C, 48, H, W]`, by dilated convolutions with
 one-hot kernels, multiplies and sums, ten times over; and since that array is large, it does so for
 30 classes at a time and computes the affinity again for every chunk. It is written out here from
 that description, and both ways of `PAMR` are checked against it in every run: library calls
@@ -31,7 +31,7 @@ CHUNK = 30
 RATIO, DEVIATION = 50, 1e-5  # what is to be reached
 
 
-def neighbour_copies(maps: Tensor, kernels: Tensor) -> Tensor:
+def neighbor_copies(maps: Tensor, kernels: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, C, len(kernels) * len(DILATIONS), H, W]`."""
     batch, channels, height, width = maps.shape
     flat = maps.reshape(batch * channels, 1, height, width)
@@ -41,11 +41,11 @@ def neighbour_copies(maps: Tensor, kernels: Tensor) -> Tensor:
     return torch.cat(copies, 1).view(batch, channels, -1, height, width)
 
 
-def one_hot_kernels(offsets: list[tuple[int, int]], subtract_centre: bool) -> Tensor:
+def one_hot_kernels(offsets: list[tuple[int, int]], subtract_center: bool) -> Tensor:
     kernels = torch.zeros(len(offsets), 1, 3, 3)
     for kernel, (dy, dx) in zip(kernels, offsets, strict=True):
         kernel[0, 1 + dy, 1 + dx] += 1
-        if subtract_centre:
+        if subtract_center:
             kernel[0, 1, 1] -= 1
     return kernels
 
@@ -54,14 +54,14 @@ def usual_refinement(image: Tensor, mask: Tensor, num_iter: int) -> Tensor:
     """The usual implementation for one chunk of classes."""
     ring = list(RING)
     mask = F.interpolate(mask, size=image.shape[-2:], mode="bilinear", align_corners=True)
-    difference = neighbour_copies(image, one_hot_kernels(ring, True)).abs()  # [B, 3, 48, H, W]
-    samples = neighbour_copies(image, one_hot_kernels([*ring, (0, 0)], False))
+    difference = neighbor_copies(image, one_hot_kernels(ring, True)).abs()  # [B, 3, 48, H, W]
+    samples = neighbor_copies(image, one_hot_kernels([*ring, (0, 0)], False))
     deviation = samples.std(2, keepdim=True)
     logits = -difference / (1e-8 + 0.1 * deviation)
     weights = logits.mean(1, keepdim=True).softmax(2)  # [B, 1, 48, H, W]
     kernels = one_hot_kernels(ring, False)
     for _ in range(num_iter):
-        mask = (neighbour_copies(mask, kernels) * weights).sum(2)
+        mask = (neighbor_copies(mask, kernels) * weights).sum(2)
     return mask
 
 

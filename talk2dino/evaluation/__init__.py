@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind, for people."""
+"""Running a benchmark, counting, and reporting: `trainer.predict` to mIoU."""

@@ -36,7 +36,7 @@ class Run:
         error: why it has none.
         settings: the other values that decide its figures, by dotted keys.
         reference: published figures of the benchmark.
-        untrained: whether this is the freshly initialised projection beside the checkpoint.
+        untrained: whether this is the freshly initialized projection beside the checkpoint.
     """
 
     folder: Path

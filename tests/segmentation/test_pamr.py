@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
-from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbours
+from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbors
 from tests.helpers.goldens import Golden
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
@@ -78,13 +78,13 @@ def brute_force(image: Tensor, mask: Tensor, num_iter: int, dilations: tuple[int
     _, height, width = image.shape
     image, mask = image.double(), mask.double()
 
-    def around(y: int, x: int, centre: bool) -> list[tuple[int, int]]:
+    def around(y: int, x: int, center: bool) -> list[tuple[int, int]]:
         return [
             (min(max(y + d * dy, 0), height - 1), min(max(x + d * dx, 0), width - 1))
             for d in dilations
             for dy in (-1, 0, 1)
             for dx in (-1, 0, 1)
-            if centre or dy or dx
+            if center or dy or dx
         ]
 
     def look(maps: Tensor, places: list[tuple[int, int]]) -> Tensor:
@@ -106,7 +106,7 @@ def brute_force(image: Tensor, mask: Tensor, num_iter: int, dilations: tuple[int
 
 @pytest.mark.parametrize("compiled", WAYS)
 @pytest.mark.parametrize("size", [(9, 14), (3, 2), (1, 5)])
-def test_brute_force_twin_with_neighbours_beyond_the_border(
+def test_brute_force_twin_with_neighbors_beyond_the_border(
     size: tuple[int, int], compiled: bool
 ) -> None:
     image = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
@@ -126,7 +126,7 @@ def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_sum_to_one_and_indices_stay_inside() -> None:
     image = torch.rand(3, 12, 7)
     assert torch.allclose(affinity(image, (1, 5)).sum(1), torch.ones(84), atol=1e-6)
-    index = neighbours(12, 7, (1, 5))
+    index = neighbors(12, 7, (1, 5))
     assert index.shape == (84, 16) and index.dtype == torch.int32
     assert index.min() == 0 and index.max() == 83
     assert index[0, :8].tolist() == [0, 0, 1, 0, 1, 7, 7, 8]  # the corner repeats itself
@@ -150,7 +150,7 @@ def test_a_strong_edge_is_not_crossed() -> None:
     changed = mask.clone()
     changed[..., 8:] = 0.0
     refine = PAMR(10, (1, 2))
-    # 1 / 0.1 std is at most e^-20 for a neighbour across the edge: the left half cannot tell
+    # 1 / 0.1 std is at most e^-20 for a neighbor across the edge: the left half cannot tell
     torch.testing.assert_close(
         refine(image, mask)[..., :8], refine(image, changed)[..., :8], rtol=0, atol=1e-4
     )
@@ -217,7 +217,7 @@ def test_compiled_agrees_with_library_calls(size: tuple[int, int], classes: int)
 
 @needs_numba
 @pytest.mark.parametrize("dilations", [(4,), (5,), (2, 2, 3), (6, 7), (1, 2, 3, 4, 5), (16, 1)])
-def test_compiled_places_every_neighbour(dilations: tuple[int, ...]) -> None:
+def test_compiled_places_every_neighbor(dilations: tuple[int, ...]) -> None:
     image, mask = torch.rand(1, 3, 21, 37), torch.rand(1, 5, 21, 37)
     want = PAMR(1, dilations, compiled=False)(image, mask)
     torch.testing.assert_close(PAMR(1, dilations)(image, mask), want, rtol=0, atol=1e-6)

@@ -2,7 +2,7 @@
 
 The patch tokens already know which parts of a window belong together, so a patch may ask the k
 patches most like it, wherever they lie. That is label propagation on the graph of nearest
-neighbours (Zhou et al., "Learning with Local and Global Consistency", NIPS 2003), at the resolution
+neighbors (Zhou et al., "Learning with Local and Global Consistency", NIPS 2003), at the resolution
 of the tokens: some thousand times fewer multiplications than PAMR, but edges stay as coarse as
 patches.
 """
@@ -19,14 +19,14 @@ from talk2dino.errors import ConfigError, DataError
 class KNN(nn.Module):
     """Propagate token scores over every window's graph of nearest patches; no parameters.
 
-    Each iteration replaces the scores by `(1 - keep) * (mean of the neighbours) + keep * (scores
-    at the start)`; the neighbours' weights are the softmax of their cosine over `temperature`.
+    Each iteration replaces the scores by `(1 - keep) * (mean of the neighbors) + keep * (scores
+    at the start)`; the neighbors' weights are the softmax of their cosine over `temperature`.
 
     Args:
-        k: neighbours of a patch, itself excluded; fewer if the window has fewer patches.
+        k: neighbors of a patch, itself excluded; fewer if the window has fewer patches.
         num_iter: how often scores are passed on; 0 changes nothing.
         keep: share of a patch's first scores, 0..1; 1 changes nothing.
-        temperature: a smaller one trusts the nearest neighbours more.
+        temperature: a smaller one trusts the nearest neighbors more.
 
     Raises:
         ConfigError: a value out of its range.

@@ -1,7 +1,7 @@
 """Pixel-adaptive mask refinement (PAMR), as one sparse matrix applied again and again.
 
 Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020; the original
-refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbours at each
+refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbors at each
 dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
 row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
 iteration: it is built once, and the classes never enter it. On the CPU the product is compiled
@@ -25,8 +25,8 @@ from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 
-STRIP = 4096  # pixels whose neighbours are held at once: 2.5 MB with the usual dilations
-CLASSES = 40  # refined together; more overflow the cache, fewer repeat the work per neighbour
+STRIP = 4096  # pixels whose neighbors are held at once: 2.5 MB with the usual dilations
+CLASSES = 40  # refined together; more overflow the cache, fewer repeat the work per neighbor
 LANES = 8  # classes are filled up to a multiple, so that rows start where vectors do
 
 
@@ -35,7 +35,7 @@ class PAMR(nn.Module):
 
     Args:
         num_iter: how often the masks are averaged; 0 only resizes them.
-        dilations: distances of the neighbours in pixels; 8 neighbours each.
+        dilations: distances of the neighbors in pixels; 8 neighbors each.
         compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`);
             results agree to 1e-5.
         whole_image: the segmenter applies it once to the average of the windows instead of to every
@@ -93,7 +93,7 @@ class PAMR(nn.Module):
         """Refine one after the other, so that only one result is held: see `forward`.
 
         Args:
-            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbour index.
+            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbor index.
             masks: `[C, h, w]` each.
 
         Yields:
@@ -107,7 +107,7 @@ class PAMR(nn.Module):
         """Compute what does not depend on the masks, for several masks of the same pictures.
 
         Args:
-            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbour index.
+            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbor index.
 
         Yields:
             A function from `[C, h, w]` to `[C, H, W]` float32. It holds `8 * len(dilations)`
@@ -194,7 +194,7 @@ class Gather:
         """See `Engine`."""
         size = (share.shape[0], share.shape[1])
         if self.size != size:
-            self.index = neighbours(*size, self.dilations, mask.device)  # [HW, N]
+            self.index = neighbors(*size, self.dilations, mask.device)  # [HW, N]
             self.size = size
         parts = -(-len(mask) // CLASSES)  # none is much smaller than the others
         for part, planes in zip(mask.tensor_split(parts), target.tensor_split(parts), strict=True):
@@ -211,10 +211,10 @@ def _class_last(mask: Tensor, height: int, width: int) -> Tensor:
     return large.permute(0, 2, 3, 1).reshape(height * width, -1)
 
 
-def neighbours(
+def neighbors(
     height: int, width: int, dilations: Sequence[int], device: torch.device | None = None
 ) -> Tensor:
-    """Flat index `[H*W, 8*len(dilations)]` int32 of every pixel's neighbours.
+    """Flat index `[H*W, 8*len(dilations)]` int32 of every pixel's neighbors.
 
     Dilation-major, then row-major; beyond the border the nearest pixel is taken (replicate
     padding).
@@ -230,18 +230,18 @@ def neighbours(
 
 
 def affinity(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """How much every pixel listens to each neighbour.
+    """How much every pixel listens to each neighbor.
 
-    softmax over all neighbours of the channel mean of `-|difference| / (1e-8 + 0.1 std)`, with
+    softmax over all neighbors of the channel mean of `-|difference| / (1e-8 + 0.1 std)`, with
     one unbiased standard deviation per pixel and channel over all `9 * len(dilations)` samples
     (the pixel itself counts once per dilation).
 
     Args:
         image: `[3, H, W]` float.
-        dilations: distances of the neighbours in pixels.
+        dilations: distances of the neighbors in pixels.
 
     Returns:
-        `[H*W, 8*len(dilations)]` float32, rows sum to 1, order of `neighbours`.
+        `[H*W, 8*len(dilations)]` float32, rows sum to 1, order of `neighbors`.
     """
     height, width = image.shape[-2:]
     reach = max(dilations)
@@ -250,16 +250,16 @@ def affinity(image: Tensor, dilations: Sequence[int]) -> Tensor:
     result = image.new_empty(height * width, len(offsets))
     rows = max(1, STRIP // width)
     for top in range(0, height, rows):
-        centre = image[:, top : top + rows]  # [3, rows, W]
-        shifted = [padded[:, top + y :][:, : centre.shape[1], x : x + width] for y, x in offsets]
-        difference = torch.stack(shifted, 1).sub_(centre[:, None])  # [3, N, rows, W]
+        center = image[:, top : top + rows]  # [3, rows, W]
+        shifted = [padded[:, top + y :][:, : center.shape[1], x : x + width] for y, x in offsets]
+        difference = torch.stack(shifted, 1).sub_(center[:, None])  # [3, N, rows, W]
         logits = _logits(difference, samples=9 * len(dilations))
         result[top * width :][: logits.shape[1]] = logits.t().softmax(-1)
     return result
 
 
 def _logits(difference: Tensor, samples: int) -> Tensor:
-    """`[3, N, rows, W]` neighbour minus pixel to `[N, rows*W]`; overwrites its argument.
+    """`[3, N, rows, W]` neighbor minus pixel to `[N, rows*W]`; overwrites its argument.
 
     Differences from the pixel itself are exactly zero in flat regions, and since the pixel is a
     ninth of its own samples, the subtraction of the squared mean loses at most a factor of nine.

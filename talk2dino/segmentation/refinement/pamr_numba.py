@@ -32,7 +32,7 @@ LANES, FEWEST = 8, 16  # classes are filled up to whole vectors; below 16 LLVM t
 
 ZERO, ONE, TENTH, TINY = (np.float32(number) for number in (0, 1, 0.1, 1e-8))
 EXPONENT = np.float32(-1 / (3 * log(2)))  # mean of three channels, exponent for 2 instead of e
-SMALLEST = np.float32(-115)  # 2 to it over the number of neighbours is still a normal number
+SMALLEST = np.float32(-115)  # 2 to it over the number of neighbors is still a normal number
 TAYLOR = tuple(np.float32(log(2) ** n / factorial(n)) for n in range(7, -1, -1))  # of 2 ** r
 
 
@@ -61,7 +61,7 @@ def exp2(x: Any) -> Any:
 
 
 @compiled
-def _neighbours(plane: Any, y: int, step: Any, width: int) -> Any:
+def _neighbors(plane: Any, y: int, step: Any, width: int) -> Any:
     """Row `y` of `[H, reach + W + reach]` seen `step` rows and columns away: `[W]`."""
     left = (plane.shape[1] - width) // 2 + step[1]
     return plane[min(max(y + step[0], 0), len(plane) - 1), left : left + width]
@@ -71,7 +71,7 @@ def _neighbours(plane: Any, y: int, step: Any, width: int) -> Any:
 def _affinity(top: int, bottom: int, image: Any, steps: Any, weights: Any) -> None:
     """Rows `top..bottom` of the weights `[H, N / 8, W, 8]` (see `pamr.affinity`).
 
-    `image` is `[3, H, reach + W + reach]`, `steps` `[N, 2]` rows and columns to the neighbours.
+    `image` is `[3, H, reach + W + reach]`, `steps` `[N, 2]` rows and columns to the neighbors.
     """
     _, rings, width, _ = weights.shape
     samples = np.float32(9 * rings)  # the pixel itself counts once per dilation
@@ -82,11 +82,11 @@ def _affinity(top: int, bottom: int, image: Any, steps: Any, weights: Any) -> No
         logits[:] = 0
         for channel in range(len(image)):
             plane = image[channel]
-            here = _neighbours(plane, y, (0, 0), width)
+            here = _neighbors(plane, y, (0, 0), width)
             total[:] = 0
             squares[:] = 0
             for n in range(len(steps)):
-                near = _neighbours(plane, y, steps[n], width)
+                near = _neighbors(plane, y, steps[n], width)
                 for x in range(width):
                     difference = near[x] - here[x]
                     total[x] += difference
@@ -96,7 +96,7 @@ def _affinity(top: int, bottom: int, image: Any, steps: Any, weights: Any) -> No
                 deviation = np.sqrt(deviations / (samples - ONE))
                 scale[x] = EXPONENT / (TENTH * deviation + TINY)
             for n in range(len(steps)):
-                near, logit = _neighbours(plane, y, steps[n], width), logits[n]
+                near, logit = _neighbors(plane, y, steps[n], width), logits[n]
                 for x in range(width):
                     logit[x] += abs(near[x] - here[x]) * scale[x]
         # The best logit of a pixel is at least -32 (a deviation counts the pixel itself), so the
@@ -136,10 +136,10 @@ def _enlarge(top: int, bottom: int, small: Any, down: Any, across: Any, scores: 
 
 @compiled
 def _add_ring(total: Any, weights: Any, above: Any, here: Any, below: Any, d: int) -> None:
-    """Add the weighted scores of the 8 neighbours at distance `d` to `total` `[W, C]`.
+    """Add the weighted scores of the 8 neighbors at distance `d` to `total` `[W, C]`.
 
     `weights` is `[W, 8]`; the three rows of scores are `[reach + W + reach, C]`. The innermost loop
-    becomes one fused multiply-add per neighbour and 8 classes. For that LLVM has to check that
+    becomes one fused multiply-add per neighbor and 8 classes. For that LLVM has to check that
     `total` overlaps none of the rows; it does so up to eight times, once per call.
     """
     width, classes = total.shape
@@ -193,8 +193,8 @@ class NumbaEngine:
     entered by two callers at once.
 
     Args:
-        dilations: distances of the neighbours in pixels.
-        ring: `(dy, dx)` of the 8 neighbours at distance 1.
+        dilations: distances of the neighbors in pixels.
+        ring: `(dy, dx)` of the 8 neighbors at distance 1.
     """
 
     def __init__(self, dilations: Sequence[int], ring: Sequence[tuple[int, int]]) -> None:
@@ -252,7 +252,7 @@ def _equal_lanes(classes: int) -> int:
 
 
 def _places(small: int, large: int, margin: int = 0) -> tuple[Any, Any, Any]:
-    """Lower and upper neighbour `[margin + large + margin]` and the share of the upper one.
+    """Lower and upper neighbor `[margin + large + margin]` and the share of the upper one.
 
     Corners on corners; the margins repeat the corners.
     """
