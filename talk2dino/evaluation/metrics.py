@@ -24,7 +24,8 @@ def mean_iou_metric(
     """The metric of every benchmark; its `confmat` `[K, K]` (target, prediction) adds over ranks.
 
     Arguments are not validated by torchmetrics (it costs six times the counting); pass targets
-    through `label_values.LabelValues`, since a value outside `0..K-1` would be counted in a wrong cell.
+    through `label_values.LabelValues`, since a value outside `0..K-1` would be counted in a wrong
+    cell.
 
     Args:
         num_classes: K, with the background if it is a class.
