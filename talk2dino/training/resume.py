@@ -68,7 +68,7 @@ class SeedSteps(L.Callback):
         progress: Any = trainer.fit_loop.epoch_progress.current
         entropy = [self.seed, trainer.global_rank, progress.processed, batch_index]
         words = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0] >> 1))  # torch wants a signed number
+        torch.manual_seed(int(words[0]) >> 1)  # torch wants a signed number
 
 
 class LastCheckpoint(Checkpoint):

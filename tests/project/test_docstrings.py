@@ -36,8 +36,6 @@ WITHOUT = {
     "talk2dino.alignment.similarity": "a module, whose classes have theirs",
     "talk2dino.alignment.similarity.Similarity": "a base class",
     "talk2dino.segmentation.Segmentation": "what Segmenter's example prints",
-    "talk2dino.segmentation.KNN": "to come",
-    "talk2dino.segmentation.PAMR": "to come",
 }
 
 

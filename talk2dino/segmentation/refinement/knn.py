@@ -30,6 +30,13 @@ class KNN(nn.Module):
 
     Raises:
         ConfigError: a value out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.segmentation import KNN
+        >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]])
+        >>> KNN(k=2)(tokens, torch.tensor([[[[0.9, 0.1, 0.5, 0.6]]]]))
+        tensor([[[[0.7436, 0.2564, 0.5195, 0.5805]]]])
     """
 
     def __init__(

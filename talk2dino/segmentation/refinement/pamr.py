@@ -43,6 +43,15 @@ class PAMR(nn.Module):
 
     Raises:
         ConfigError: a negative `num_iter`, or no or non-positive dilations.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.segmentation import PAMR
+        >>> image = torch.zeros(1, 3, 4, 8)
+        >>> image[..., 4:] = 255.0  # an edge in the middle
+        >>> mask = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]]]]).repeat(1, 1, 2, 1)
+        >>> PAMR(num_iter=10, dilations=(1, 2))(image, mask)[0, 0, 0]
+        tensor([1.0000, 1.0000, 1.0000, 1.0000, 0.4618, 0.4613, 0.4610, 0.4604])
     """
 
     def __init__(
