@@ -97,7 +97,7 @@ class BestClass:
             yield resize_scores(scores[start : start + self._chunk], *self._best.shape)
 
 
-LANES = 8  # maps refined together in any case: up to 8 are as fast as one
+LANES = 8  # the compiled PAMR fills maps up to a multiple
 TOGETHER = 48  # maps refined before they compete
 FEW = 16  # maps that cost less than a round more
 SMOOTHING = (1, 3, 7)  # tokens a side; what a refinement may average away
@@ -161,11 +161,10 @@ def _means(cells: int, side: int) -> Tensor:
 def _groups(order: Sequence[int], alone: int, size: int) -> list[list[int]]:
     """The first `alone` classes by themselves, the rest in groups that grow along the order.
 
-    About one group for `size` classes, at least `FEW` maps in all, as many as fill the lanes.
+    About one group for `size` classes, at least `FEW` maps in all.
     """
     rest = len(order) - alone
-    maps = max(alone + ceil(rest / size), FEW)
-    maps = min(-(-maps // LANES) * LANES, len(order))
+    maps = min(max(alone + ceil(rest / size), FEW), len(order))
     grouped = maps - alone
     edges = [max(n, ceil(rest * (n / grouped) ** 2)) for n in range(grouped + 1)] if rest else [0]
     return [
