@@ -323,7 +323,7 @@ def dense(report: Report, folder: Path, images: int = 512, batch: int = 64) -> N
     )
     for name in ("store", "store, later epochs"):
         report.target(
-            f"dense bandwidth ({name}) ≥ 0.7 np.memmap", ratios[name], ratios[name] >= 0.7
+            f"dense bandwidth ({name}) ≥ 0.8 np.memmap", ratios[name], ratios[name] >= 0.8
         )
 
 
