@@ -37,7 +37,7 @@ from talk2dino.evaluation.settings import (
 )
 from talk2dino.files import read_json, write_json
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.segmentation import KNN, PAMR, Segmenter
+from talk2dino.segmentation import PAMR, Segmenter
 
 
 def evaluate(config: DictConfig) -> None:
@@ -162,14 +162,20 @@ def cached_text(text: TextEncoder, projection: Projection) -> TextEncoder:
 def build_segmenter(
     config: DictConfig, vision: nn.Module, projection: Projection, benchmark: Benchmark
 ) -> Segmenter:
-    """The segmenter of a benchmark's protocol, with the refinements of the config."""
+    """The segmenter of a benchmark's protocol, with the refinements of the config.
+
+    What is no PAMR refines token scores as `KNN` does, a class of the user's own too.
+    """
     chosen = command.build(config.refinement) if config.refinement else None
-    pamr = PAMR(whole_image=config.pamr_whole_image) if config.pamr else None
+    own = isinstance(chosen, PAMR)
+    pamr: PAMR | None = chosen if own else PAMR() if config.pamr else None
+    if pamr is not None:
+        pamr.whole_image = pamr.whole_image or config.pamr_whole_image
     return Segmenter(
         vision,
         benchmark,
-        pamr=chosen if isinstance(chosen, PAMR) else pamr,
-        knn=chosen if isinstance(chosen, KNN) else None,
+        pamr=pamr,
+        knn=None if own else chosen,
         project_patches=visual_side(projection),
         window_batch_size=config.window_batch_size,
     )
@@ -179,7 +185,8 @@ def name_refinement(config: DictConfig) -> None:
     """Let `refinement=pamr` set `pamr`, which is what results and reports tell."""
     if config.refinement and str(config.refinement.get("_target_")).endswith(".PAMR"):
         config.pamr = True
-        config.pamr_whole_image = config.refinement.whole_image
+        whole = bool(config.refinement.get("whole_image"))
+        config.pamr_whole_image = config.pamr_whole_image or whole
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from talk2dino import load_projection
@@ -21,7 +21,7 @@ from talk2dino.config.checks import check_given, check_targets
 from talk2dino.config.command import user_message
 from talk2dino.config.schemas import SCHEMAS
 from talk2dino.errors import DataError
-from talk2dino.evaluate import build_segmenter
+from talk2dino.evaluate import build_segmenter, name_refinement
 from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
@@ -82,6 +82,21 @@ def test_the_refinements_reach_the_segmenter() -> None:
     )
     assert made.knn is not None and made.knn.k == 8
     assert made.pamr is not None and made.pamr.whole_image
+
+
+def test_a_typed_key_and_a_class_of_ones_own_are_not_dropped() -> None:
+    given = ["checkpoint=c", "benchmark=mosaic", "refinement=pamr", "pamr_whole_image=true"]
+    config = compose("evaluate", *given)
+    name_refinement(config)
+    assert config.pamr and config.pamr_whole_image
+    bench, psi = command.build(config.benchmark), ProjectionLayer(8, 8)
+    made = build_segmenter(config, nn.Identity(), psi, bench)
+    assert made.pamr is not None and made.pamr.whole_image and made.knn is None
+    config = compose("evaluate", *given[:2])
+    with open_dict(config):
+        config.refinement = {"_target_": "torch.nn.Flatten"}
+    name_refinement(config)
+    assert isinstance(build_segmenter(config, nn.Identity(), psi, bench).knn, nn.Flatten)
 
 
 def widths(experiment: str) -> tuple[int, int]:
