@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import pickle
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -68,8 +70,8 @@ def test_affinity(
     want = arrays[name][0, 0].flatten(1)
     engine = PAMR(1, dilations, compiled).engine(torch.device("cpu"))
     got = engine.affinity(arrays["image/flat24x20"][0])
-    if compiled:  # [H, dilations, W, 8]
-        got = got.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+    if compiled:  # [H, N / 8, W, 8]
+        got = got.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
     parity.check("mask refinement affinity", "LocalAffinity", got.t(), want, 1e-6)
 
 
@@ -167,6 +169,24 @@ def test_images_are_independent_and_inputs_untouched() -> None:
     assert not PAMR().state_dict() and not list(PAMR().parameters())
 
 
+def test_copies_keep_their_settings() -> None:
+    image, mask = torch.rand(1, 3, 20, 20), torch.rand(1, 2, 5, 5)
+    refine = PAMR(3, (1, 2))
+    want = refine(image, mask)
+    for copied in (copy.deepcopy(refine), pickle.loads(pickle.dumps(refine))):
+        assert torch.equal(copied(image, mask), want)
+
+
+def test_weights_stay_as_long_as_somebody_refines_with_them() -> None:
+    images, mask = torch.rand(8, 3, 24, 30), torch.rand(2, 5, 5)
+    refine = PAMR(3, (1, 4))
+    kept = next(iter(refine.prepare(images[:1])))
+    want = kept(mask)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda image: refine(image[None], mask[None]), images))
+    assert torch.equal(kept(mask), want)
+
+
 def test_chunks_of_classes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = torch.rand(1, 3, 18, 23), torch.rand(1, 11, 5, 6)
     refine = PAMR(3, (1, 4), compiled=False)
@@ -232,10 +252,10 @@ def two_threads() -> Iterator[None]:
 
 
 @needs_numba
-def test_compiled_chunks_tiles_and_callers_do_not_show(
+def test_compiled_chunks_threads_and_callers_do_not_show(
     monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
-    image, mask = torch.rand(1, 3, 40, 101), torch.rand(1, 30, 5, 6)
+    image, mask = torch.rand(1, 3, 40, 101), torch.rand(1, 60, 5, 6)
     refine = PAMR(3, (1, 4))
     whole = refine(image, mask)
     torch.set_num_threads(1)
@@ -243,8 +263,25 @@ def test_compiled_chunks_tiles_and_callers_do_not_show(
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(got, whole) for got in pool.map(refine, [image] * 8, [mask] * 8))
-    monkeypatch.setattr("talk2dino.segmentation.refinement.pamr_numba.WIDEST", 16)
-    assert torch.equal(refine(image, mask), whole)
+    for widest in (8, 16, 24, 32, 64):
+        monkeypatch.setattr("talk2dino.segmentation.refinement.pamr_numba.WIDEST", widest)
+        assert torch.equal(refine(image, mask), whole)
+
+
+@needs_numba
+def test_compiled_equal_classes_get_equal_bits_wherever_they_stand() -> None:
+    image, mask = torch.rand(1, 3, 40, 51), torch.rand(1, 1, 5, 6).expand(1, 61, 5, 6)
+    refined = PAMR(3, (1, 4))(image, mask)
+    assert torch.equal(refined, refined[:, :1].expand_as(refined))
+
+
+@needs_numba
+def test_compiled_larger_scores_give_nowhere_smaller_results() -> None:
+    """What the bounds of `segmentation/labels.py` rest on, to the bit."""
+    image, mask = torch.rand(1, 3, 40, 51), torch.rand(1, 20, 5, 6)
+    refine = PAMR(10, (1, 4))
+    bound = refine(image, mask.amax(1, keepdim=True))
+    assert (refine(image, mask) <= bound).all()
 
 
 @needs_numba
@@ -283,8 +320,9 @@ def test_without_numba_or_off_the_cpu_library_calls_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert isinstance(PAMR().engine(torch.device("meta")), Gather)
-    monkeypatch.delitem(sys.modules, "talk2dino.segmentation.refinement.pamr_numba", raising=False)
-    monkeypatch.delattr("talk2dino.segmentation.refinement.pamr_numba", raising=False)
+    name = "talk2dino.segmentation.refinement.pamr_numba"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(name, raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     assert isinstance(PAMR().engine(torch.device("cpu")), Gather)
     image, mask = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9)
