@@ -8,8 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import talk2dino
 
 # along the data's way; commands that are not named here come after these
 ORDER = ("extract", "train", "evaluate", "compare", "segment", "app", "export", "convert", "doctor")
@@ -52,14 +53,6 @@ def unknown(name: str, listed: Mapping[str, str]) -> str:
     return f"error: talk2dino {name}: no such command; {hint}"
 
 
-def own_version() -> str:
-    """The installed package's version."""
-    try:
-        return version("talk2dino")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "unknown"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Become the command that the first argument names, or print what there is.
 
@@ -73,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(overview(listed))
     elif name == "--version":
-        print(f"talk2dino {own_version()}")
+        print(f"talk2dino {talk2dino.__version__}")
     elif name in listed:
         os.execv(sys.executable, [sys.executable, "-m", f"talk2dino.{name}", *given[1:]])
     else:

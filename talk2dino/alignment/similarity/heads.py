@@ -78,7 +78,7 @@ class MaxScore(PairedHead):
     """
 
     def _choose(self, text: Tensor, heads: Tensor) -> Tensor:
-        return take_head(heads, _head_logits(text, heads).argmax(dim=-1))
+        return take_head(heads, head_choice(text, heads, cosine=False))  # unit rows already
 
 
 class WeightedAverage(PairedHead):

@@ -6,13 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+import talk2dino
 from talk2dino.errors import StoreError
 from talk2dino.features.store.schema import (
     MANIFEST,
@@ -187,7 +187,7 @@ def finish_manifest(
         fields=records[0].fields,
         vision=vision,
         text=text,
-        package_version=_package_version(),
+        package_version=talk2dino.__version__,
         skipped=sum(record.skipped for record in records),
     )
     # Two ranks that finish at once both write these files, with the same content.
@@ -237,13 +237,6 @@ def _field_difference(first: ShardRecord, other: ShardRecord) -> str:
 
 def _brief(info: FieldInfo | None) -> str:
     return f"{list(info.shape)} {info.dtype}" if info else "missing"
-
-
-def _package_version() -> str:
-    try:
-        return version("talk2dino")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
 
 
 _Info = TypeVar("_Info", bound=EncoderInfo)
