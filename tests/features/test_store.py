@@ -389,12 +389,38 @@ def test_mapped_pages_are_given_back(folder: Path, monkeypatch: pytest.MonkeyPat
         release(reader)
 
     monkeypatch.setattr(shard_reader.ShardReader, "release", noted)
+    monkeypatch.setattr(reader, "_CHECK_BYTES", 1)
     monkeypatch.setattr(reader, "MAX_MAPPED_BYTES", 50)
+    monkeypatch.setattr(reader, "_mapped_bytes", iter([0, *range(100, 200)]).__next__)
     opened = FeatureStore(folder)
     want = arrays()[0]["cls_token"].astype(np.float16)
     for _ in range(2):
         np.testing.assert_array_equal(opened.images["cls_token"][:], want)
     assert sorted(set(released)) == [f"train-0000{k}.h5" for k in range(3)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is resident of files, as the system says it, while 64 MB are read at random."""
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) << 10
+
+    limit, width = 8 << 20, 8192
+    images = {"cls_token": np.zeros((4096, width), np.float16)}
+    write_store(tmp_path / "store", images, {"image_row": np.arange(4096)}, images_per_shard=512)
+    monkeypatch.setattr(reader, "MAX_MAPPED_BYTES", limit)
+    monkeypatch.setattr(reader, "_CHECK_BYTES", 1 << 20)
+    field = FeatureStore(tmp_path / "store").images["cls_token"]
+    before, rows = resident(), np.random.default_rng(0).permutation(4096)
+    most = 0
+    for start in range(0, len(rows), 8):
+        field[rows[start : start + 8]]
+        most = max(most, resident() - before)
+    assert most < 4 * limit  # one check apart from the limit; without giving back, all 64 MB
 
 
 def test_asking_the_system_to_read_ahead(folder: Path) -> None:

@@ -27,10 +27,12 @@ MAX_OPEN_SHARDS = 512
 _OTHER_FILES = 512
 
 # Pages of mapped files that were read count as memory of the process, although the system may take
-# them back at any time. They are unmapped (and stay in the page cache) after so many bytes, so that
-# a process that reads a large store looks no larger than one that reads a small store.
+# them back at any time. Beyond so many bytes they are unmapped (and stay in the page cache): a
+# process that reads a large store then looks no larger than one that reads a small store. How much
+# is mapped is asked, not reckoned: around a page that is touched the system maps 64 KB or megabytes.
 MAX_MAPPED_BYTES = 1 << 28
-_FAULT_BYTES = 1 << 16  # what Linux maps at once around a page that is touched
+_CHECK_BYTES = 1 << 26  # asking costs ten microseconds, so once for so many bytes
+_FAULT_BYTES = 1 << 17  # a row counts as this much at least
 
 
 class FeatureStore:
@@ -80,7 +82,7 @@ class FeatureStore:
         """Begin without open shards, as in every new process: HDF5 handles are not shared."""
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.RLock()  # a loader may read ahead in a thread
-        self._read_bytes = 0
+        self._read_bytes, self._mapped_before = 0, _mapped_bytes()
         self._pid = os.getpid()
 
     @property
@@ -121,13 +123,16 @@ class FeatureStore:
         return reader
 
     def count(self, rows: int, row_bytes: int) -> None:
-        """Count rows that were read, inside `reading`; unmap what was read when it is much."""
+        """Count rows that were read, inside `reading`; unmap the shards when much is mapped."""
         self._read_bytes += rows * max(row_bytes, _FAULT_BYTES)
-        if self._read_bytes > MAX_MAPPED_BYTES:
-            self._read_bytes = 0
-            if sum(reader.mapped_bytes for reader in self._open.values()) > MAX_MAPPED_BYTES:
-                for reader in self._open.values():
-                    reader.release()
+        if self._read_bytes < _CHECK_BYTES:
+            return
+        self._read_bytes, now = 0, _mapped_bytes()
+        self._mapped_before = min(self._mapped_before, now)
+        ours = sum(reader.mapped_bytes for reader in self._open.values())  # others map files, too
+        if min(now - self._mapped_before, ours) > MAX_MAPPED_BYTES:
+            for reader in self._open.values():
+                reader.release()
 
     def close(self) -> None:
         """Close all shards; they open again when needed."""
@@ -278,6 +283,13 @@ class Field:
 def _starts(counts: list[int]) -> NDArray[np.int64]:
     """First row of each shard, then the total, [S + 1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _mapped_bytes() -> int:
+    """Resident bytes of this process that belong to files or shared memory; 0 if unknown."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _room_for(shards: int) -> int:
