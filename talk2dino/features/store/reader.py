@@ -29,7 +29,7 @@ _OTHER_FILES = 512
 # Pages of mapped files that were read count as memory of the process, although the system may take
 # them back at any time. Beyond so many bytes they are unmapped (and stay in the page cache): a
 # process that reads a large store then looks no larger than one that reads a small store. How much
-# is mapped is asked, not reckoned: around a page that is touched the system maps 64 KB or megabytes.
+# is mapped is asked, not estimated: around a touched page the system maps 64 KB or megabytes.
 MAX_MAPPED_BYTES = 1 << 28
 _CHECK_BYTES = 1 << 26  # asking costs ten microseconds, so once for so many bytes
 _FAULT_BYTES = 1 << 17  # a row counts as this much at least
