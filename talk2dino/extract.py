@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,12 +27,14 @@ from talk2dino.encoders.devices import choose_device, process_rank
 from talk2dino.errors import StoreError
 from talk2dino.features.extraction.job import Extraction
 from talk2dino.features.store.schema import Manifest
+from talk2dino.files import replacing
 
 
 def extract(config: DictConfig) -> None:
     """Fill the store that the config describes, with a progress bar."""
     job = extraction(config)
     console = Console()
+    say_left_out(job, console)
     check_space(job, console)
     with progress_bar(console, enabled=job.rank == 0) as bar:
         task = bar.add_task("extract", total=job.num_images)
@@ -117,6 +121,17 @@ def report(job: Extraction, manifest: Manifest | None, counted: Counter, console
         f"{job.store}: {images} images, {captions} captions, {skipped} skipped, "
         f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
     )
+
+
+def say_left_out(job: Extraction, console: Console) -> None:
+    """Count what the source leaves out, and list it beside the store."""
+    left, file = job.source.left_out, job.store / f"{job.split}-left-out.jsonl"
+    if not left or job.rank:
+        return
+    with replacing(file, shared=True) as path:
+        path.write_text("".join(json.dumps(item) + "\n" for item in left), encoding="utf-8")
+    first = escape(f"{left[0]['file_name']} ({left[0]['reason']})")
+    console.print(f"[yellow]{len(left)} files are left out, such as {first}; the list is {file}")
 
 
 def check_space(job: Extraction, console: Console) -> None:

@@ -70,7 +70,7 @@ def read_json(file: Path, kind: type[T], what: str) -> T:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{file}: {os.strerror(error.errno or 0)}; give {what}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not a json file ({error}); give {what}") from error
     if not isinstance(content, kind):
         raise DataError(f"{file}: holds {type(content).__name__}, not {what}")

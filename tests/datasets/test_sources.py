@@ -89,6 +89,9 @@ def orphan() -> dict[str, Any]:
     [
         ("not json", "not a json file"),
         ([1], "no list 'images'"),
+        pytest.param("[" * 100_000, "not a json file", id="deep"),
+        ({"images": [1]}, "no list 'annotations'"),
+        ({"images": [1], "annotations": []}, r"images\[0\] needs id and file_name"),
         (without("annotations"), "no list 'annotations'"),
         (without("images", 1, "id"), r"images\[1\] needs id and file_name"),
         (without("images", 0, "file_name"), r"images\[0\] needs id and file_name"),
@@ -180,6 +183,69 @@ def test_karpathy_splits(tmp_path: Path, folder: Path) -> None:
         CocoCaptions(write(tmp_path, {"images": rows}), str(folder))
 
 
+@pytest.mark.parametrize(
+    ("table", "key", "value", "reason"),
+    [
+        ("annotations", "caption", None, "caption is null, not a text"),
+        ("annotations", "caption", ["a", "b"], r"caption is \['a', 'b'\], not a text"),
+        ("annotations", "caption", {"raw": "a"}, "not a text"),
+        ("annotations", "caption", float("nan"), "caption is nan, not a text"),
+        ("annotations", "caption", " \n", "caption is empty"),
+        ("annotations", "caption", "a \ud83d", "half a character"),
+        ("annotations", "id", 2**63, "id is 9223372036854775808, not a whole number"),
+        ("annotations", "id", 1.5, "id is 1.5, not a whole number"),
+        ("annotations", "id", True, "id is true, not"),
+        ("annotations", "image_id", "3 ", "image_id is '3 ', not"),
+        ("images", "id", -(2**63) - 1, "not a whole number of at most 64 bits"),
+        ("images", "file_name", None, "file_name is null, not the name"),
+        ("images", "file_name", "", "file_name is '', not the name"),
+    ],
+)
+def test_coco_takes_no_value_for_another(
+    tmp_path: Path, folder: Path, table: str, key: str, value: object, reason: str
+) -> None:
+    data = coco()
+    data[table][1][key] = value
+    with pytest.raises(DataError, match=rf"{table}\[1\]: .*{reason}"):
+        CocoCaptions(write(tmp_path, data), str(folder))
+
+
+def test_ids_at_the_ends_of_their_range(tmp_path: Path, folder: Path) -> None:
+    data = coco()
+    data["annotations"][0]["id"], data["annotations"][1]["id"] = 2**63 - 1, "-9223372036854775808"
+    source = CocoCaptions(write(tmp_path, data), str(folder))
+    assert source.entry(0).captions[0][0] == -(2**63)
+    assert source.entry(1).captions[0][0] == 2**63 - 1
+
+
+def test_what_is_left_out_is_listed(tmp_path: Path, folder: Path) -> None:
+    source: CocoCaptions | CaptionFolder = CocoCaptions(write(tmp_path, coco()), str(folder))
+    assert source.left_out == [{"file_name": "c.JPG", "reason": "has no caption"}]
+    (folder / "b.TXT").write_text("one")
+    (folder / "photo.HEIC").write_bytes(b"x")
+    (folder / "photo.txt").write_text("two")
+    (folder / "c.txt").write_text(" \n")
+    (folder / "sub").mkdir()
+    picture(folder / "sub" / "d.png")
+    (folder / "sub" / "d.txt").write_text("three")
+    source = CaptionFolder(str(folder))
+    assert list(source.entries) == [Entry(0, "b.png", ((0, "one"),))]
+    assert {item["file_name"]: item["reason"] for item in source.left_out} == {
+        "a.png": "no .txt beside it",
+        "c.JPG": "c.txt is empty",
+        "c.txt": "no picture of its name that can be read",
+        "photo.txt": "no picture of its name that can be read",
+        "sub/d.png": "lies in a subfolder: write a captions.csv with its path",
+        "sub/d.txt": "no picture of its name that can be read",
+    }
+
+
+def test_two_spellings_of_a_path_are_one_image(folder: Path) -> None:
+    (folder / "captions.csv").write_text("file_name,caption\n./a.png,x\nsub/../a.png,y\na.png,z\n")
+    entries = CaptionFolder(str(folder)).entries
+    assert list(entries) == [Entry(0, "a.png", ((0, "x"), (1, "y"), (2, "z")))]
+
+
 @pytest.mark.parametrize("limit", [0, -3])
 def test_limits_must_be_positive(tmp_path: Path, folder: Path, limit: int) -> None:
     with pytest.raises(ConfigError, match=f"source.limit={limit}: use 1 or more"):
@@ -245,7 +311,16 @@ def test_folder_with_a_tabbed_text(folder: Path) -> None:
         ("captions.jsonl", b'\n{"file_name": "a.png"}', "line 2 needs"),
         ("captions.jsonl", b'{"file_name": "a.png", "caption": "x"}\n{oops', "line 2 is not json"),
         ("captions.jsonl", b"[1]", "line 1 needs"),
-        ("captions.csv", b"file_name,caption\na.png," + b"x" * 140_000, "after line 1: not csv"),
+        ("captions.csv", b"file_name,caption\na.png," + b"x" * 140_000, "line 2: not csv"),
+        ("captions.csv", b"file_name,caption\na.png,a dog, asleep\n", "line 2 has more than 2 col"),
+        ("captions.csv", b'file_name,caption\nb.png,x\na.png,"open\nb.png,y\n', "line 3: not csv"),
+        ("captions.csv", b'file_name,caption\na.png,"x" y\n', "line 2: not csv"),
+        ("captions.jsonl", b'{"file_name": "a.png", "caption": null}', "caption is null, not a te"),
+        ("captions.jsonl", b'{"file_name": 3, "caption": "x"}', "file_name is 3, not the name of"),
+        ("captions.jsonl", b'{"file_name": "a.png", "caption": "\\ud83d"}', "line 1 .*half a char"),
+        pytest.param("captions.jsonl", b"[" * 100_000, "line 1 is not json", id="deep"),
+        ("captions.txt", b"a.png\tx\0y", "line 1 .*a NUL"),
+        ("a.txt", b"one\n\0", r"a\.txt: line 2: .*a NUL"),
         ("captions.csv", b'file_name,caption\na.png,"x\ny"\nb.png\n', "line 4 needs"),
         ("captions.txt", b"a.png\tx\n\nb.png y\n", "line 3 has no tab"),
         ("captions.txt", b"a.png\t \n", "line 1 needs file_name and caption"),

@@ -23,6 +23,7 @@ from talk2dino.datasets.captions.base import crop_square
 from talk2dino.encoders.devices import process_rank
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, StoreError
+from talk2dino.extract import say_left_out
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
 from talk2dino.features.extraction.job import Extraction
@@ -305,6 +306,20 @@ def test_the_command_prints_its_figures(
         else:
             assert "nothing was left to do" in out
         assert "12 images, 12 captions, 0 skipped, 2 shards" in out
+
+
+def test_what_the_source_leaves_out_is_counted_and_listed(
+    vision: TimmVisionEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_images(tmp_path / "images", count=3)
+    (folder / "01.txt").unlink()
+    (folder / "[draft].txt").write_text("no picture")
+    store = tmp_path / "store"
+    store.mkdir()
+    say_left_out(job(CaptionFolder(str(folder)), vision, store), Console(width=500))
+    assert "2 files are left out, such as 01.png (no .txt beside it)" in capsys.readouterr().out
+    lines = (store / "train-left-out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == ["01.png", "[draft].txt"]
 
 
 @pytest.mark.parametrize(

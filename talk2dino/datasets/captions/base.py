@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +34,63 @@ class Entry:
     captions: tuple[tuple[int, str], ...]
 
 
+def caption_text(value: object) -> str:
+    """A caption as a file gives it, which is what every source accepts as one.
+
+    Raises:
+        ValueError: what is wrong with it: no text, empty, or characters that cannot be stored.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"caption is {_shown(value)}, not a text")
+    if not value.strip():
+        raise ValueError("caption is empty")
+    if "\0" in value or (not value.isascii() and re.search("[\ud800-\udfff]", value)):
+        raise ValueError(f"caption {_shown(value)} has a NUL or half a character (lone surrogate)")
+    return value
+
+
+def whole_number(value: object, key: str) -> int:
+    """An id: a whole number of at most 64 bits, or its digits as a text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{key} is {_shown(value)}, not a whole number of at most 64 bits")
+    return value
+
+
+def image_name(value: object, key: str = "file_name") -> str:
+    """The name of an image file; `./a.jpg` and `a.jpg` are one.
+
+    Raises:
+        ValueError: no text, or an empty one.
+    """
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"{key} is {_shown(value)}, not the name of a file")
+    return posixpath.normpath(value)
+
+
+def _shown(value: object) -> str:
+    """A value of a file, short, as json writes it."""
+    words = {None: "null", True: "true", False: "false"}
+    plain = value is None or isinstance(value, bool)
+    text = words[value] if plain else ascii(value)  # type: ignore[index]
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 class Source:
     """Captioned images by position.
 
     Reading an image happens in worker processes, so a source pickles.
+
+    Attributes:
+        left_out: what lies there but is no captioned image, as dicts with file_name and reason.
     """
+
+    left_out: Sequence[dict[str, str]] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

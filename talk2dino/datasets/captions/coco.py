@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from talk2dino.datasets.captions.base import Entry, FileSource
+from talk2dino.datasets.captions.base import (
+    Entry,
+    FileSource,
+    caption_text,
+    image_name,
+    whole_number,
+)
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import read_json
 
@@ -16,7 +22,8 @@ from talk2dino.files import read_json
 def is_karpathy(data: Any) -> bool:
     """Whether a parsed json has the captions inside its images, as Karpathy's files do."""
     images = data.get("images") if isinstance(data, dict) else None
-    return isinstance(images, list) and bool(images) and "sentences" in images[0]
+    first = images[0] if isinstance(images, list) and images else None
+    return isinstance(first, dict) and "sentences" in first
 
 
 def karpathy_entries(
@@ -43,18 +50,20 @@ def karpathy_entries(
         if split is not None and row.get("split") not in split:
             continue
         try:
-            sub, name = str(row.get("filepath", "")), str(row["filename"])
-            captions = tuple((int(s["sentid"]), str(s["raw"])) for s in row["sentences"])
-            image_id = int(row.get("cocoid", row["imgid"]))
-        except (KeyError, TypeError, ValueError) as error:
+            sub, name = str(row.get("filepath", "")), image_name(row["filename"], "filename")
+            captions = tuple(
+                (whole_number(s["sentid"], "sentid"), caption_text(s["raw"]))
+                for s in row["sentences"]
+            )
+            image_id = whole_number(row.get("cocoid", row["imgid"]), "imgid")
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: images[{number}] needs filename, imgid and sentences with raw and "
                 f"sentid ({error!r})"
             ) from error
-        if captions:
-            entries.append(
-                Entry(image_id, f"{sub}/{name}" if sub and below[sub] else name, captions)
-            )
+        except ValueError as error:
+            raise DataError(f"{path}: images[{number}]: {error}; correct or remove it") from error
+        entries.append(Entry(image_id, f"{sub}/{name}" if sub and below[sub] else name, captions))
     return entries
 
 
@@ -76,7 +85,8 @@ class CocoCaptions(FileSource):
 
     `images` is the folder of the files, or the one above it: `coco` with `train2014` and
     `val2014`, or with `train2017`, in it. The sub-folder comes from the name
-    (`COCO_train2014_…`) or from the json's `coco_url`. Images without a caption are left out.
+    (`COCO_train2014_…`) or from the json's `coco_url`. Images without a caption are listed in
+    `left_out`.
 
     Args:
         annotations: json with `images` (id, file_name) and `annotations` (id, image_id, caption),
@@ -86,8 +96,8 @@ class CocoCaptions(FileSource):
         limit: take only the first images, in the order of the json.
 
     Raises:
-        DataError: missing file or folder, no json, a missing key, an id that occurs twice, a
-            caption without its image, an unknown split.
+        DataError: missing file or folder, no json, a missing key, a value that is no id, name or
+            caption, an id that occurs twice, a caption without its image, an unknown split.
     """
 
     def __init__(
@@ -112,7 +122,12 @@ class CocoCaptions(FileSource):
             )
         else:
             entries = self._coco_entries(data)
-        self.set_entries(entries, limit, self.annotations)
+        self.left_out = [
+            {"file_name": entry.file_name, "reason": "has no caption"}
+            for entry in entries
+            if not entry.captions
+        ]
+        self.set_entries([e for e in entries if e.captions], limit, self.annotations)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name and size of the annotation file, its split if it has any, number of images."""
@@ -137,9 +152,8 @@ class CocoCaptions(FileSource):
                     "images; remove the caption or add the image"
                 )
         return [
-            Entry(image_id, name, tuple(captions[image_id]))
+            Entry(image_id, name, tuple(captions.get(image_id, ())))
             for image_id, name in names.items()
-            if image_id in captions
         ]
 
 
@@ -149,11 +163,13 @@ def _file_names(path: Path, images: list[Any], folder: Path) -> dict[int, str]:
     below: dict[str, bool] = {}  # sub-folder -> whether it is there; a stat per image is too slow
     for number, row in enumerate(images):
         try:
-            image_id, name = int(row["id"]), str(row["file_name"])
-        except (KeyError, TypeError, ValueError) as error:
+            image_id, name = whole_number(row["id"], "id"), image_name(row["file_name"])
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: images[{number}] needs id and file_name ({error!r})"
             ) from error
+        except ValueError as error:
+            raise DataError(f"{path}: images[{number}]: {error}; correct or remove it") from error
         if image_id in names:
             raise DataError(f"{path}: images[{number}] has id {image_id}, as an image before it")
         sub = _sub_folder(name, row)
@@ -176,11 +192,15 @@ def _captions_by_image(path: Path, annotations: list[Any]) -> dict[int, list[tup
     seen: set[int] = set()
     for number, row in enumerate(annotations):
         try:
-            caption_id, text = int(row["id"]), str(row["caption"])
-            grouped[int(row["image_id"])].append((caption_id, text))
-        except (KeyError, TypeError, ValueError) as error:
+            caption_id, text = whole_number(row["id"], "id"), caption_text(row["caption"])
+            grouped[whole_number(row["image_id"], "image_id")].append((caption_id, text))
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: annotations[{number}] needs id, image_id and caption ({error!r})"
+            ) from error
+        except ValueError as error:
+            raise DataError(
+                f"{path}: annotations[{number}]: {error}; correct or remove it"
             ) from error
         if caption_id in seen:
             raise DataError(

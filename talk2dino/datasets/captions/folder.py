@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from talk2dino.datasets.captions.base import Entry, FileSource
-from talk2dino.datasets.pictures import SUFFIXES
+from talk2dino.datasets.captions.base import Entry, FileSource, caption_text, image_name
+from talk2dino.datasets.pictures import is_picture
 from talk2dino.errors import DataError
 from talk2dino.files import read_text
 
@@ -23,7 +23,8 @@ class CaptionFolder(FileSource):
 
     The csv has the columns, the jsonl the keys `file_name` and `caption`, a row per caption; a
     line of `captions.txt` is the file name, a tab and the caption (Flickr's `name.jpg#0` without
-    its number). The file beside an image has a caption per line. Names are relative to the folder.
+    its number). The file beside an image has a caption per line; what has no partner is listed in
+    `left_out`. Names are relative to the folder.
 
     Args:
         images: the folder.
@@ -60,12 +61,29 @@ class CaptionFolder(FileSource):
             )
         if tables:
             return list(_table(tables[0]))
-        pairs = [
-            (image.name, line.strip())
-            for image in sorted(self.images.iterdir())
-            if image.suffix.lower() in SUFFIXES and image.with_suffix(".txt").is_file()
-            for line in read_text(image.with_suffix(".txt")).splitlines()
-            if line.strip()
+        return self._beside()
+
+    def _beside(self) -> list[tuple[str, str]]:
+        """Captions of texts beside pictures; pictures and texts without the other are left out."""
+        files = [f for f in sorted(self.images.rglob("*")) if not f.name.startswith(".")]
+        texts = {f.with_suffix(""): f for f in files if f.suffix.lower() == ".txt"}
+        pictures = [file for file in files if is_picture(file)]
+        pairs: list[tuple[str, str]] = []
+        reasons = dict.fromkeys(texts.values(), "no picture of its name that can be read")
+        for picture in pictures:
+            text = texts.get(picture.with_suffix(""))
+            if picture.parent != self.images:
+                reasons[picture] = "lies in a subfolder: write a captions.csv with its path"
+            elif text is None:
+                reasons[picture] = "no .txt beside it"
+            elif found := _lines(text):
+                pairs += [(picture.name, line) for line in found]
+                reasons.pop(text, None)
+            else:
+                reasons[picture] = f"{text.name} is empty"
+        self.left_out = [
+            {"file_name": str(file.relative_to(self.images)), "reason": reason}
+            for file, reason in sorted(reasons.items())
         ]
         if not pairs:
             raise DataError(
@@ -75,26 +93,52 @@ class CaptionFolder(FileSource):
         return pairs
 
 
+def _lines(path: Path) -> list[str]:
+    """The captions of a text beside a picture."""
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    return [_accepted(path, number, line.strip()) for number, line in lines if line.strip()]
+
+
+def _accepted(path: Path, line: int, caption: object) -> str:
+    try:
+        return caption_text(caption)
+    except ValueError as error:
+        raise DataError(f"{path}: line {line}: {error}") from error
+
+
 def _table(path: Path) -> Iterator[tuple[str, str]]:
     """(file name, caption) of every row."""
     readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".txt": _tab_rows}
     for line, row in readers[path.suffix](path, read_text(path)):
-        name, text = row.get("file_name"), row.get("caption")
-        if not (isinstance(name, str) and name.strip() and isinstance(text, str) and text.strip()):
-            raise DataError(f"{path}: line {line} needs file_name and caption")
-        yield name, text
+        try:
+            yield image_name(row.get("file_name")), caption_text(row.get("caption"))
+        except ValueError as error:
+            raise DataError(f"{path}: line {line} needs file_name and caption: {error}") from error
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
-    if not {"file_name", "caption"} <= set(columns):
-        raise DataError(f"{path}: line 1 must name the columns file_name and caption: {columns}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1
     try:
+        columns = list(reader.fieldnames or [])
+        if not {"file_name", "caption"} <= set(columns):
+            raise DataError(
+                f"{path}: line 1 must name the columns file_name and caption: {columns}"
+            )
+        line = reader.line_num + 1
         for row in reader:
-            yield reader.line_num, row  # the last line of the row, if a caption has several
+            if None in row:
+                raise DataError(
+                    f"{path}: line {line} has more than {len(columns)} columns; put a caption with "
+                    'a comma into quotes: a.jpg,"a dog, asleep"'
+                )
+            yield line, row
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}: after line {reader.line_num}: not csv ({error})") from error
+        raise DataError(
+            f"{path}: line {line}: not csv ({error}); a quote that opens must close, and one "
+            'within a caption is written twice: ""'
+        ) from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -103,7 +147,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: line {number} is not json ({error})") from error
         yield number, row if isinstance(row, dict) else {}
 

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from talk2dino.datasets.captions.base import Entry, Source, check_limit
+from talk2dino.datasets.captions.base import Entry, Source, caption_text, check_limit
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.datasets.tars import Member, TarReader, expand_tars, tar_members
 from talk2dino.encoders.hub import cache_dir
@@ -68,7 +68,10 @@ def parse_captions(data: bytes, is_json: bool, json_key: str | None) -> list[str
     if not is_json:
         found: Any = text
     else:
-        row = json.loads(text)
+        try:
+            row = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its .json is nested too deeply") from error
         keys = _JSON_KEYS if json_key is None else (json_key,)
         if not isinstance(row, dict):
             raise ValueError("its .json is no object")
@@ -78,10 +81,10 @@ def parse_captions(data: bytes, is_json: bool, json_key: str | None) -> list[str
     given = [found] if isinstance(found, str) else found
     if not isinstance(given, list) or not all(isinstance(caption, str) for caption in given):
         raise ValueError("its caption is no text")
-    captions = [" ".join(caption.split()) for caption in given]
-    if not any(captions):
+    captions = [" ".join(caption_text(text).split()) for text in given if text.strip()]
+    if not captions:
         raise ValueError("its caption is empty")
-    return [caption for caption in captions if caption]
+    return captions
 
 
 def _samples(path: Path, json_key: str | None) -> NDArray[Any]:
