@@ -7,6 +7,7 @@ config. So a class may move: a row is added to the table, and nothing else needs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,3 +75,30 @@ def with_current_names(value: Any) -> Any:
             for key, item in value.items()
         }
     return [with_current_names(item) for item in value] if isinstance(value, list) else value
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The first dotted key, by name, whose value in two settings differs, and both values.
+
+    Classes count under their present names, an absent key as None, and as in a JSON file a tuple
+    is a list.
+
+    >>> from talk2dino.renamed import first_difference
+    >>> first_difference({"loss": {"margin": 0.2}, "seed": 0}, {"loss": {"margin": 0.3}, "seed": 0})
+    ('loss.margin', 0.2, 0.3)
+    """
+    before, now = (flatten(with_current_names(json.loads(json.dumps(one)))) for one in (old, new))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None

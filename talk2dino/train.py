@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object
@@ -24,7 +25,13 @@ from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.sweeps.study import PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
 from talk2dino.training.results import close_loggers
-from talk2dino.training.resume import AtomicCheckpointIO, checkpoint_to_resume, keep_logs
+from talk2dino.training.resume import (
+    AtomicCheckpointIO,
+    checkpoint_to_resume,
+    deciding_settings,
+    keep_logs,
+    refuse_other_settings,
+)
 
 
 def train(config: DictConfig) -> None:
@@ -36,8 +43,10 @@ def train(config: DictConfig) -> None:
     store = FeatureStore(config.store)
     module = build_module(config, store)
     data = build_data(config, store, module)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     checkpoint = checkpoint_to_resume(folder, config.resume, config.ckpt_path)
     if checkpoint is not None:
+        refuse_other_settings(checkpoint, deciding_settings(plain, store), module.description())
         keep_logs(folder)
     trainer: L.Trainer = command.build(
         config.trainer,
@@ -46,9 +55,9 @@ def train(config: DictConfig) -> None:
         logger=command.build(config.logger) if config.logger else False,
         callbacks=callbacks(config, folder, store, module.similarity, len(data.val_rows) > 0),
     )
+    check_learnable(config, data, trainer.world_size)
     if trainer.is_global_zero:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
     try:
@@ -181,6 +190,29 @@ def build_data(
         seed=config.seed,
         **config.data,
     )
+
+
+def check_learnable(config: DictConfig, data: FeatureDataModule, world_size: int) -> None:
+    """Refuse what has nothing to tell apart: its loss is 0 and its recall 100 % from the start.
+
+    Raises:
+        ConfigError: a step of one caption, or captions of one image only.
+    """
+    if config.data.batch_size * world_size < 2:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size}: a caption is told apart from others of its "
+            "step, so use 2 or more"
+        )
+    for what, rows, batches in (
+        ("train on", data.train_rows, data.train_data),
+        ("validate on", data.val_rows, data.val_data),
+    ):
+        images = len(np.unique(batches.image_row[rows]))
+        if images == 1:
+            raise ConfigError(
+                f"store={config.store}: one image with captions to {what}, so there is nothing to "
+                "tell it apart from; add images, give val_store=DIR, or set data.val_fraction"
+            )
 
 
 def check_sweep(config: DictConfig) -> None:

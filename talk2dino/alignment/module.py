@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class AlignmentModule(L.LightningModule):
         self.val_similarity = val_similarity
         self._optimizer, self._scheduler, self.encoders = optimizer, scheduler, encoders
         self._val_batches: list[dict[str, Tensor]] = []
+        self._steps, self._of_one_image = 0, torch.tensor(0)  # of this epoch
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the score matrix [text, image] over all ranks, and the image id of each row."""
@@ -70,8 +72,19 @@ class AlignmentModule(L.LightningModule):
         """Loss of one batch."""
         scores, image_ids = self.scores(batch)
         loss: Tensor = self.loss(scores, image_ids)
+        self._steps += 1
+        self._of_one_image = self._of_one_image + (image_ids == image_ids[0]).all()  # no sync
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image_ids))
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Say of how many steps nothing could be learned."""
+        if found := int(self._of_one_image):
+            rank_zero_warn(
+                f"{found} of {self._steps} steps had captions of one image only, from which "
+                "nothing is learned; use a larger data.batch_size or data.captions=one_per_image"
+            )
+        self._steps, self._of_one_image = 0, torch.tensor(0)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Project one batch; the metrics are computed from all of them."""

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     WeightAveraging,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from talk2dino.alignment.similarity import Similarity
@@ -26,7 +26,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
 from talk2dino.sweeps.study import PruneTrial
 from talk2dino.training.results import METRICS, LossCurve, RecordHeads, SaveProjection
-from talk2dino.training.resume import LastCheckpoint, SeedSteps
+from talk2dino.training.resume import LastCheckpoint, SeedSteps, deciding_settings
 from talk2dino.training.sample_segmentations import SampleSegmentations
 
 TRAIN_LOSS = "train/loss"
@@ -71,7 +71,12 @@ def callbacks(
     chosen += [SaveProjection(folder, best), LossCurve(folder, best)]
     if config.record_heads:
         chosen.append(RecordHeads(folder, similarity))
-    last = LastCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint.every_n_steps)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    last = LastCheckpoint(
+        folder / "checkpoints" / "last.ckpt",
+        config.checkpoint.every_n_steps,
+        deciding_settings(plain, store),
+    )
     return [*chosen, *([best] if best else []), last]
 
 

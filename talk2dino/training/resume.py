@@ -1,15 +1,18 @@
 """Resuming: a training that was killed and started again equals one that was not, bit for bit.
 
 Lightning's checkpoint holds weights, optimizer, schedule, counters, and the data module's position.
-Three things are added here:
+Four things are added here:
 
 - `SeedSteps`: the random numbers of a step do not depend on what was drawn before;
 - `LastCheckpoint`: `last.ckpt` is written only where no step, epoch or validation is half done;
-- `AtomicCheckpointIO`: the file is complete whenever the process dies.
+- `AtomicCheckpointIO`: the file is complete whenever the process dies;
+- `refuse_other_settings`: a run goes on with the settings that it was begun with, or not at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,22 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from talk2dino.errors import ConfigError
+from talk2dino.features import FeatureStore
 from talk2dino.files import replacing
+from talk2dino.renamed import first_difference, flatten
 
-STOPPED = "stopped_early"  # key of a checkpoint
+STOPPED, SETTINGS = "stopped_early", "settings"  # keys of a checkpoint
+# Config keys that decide the weights. Not here: how long a run is, and the order of the batches,
+# which `EpochBatchSampler` compares.
+DECIDING = (
+    *("projection", "similarity", "loss", "optimizer", "scheduler", "seed", "ema"),
+    *("data.captions", "data.val_fraction"),
+    *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
+    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.overfit_batches"),
+)
 
 
 def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> str | None:
@@ -37,6 +51,60 @@ def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> s
     if ckpt_path is not None and not Path(ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file; give a run's last.ckpt")
     return ckpt_path
+
+
+def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[str, Any]:
+    """Plain values that decide the weights of a run: those of the config, and what was encoded."""
+    flat = flatten(config)
+    chosen = {
+        key: value
+        for key, value in flat.items()
+        if any(f"{key}.".startswith(f"{one}.") for one in DECIDING)
+    }
+    shards = [shard.sha256 for shard in store.manifest.shards]
+    encoders = {
+        f"store.{kind}": info and (info.weights_sha256 or info.name)
+        for kind, info in (("vision", store.vision), ("text", store.text))
+    }
+    digest = sha256("".join(shards).encode()).hexdigest()
+    return {**chosen, **encoders, "store.shards_sha256": digest}
+
+
+def refuse_other_settings(
+    file: str, settings: Mapping[str, Any], description: Mapping[str, Any]
+) -> None:
+    """Refuse to go on from a checkpoint of other settings, of which the first is named.
+
+    Args:
+        file: the checkpoint.
+        settings: of this run, from `deciding_settings`.
+        description: of the module; compared with checkpoints that hold no settings (of versions
+            before they did).
+
+    Raises:
+        ConfigError: settings differ, or the file is no checkpoint of a training.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found = content.get(SETTINGS)
+        old, new = (content["talk2dino"], description) if found is None else (found, settings)
+        if found and found["ema.decay"] is None:  # an average may begin at any time
+            new = {**new, "ema.decay": None}
+        content["loops"], content["optimizer_states"]
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        raise ConfigError(
+            f"{file}: no checkpoint of a training that can be loaded ({type(error).__name__}); "
+            "remove it to start anew, or give a run's last.ckpt"
+        ) from error
+    other = first_difference(old, new)
+    if other is not None:
+        key, before, now = other
+        raise ConfigError(
+            f"{file}: this run was begun with {key}={before!r}, now {key}={now!r}; use the old "
+            "value, or start anew in another folder (hydra.run.dir=DIR)"
+        )
+    if found is None:
+        rank_zero_info(f"{file}: an older version's; only projection and encoders were compared")
 
 
 def keep_logs(folder: Path) -> None:
@@ -81,15 +149,21 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: of the checkpoint, overwritten each time.
         every_n_steps: optimizer steps between two of them within an epoch; None for none.
+        settings: of the run, stored in every checkpoint; see `refuse_other_settings`.
 
     Raises:
         ConfigError: `every_n_steps` is below 1.
     """
 
-    def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every_n_steps: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"checkpoint.every_n_steps={every_n_steps}: use 1 or more, or null")
-        self.path, self.every_n_steps = path, every_n_steps
+        self.path, self.every_n_steps, self.settings = path, every_n_steps, settings
         self._step = 0
         self._due = False
 
@@ -129,8 +203,10 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note whether early stopping has ended the run."""
+        """Note whether early stopping has ended the run, and the settings."""
         checkpoint[STOPPED] = trainer.should_stop
+        if self.settings is not None:
+            checkpoint[SETTINGS] = dict(self.settings)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]

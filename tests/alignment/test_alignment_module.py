@@ -514,3 +514,21 @@ def test_without_scheduler_and_with_frozen_projection_parts() -> None:
     optimizer: Any = module.configure_optimizers()
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     assert count == len(list(module.projection.parameters())) + 1
+
+
+def test_steps_that_teach_nothing_are_counted() -> None:
+    module = case(DotProduct(), InfoNCE(mask_same_image=True))
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = {
+        "embedding": torch.rand(3, TEXT).double(),
+        "avg_self_attn_out": torch.rand(3, WIDTH).double(),
+    }
+    for ids in ([4, 4, 4], [4, 4, 5], [6, 6, 6]):
+        loss = module.training_step(batch | {"image_id": torch.tensor(ids)}, 0)
+        assert (loss == 0) == (len(set(ids)) == 1)
+    with pytest.warns(UserWarning, match="2 of 3 steps had captions of one image only"):
+        module.on_train_epoch_end()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.training_step(batch | {"image_id": torch.tensor([1, 2, 2])}, 0)
+        module.on_train_epoch_end()

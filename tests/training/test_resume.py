@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from talk2dino.alignment.similarity import Dense, DotProduct
 from talk2dino.features import FeatureDataModule
 from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import LossCurve
-from talk2dino.training.resume import AtomicCheckpointIO, LastCheckpoint, SeedSteps
+from talk2dino.training.resume import SETTINGS, AtomicCheckpointIO, LastCheckpoint, SeedSteps
+from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
 from tests.helpers.stores import tiny_store
 
@@ -247,3 +249,113 @@ def ranks_fit(rank: int, folder: Path) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     two_ranks(ranks_fit, tmp_path)
+
+
+SMALL = (
+    "experiment=vits_infonce",
+    "similarity=pooled",
+    "projection.text_dim=5",
+    "projection.vision_dim=8",
+    "data.batch_size=4",
+    "data.val_fraction=0.2",
+    "resume=true",
+    *TRAIN,
+)
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """All but what Hydra notes of every start."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if ".hydra" not in path.parts and path.suffix != ".log"]
+
+
+def test_another_run_is_refused_by_its_first_setting(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever decides the weights; a longer run, another place and the same store go on."""
+    folder = tmp_path / "run"
+
+    def options(*more: str, of: Path = store) -> tuple[str, ...]:
+        return (*SMALL, f"store={of}", f"hydra.run.dir={folder}", "trainer.max_epochs=1", *more)
+
+    run("train", *options())
+    config = (folder / "config.yaml").read_bytes()
+    moved = tmp_path / "moved"
+    shutil.copytree(store, moved)
+    run("train", *options("trainer.max_epochs=2", of=moved))
+    kept = {path: path.read_bytes() for path in files_of_run(folder)}
+    for change, message in {
+        "optimizer.lr=0.5": "optimizer.lr=0.0001, now optimizer.lr=0.5",
+        "optimizer=adamw": "optimizer._target_=",
+        "loss.mask_same_image=true": "loss.mask_same_image=False, now",
+        "seed=7": "seed=",
+        "scheduler=cosine": "scheduler",
+        "projection.activation=relu": "projection.activation='tanh', now",
+        "trainer.gradient_clip_val=1.0": "trainer.gradient_clip_val=None, now",
+        "data.val_fraction=0.3": "data.val_fraction=0.2, now data.val_fraction=0.3",
+    }.items():
+        line = fails(capfd, "train", *options(change))
+        assert f"this run was begun with {message}" in line
+        assert "hydra.run.dir=DIR" in line
+    other = tiny_store(
+        tmp_path / "other",
+        {"patch_tokens": (6, 8), "avg_self_attn_out": (8,)},
+        images=IMAGES,
+        captions_per_image=2,
+        text_dim=5,
+        images_per_shard=7,
+        seed=1,
+    )
+    line = fails(capfd, "train", *options(of=other))
+    assert "this run was begun with store.shards_sha256=" in line
+    assert kept == {path: path.read_bytes() for path in kept}
+    assert config != (folder / "config.yaml").read_bytes()  # of the longer run
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off", None])
+def test_what_is_no_checkpoint_is_refused_in_one_line(
+    content: bytes | None, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    if content is None:
+        torch.save({"weights": torch.zeros(3)}, file)
+    else:
+        file.write_bytes(content)
+    line = fails(capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={file.parents[1]}")
+    assert f"{file}: no checkpoint of a training that can be loaded" in line
+
+
+def test_a_checkpoint_without_settings_is_compared_as_far_as_it_goes(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = (*SMALL, f"store={store}", f"hydra.run.dir={tmp_path}")
+    run("train", *common, "trainer.max_epochs=1")
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    del content[SETTINGS]
+    torch.save(content, file)
+    line = fails(capfd, "train", *common, "projection.activation=relu")
+    assert "begun with projection.activation='tanh', now projection.activation='relu'" in line
+    run("train", *common, "trainer.max_epochs=2")
+    assert SETTINGS in torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "change", "message"),
+    [
+        (3, "data.batch_size=1", "data.batch_size=1: a caption is told apart from others"),
+        (1, "data.val_fraction=0", "one image with captions to train on"),
+        (3, "data.val_fraction=0.3", "one image with captions to validate on"),
+    ],
+)
+def test_nothing_to_tell_apart_is_refused(
+    images: int, change: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"patch_tokens": (6, 8), "avg_self_attn_out": (8,)}
+    store = tiny_store(tmp_path / "store", fields, images=images, captions_per_image=3, text_dim=5)
+    free = "checkpoint.monitor=null"
+    line = fails(
+        capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={tmp_path}", free, change
+    )
+    assert message in line

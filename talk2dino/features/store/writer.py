@@ -37,7 +37,7 @@ from talk2dino.features.store.shard_writer import (
     write_hdf5,
 )
 from talk2dino.files import create_json, file_digest, replacing, temporary_name, write_json
-from talk2dino.renamed import with_current_names
+from talk2dino.renamed import first_difference
 
 PARTS = ".parts"
 IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
@@ -75,7 +75,13 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
         if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
         create_json(file, dict(settings))  # if ranks start together, the first one's settings count
-    _refuse_other_settings(folder, read_json(file, "delete the folder"), dict(settings))
+    other = first_difference(read_json(file, "delete the folder"), dict(settings))
+    if other is not None:
+        key, before, now = other
+        raise StoreError(
+            f"{folder}: was begun with {key}={before!r}, now {key}={now!r}; use the old value or "
+            "another folder"
+        )
     return {k: record.shard for k, record in finished_shards(folder, split).items()}
 
 
@@ -198,28 +204,6 @@ def finish_manifest(
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
     return manifest
-
-
-def _refuse_other_settings(folder: Path, old: object, new: dict[str, Any]) -> None:
-    """Compare settings key by key after the same round through JSON."""
-    before = _flat(with_current_names(old))
-    now = _flat(with_current_names(json.loads(json.dumps(new))))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise StoreError(
-                f"{folder}: was begun with {key}={before.get(key)!r}, now {key}={now.get(key)!r}; "
-                "use the old value or another folder"
-            )
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _field_difference(first: ShardRecord, other: ShardRecord) -> str:
