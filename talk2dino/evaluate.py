@@ -27,7 +27,7 @@ from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import EvaluationProgress, OutputOptions, SegmentationModule
 from talk2dino.evaluation.records import how_to_go_on
 from talk2dino.evaluation.report import ENVIRONMENT, write_report
-from talk2dino.evaluation.runs import class_table
+from talk2dino.evaluation.runs import class_table, published
 from talk2dino.evaluation.settings import (
     PRECISION,
     check_counts,
@@ -49,6 +49,7 @@ def evaluate(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = command.build(config.benchmark)
+    published(benchmark.reference)  # refuses what could not be printed in the end
     check_files(benchmark)
     model = load_model(config, "cpu")  # the trainer moves it
     plain = OmegaConf.to_container(config, resolve=True)

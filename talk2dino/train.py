@@ -211,7 +211,8 @@ def check_learnable(config: DictConfig, data: FeatureDataModule, world_size: int
         if images == 1:
             raise ConfigError(
                 f"store={config.store}: one image with captions to {what}, so there is nothing to "
-                "tell it apart from; add images, give val_store=DIR, or set data.val_fraction"
+                f"tell it apart from; use data.val_fraction={3 / len(data.store.images):.2g} (of "
+                f"{len(data.store.images)} images) or 0, give val_store=DIR, or add images"
             )
 
 

@@ -174,6 +174,7 @@ class SegmentConfig:
     short_side: int
     heatmaps: bool
     resume: bool
+    overwrite: bool
     accelerator: str
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from talk2dino.errors import DataError
 
-SUFFIXES = frozenset(  # of files that are taken for pictures, where only a folder is named
+_SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"),
         *(".bmp", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm"),
@@ -34,9 +35,36 @@ _TURN = {  # EXIF orientation -> what turns the picture upright
 }
 
 
+HEIF = (".heic", ".heif", ".hif")  # photographs of telephones
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Endings of files that are taken for pictures, where only a folder is named.
+
+    Those of HEIC are among them with the extra `heic`, whose decoder this registers with Pillow.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return _SUFFIXES
+    register_heif_opener()
+    return _SUFFIXES | set(HEIF)
+
+
+def unread(endings: Sequence[str]) -> str:
+    """Why files with these endings are not read, and what would help."""
+    wanted = [ending for ending in endings if ending in HEIF]
+    if wanted and not picture_suffixes().issuperset(HEIF):
+        return f"{', '.join(wanted)} needs: pip install 'talk2dino[heic]'"
+    return (
+        f"found {', '.join(endings[:5])}; pictures end in {', '.join(sorted(picture_suffixes()))}"
+    )
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file of a folder is taken for a picture: by its suffix, unless it is hidden."""
-    known = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    known = path.suffix.lower() in picture_suffixes() and not path.name.startswith(".")
     return known and path.is_file()
 
 
@@ -49,6 +77,9 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
     """
+    ending = file.suffix.lower() if isinstance(file, Path) else ""
+    if ending not in picture_suffixes() and ending in HEIF:
+        raise OSError(unread([ending]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(file) as image:
@@ -219,7 +250,10 @@ def to_pixels(image: ImageLike) -> Tensor:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _from_bytes(bytes(image))
     if isinstance(image, Image.Image):
-        return _from_upright(upright_rgb(image))
+        try:
+            return _from_upright(upright_rgb(image))
+        except Exception as error:  # read on first use: broken files make decoders raise anything
+            raise DataError(f"image: this PIL image cannot be read ({error})") from error
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
@@ -282,7 +316,7 @@ def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
     if image.dtype != np.uint8 and image.dtype.kind != "f":
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
     # copied: a tensor needs positive strides (unlike a flipped view) and writable memory
-    pixels = np.array(image, order="C")
+    pixels = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
     return _to_bytes(torch.from_numpy(pixels).permute(2, 0, 1), image.size)
 
 
@@ -294,5 +328,7 @@ def _to_bytes(image: Tensor, count: int) -> Tensor:
         return image.clone()
     lowest, highest = (float(x) for x in image.aminmax()) if image.is_floating_point() else (0, 2)
     if not 0 <= lowest <= highest <= 1:  # NaN fails too
-        raise DataError(f"image: {image.dtype} in {lowest:.3g}..{highest:.3g}; give uint8, or 0..1")
+        raise DataError(
+            f"image: {image.dtype} in {lowest:.9g}..{highest:.9g}; give uint8, or 0..1 (clip it)"
+        )
     return (image.float() * 255).round().to(torch.uint8)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 from talk2dino.datasets.benchmarks.classes import Color
-from talk2dino.errors import ConfigError
 from talk2dino.evaluation.metrics import ImageScore, extremes
 from talk2dino.files import read_json, replacing, write_json
 from talk2dino.segmentation.overlay import (
-    IGNORED,
+    ignored_label,
     legend_colors,
     overlay,
     save_label_map,
@@ -33,11 +32,8 @@ class ImageFiles:
         names: of the K classes.
         ignore_index: label value that does not count.
         pictures: the first so many images get a sheet of image, truth and prediction.
-        label_maps: every image gets its label map, an indexed PNG of class indices, and an overlay.
+        label_maps: every image gets its label map, a PNG of class indices, and an overlay.
         palette: the dataset's colors for the label maps; None takes those of the overlays.
-
-    Raises:
-        ConfigError: label maps of more than 256 classes, which a PNG palette cannot hold.
     """
 
     folder: Path
@@ -46,13 +42,6 @@ class ImageFiles:
     pictures: int = 0
     label_maps: bool = False
     palette: Sequence[Color] | None = None
-
-    def __post_init__(self) -> None:
-        if self.label_maps and len(self.names) > 256:
-            raise ConfigError(
-                f"label_maps=true: {len(self.names)} classes do not fit the 256 values of an "
-                "indexed PNG; use label_maps=false"
-            )
 
     def paths(self, index: int, name: str) -> list[Path]:
         """Files that image `index` has when it is finished."""
@@ -74,7 +63,8 @@ class ImageFiles:
         for kind, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if kind == "label_maps":
-                save_label_map(labels, path, self.palette or legend_colors(self.names))
+                colors = self.palette or legend_colors(self.names)
+                save_label_map(labels, path, colors, len(self.names))
             elif kind == "overlays":
                 save_picture(overlay(pixels(sample), labels, self.names), path)
             else:
@@ -84,7 +74,7 @@ class ImageFiles:
 def panel(sample: Sample, labels: Tensor, names: Sequence[str], ignore_index: int) -> Image.Image:
     """The image, the truth and the prediction side by side, with legends."""
     picture = pixels(sample)
-    truth = sample.target.masked_fill(sample.target == ignore_index, IGNORED)
+    truth = sample.target.masked_fill(sample.target == ignore_index, ignored_label(len(names)))
     return side_by_side([picture, *(overlay(picture, m, names) for m in (truth, labels))], gap=8)
 
 
@@ -156,7 +146,7 @@ def write_examples(
         sample = benchmark.sample(score.index)
         labels = segment(sample).cpu()
         truth = sample.target.cpu()
-        truth = truth.masked_fill(truth == benchmark.ignore_index, IGNORED)
+        truth = truth.masked_fill(truth == benchmark.ignore_index, ignored_label(len(names)))
         file = f"examples/{number:02d}-{kind}.jpg"
         _save(_strip(pixels(sample), truth, labels, names), folder / file)
         classes = _areas(truth, labels, names)

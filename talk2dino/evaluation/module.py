@@ -18,6 +18,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample, present_classes
 from talk2dino.datasets.benchmarks.classes import ClassList, Color
+from talk2dino.errors import DataError
 from talk2dino.evaluation.datamodule import SampleBatch, shared_groups
 from talk2dino.evaluation.images import ImageFiles, write_examples
 from talk2dino.evaluation.metrics import (
@@ -72,7 +73,8 @@ class SegmentationModule(L.LightningModule):
             and does not share their memory (strategy ddp_spawn).
 
     Raises:
-        ConfigError: more classes than label maps can hold; in `setup`, records of other settings.
+        ConfigError: in `setup`, records of other settings.
+        DataError: at the end, if no pixel counts.
     """
 
     text: Tensor
@@ -202,6 +204,12 @@ class SegmentationModule(L.LightningModule):
             confusion = self.metric.confmat.clone()
         images = torch.tensor(float(self.done), device=confusion.device)
         total = self.trainer.strategy.reduce(images, reduce_op="sum")
+        if not confusion.any():
+            raise DataError(
+                f"benchmark={self.benchmark.name}: all pixels of its {int(total)} images are "
+                f"ignored ({self.benchmark.ignore_index}), so there is nothing to count; see "
+                "benchmark.ignore_index and benchmark.label_map"
+            )
         per_class = per_class_iou(confusion)
         self.results = {
             "benchmark": self.benchmark.name,

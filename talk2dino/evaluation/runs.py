@@ -15,7 +15,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from rich.table import Table
 
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.settings import compared
 from talk2dino.files import read_json
 from talk2dino.tables import markdown_table, percent
@@ -256,13 +256,21 @@ def published(reference: Mapping[str, Any]) -> list[tuple[str, bool | None, floa
 
     Args:
         reference: `{"name": 40.0}`, or `{"name": {"plain": 39.8, "pamr": 42.4}}`.
+
+    Raises:
+        ConfigError: anything else.
     """
+    kinds = {"plain": False, "pamr": True, None: None}
     found: list[tuple[str, bool | None, float]] = []
     for name, value in reference.items():
-        if isinstance(value, Mapping):
-            found += [(name, {"plain": False, "pamr": True}[k], float(v)) for k, v in value.items()]
-        else:
-            found.append((name, None, float(value)))
+        for kind, figure in (value if isinstance(value, Mapping) else {None: value}).items():
+            number = isinstance(figure, (int, float)) and not isinstance(figure, bool)
+            if kind not in kinds or not number or not 0 <= figure <= 100:
+                raise ConfigError(
+                    f"benchmark.reference.{name}={value}: give the mIoU in percent, or two as in "
+                    "{plain: 39.8, pamr: 42.4}"
+                )
+            found.append((name, kinds[kind], float(figure)))
     return found
 
 

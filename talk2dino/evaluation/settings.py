@@ -29,12 +29,16 @@ DECIDING = {
     "evaluate": ("benchmark", "refinement", "pamr", "pamr_whole_image", "trainer.precision"),
     "segment": (
         *("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side"),
+        *("vision", "text"),
     ),
 }
 # of an encoder's spec, what changes no figure or stands in its digest
 _NOT_OF_SPEC = ("weights", "batch_size", "image_size")
 # what a table of runs shows in rows and columns of its own, and where the files lie
-_NOT_COMPARED = ("pamr", "benchmark.name", "benchmark.root", "benchmark.reference")
+_NOT_COMPARED = (
+    *("pamr", "benchmark.name", "benchmark.root", "benchmark.reference"),
+    *("vision.batch_size", "text.batch_size"),
+)
 PRECISION = "32-true"  # the trainer's, where a config does not say
 LEAST = {"batch_size": 1, "window_batch_size": 1, "num_workers": 0, "pictures": 0, "examples": 0}
 PACKAGES = (
@@ -56,10 +60,11 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The seed is one of them: it decides a freshly initialized projection.
     """
-    chosen = with_current_names(deciding(config, "evaluate")) | {"seed": config.get("seed")}
+    encoders = {side: config[side] for side in ("vision", "text") if config.get(side)}
+    chosen = deciding(config, "evaluate") | encoders | {"seed": config.get("seed")}
     return {
         key: value
-        for key, value in flatten(chosen)
+        for key, value in flatten(with_current_names(chosen))
         if not any(f"{key}.".startswith(f"{other}.") for other in _NOT_COMPARED)
     }
 

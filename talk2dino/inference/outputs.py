@@ -6,15 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from talk2dino.datasets.pictures import is_picture
+import talk2dino
+from talk2dino.datasets.pictures import is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import read_json, write_json
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.segmentation.overlay import legend_colors, save_picture
+from talk2dino.segmentation.overlay import is_our_picture, legend_colors, save_picture
+
+_FIGURES = {"image", "size", "classes", "overlay", "label_map"}  # keys of every JSON of ours
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,44 @@ class Job:
         return self._beside(".json")
 
     def heatmaps(self, names: Sequence[str]) -> dict[str, Path]:
-        """The map of each class; names that would give one file name get their number."""
-        slugs = [re.sub(r"[^\w-]+", "-", name) for name in names]
-        unique = [
-            slug if slugs.count(slug) == 1 else f"{slug}-{number}"
-            for number, slug in enumerate(slugs)
-        ]
-        paths = [self._beside(f"_heat_{slug}.png") for slug in unique]
-        return dict(zip(names, paths, strict=True))
+        """The map of each class; names that would give one file name get their number.
+
+        Names are cut to 100 bytes, and count as one if a file system that ignores case would.
+        """
+        slugs = [re.sub(r"[^\w-]+", "-", n).encode()[:100].decode(errors="ignore") for n in names]
+        counts = Counter(map(str.casefold, slugs))
+        taken = {slug for slug, count in counts.items() if count == 1}
+        paths = {}
+        for number, (name, slug) in enumerate(zip(names, slugs, strict=True)):
+            if counts[slug.casefold()] > 1:
+                slug = f"{slug}-{number}"
+                while slug.casefold() in taken:
+                    slug += "-"
+                taken.add(slug.casefold())
+            paths[name] = self._beside(f"_heat_{slug}.png")
+        return paths
+
+    def files(self, heatmaps: Sequence[str] = ()) -> list[Path]:
+        """All files of this job, with the maps of the classes `heatmaps`."""
+        return [self.figures, self.overlay, self.labels, *self.heatmaps(heatmaps).values()]
 
     def _beside(self, ending: str) -> Path:
         return self.overlay.with_name(self.overlay.stem + ending)
 
-    def done_with(self, settings: Mapping[str, Any]) -> bool:
-        """Whether these results exist, made with the same settings."""
-        return self.figures.is_file() and _settings_of(self.figures) == dict(settings)
+    def done_with(self, settings: Mapping[str, Any], heatmaps: Sequence[str] = ()) -> bool:
+        """Whether these results exist, all of them, made with the same settings."""
+        there = all(file.is_file() for file in self.files(heatmaps))
+        return there and _figures_of(self.figures).get("settings") == dict(settings)
+
+    def foreign(self, heatmaps: Sequence[str] = ()) -> Path | None:
+        """The first file that is in the way and was not written by this program."""
+        figures = _figures_of(self.figures) if self.figures.is_file() else {}
+        ours = figures.keys() >= _FIGURES
+        named = {figures["overlay"], figures["label_map"], self.figures.name} if ours else set()
+        for file in self.files(heatmaps):
+            if file.exists() and file.name not in named and not is_our_picture(file):
+                return file
+        return None
 
 
 def plan(image: str, output: Path) -> list[Job]:
@@ -66,11 +92,12 @@ def plan(image: str, output: Path) -> list[Job]:
     """
     path = Path(image).expanduser()
     if path.is_file():
-        target = output / f"{path.stem}.png" if output.is_dir() else output.with_suffix(".png")
-        jobs = [Job(path, target)]
+        named = output.suffix.lower() in picture_suffixes()  # `results.v1` is not a kind of picture
+        target = output.with_suffix(".png") if named else output.with_name(f"{output.name}.png")
+        jobs = [Job(path, output / f"{path.stem}.png" if output.is_dir() else target)]
     else:
         jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path)]
-        if output.suffix or output.is_file():
+        if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
             )
@@ -80,15 +107,20 @@ def plan(image: str, output: Path) -> list[Job]:
 
 def _several(image: str, path: Path) -> list[Path]:
     if path.is_dir():
-        found = list(path.iterdir())
+        files = list(path.iterdir())
     else:
-        found = [Path(one) for one in glob(str(path), recursive=True)]  # noqa: PTH207 (any root)
-    found = [one for one in found if is_picture(one)]
-    if not found and path.is_dir():
+        folder = str(path.parent)  # taken literally if it is there: `trip [2020]/*.jpg`
+        pattern = f"{escape(folder) if path.parent.is_dir() else folder}/{path.name}"
+        files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
+    found = sorted(one for one in files if is_picture(one))
+    if found:
+        return found
+    endings = sorted({one.suffix.lower() for one in files if one.is_file() and one.suffix})
+    if endings:
+        raise DataError(f"image={image}: no pictures that can be read ({unread(endings)})")
+    if path.is_dir():
         raise DataError(f"image={image}: no pictures in this folder")
-    if not found:
-        raise DataError(f"image={image}: no such file or folder, and no picture fits it as pattern")
-    return sorted(found)
+    raise DataError(f"image={image}: no such file or folder, and no picture fits it as pattern")
 
 
 def _check_collisions(jobs: list[Job], image: str) -> None:
@@ -126,6 +158,7 @@ def write(
     for name, path in maps.items():
         save_picture(result.heatmap(name), path)
     content = {
+        "written_by": f"talk2dino.segment {talk2dino.__version__}",
         "image": str(job.image),
         "size": list(result.labels.shape),  # rows, columns
         "classes": figures(result),
@@ -152,8 +185,22 @@ def figures(result: SegmentedImage) -> list[dict[str, Any]]:
     ]
 
 
-def _settings_of(path: Path) -> object:
+def refuse_foreign(jobs: Sequence[Job], heatmaps: Sequence[str] = ()) -> None:
+    """Refuse to overwrite what this program did not write.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    for job in jobs:
+        if (file := job.foreign(heatmaps)) is not None:
+            raise ConfigError(
+                f"output={file.parent}: {file.name} is there and was not written by "
+                "talk2dino.segment; use another output, or overwrite=true"
+            )
+
+
+def _figures_of(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, dict, "figures of talk2dino.segment").get("settings")
+        return read_json(path, dict, "figures of talk2dino.segment")
     except DataError:
-        return None
+        return {}

@@ -16,8 +16,8 @@ from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError
 from talk2dino.segmentation.labels import label_map
-from talk2dino.segmentation.overlay import heat_overlay, overlay, save_label_map
-from talk2dino.segmentation.scores import resize_scores
+from talk2dino.segmentation.overlay import heat_overlay, ignored_label, overlay, save_label_map
+from talk2dino.segmentation.scores import resize_scores, score_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,8 @@ class SegmentedImage:
         """
         labels = self.labels
         for name in hide:
-            labels = labels.masked_fill(self.labels == self.index(name), 255)
+            unseen = ignored_label(len(self.classes))
+            labels = labels.masked_fill(self.labels == self.index(name), unseen)
         return overlay(to_picture(self.image), labels, self.classes, palette, alpha, legend)
 
     def heatmap(
@@ -164,11 +165,21 @@ class SegmentedImage:
         height, width = self.labels.shape
         if not (0 <= row < height and 0 <= column < width):
             raise ConfigError(f"pixel ({row}, {column}): the picture has {height}x{width} pixels")
-        return dict(zip(self.classes, self.scores[:, row, column].tolist(), strict=True))
+        values = [score_at(self.class_scores, row, column, height, width)]
+        if self.classes[0] == BACKGROUND:
+            back = torch.tensor([float("-inf") if self.threshold is None else self.threshold])
+            if self.negative_scores is not None:
+                negative = score_at(self.negative_scores, row, column, height, width)
+                back = torch.maximum(back, negative)
+            values.insert(0, back)
+        return dict(zip(self.classes, torch.cat(values).tolist(), strict=True))
 
     def save_labels(self, path: str | Path) -> None:
-        """Write the labels as an indexed PNG whose pixel values are the indices of `classes`."""
-        save_label_map(self.labels, path)
+        """Write the labels as a PNG whose pixel values are the indices of `classes`.
+
+        It is indexed, with colors; more than 255 classes make it one of 16 bits, without.
+        """
+        save_label_map(self.labels, path, classes=len(self.classes))
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""

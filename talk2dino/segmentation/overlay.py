@@ -9,17 +9,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.errors import DataError
 from talk2dino.files import replacing
 
-IGNORED = 255
+MARK = "talk2dino"  # in the PNG field `Software`
 FIRST = (230, 70, 60)
 STRIP = 1 << 20  # pixels of an overlay that are mixed at once: 100 MB
 HEAT = ((20, 20, 70), (110, 30, 120), (210, 60, 80), (250, 150, 50), (252, 245, 150))
 PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
+
+
+def ignored_label(classes: int) -> int:
+    """The label of pixels without a class: 255, or 65535 where 255 is one of the classes."""
+    return 255 if classes <= 255 else 65535
 
 
 def default_palette(count: int) -> list[Color]:
@@ -80,7 +86,7 @@ def overlay(
 
     Args:
         image: the picture, any mode.
-        labels: `[H, W]` integers, index into `classes`; 255 stays uncolored.
+        labels: `[H, W]` integers, index into `classes`; `ignored_label` stays uncolored.
         classes: names.
         palette: one RGB triple 0..255 per class; without it `default_palette`, and a class
             named "background" stays uncolored.
@@ -98,12 +104,13 @@ def overlay(
         raise DataError(
             f"labels {index.shape} do not fit the image of {image.height}x{image.width} pixels"
         )
-    shown = [int(k) for k in np.unique(index) if k != IGNORED]
+    ignored = ignored_label(len(classes))
+    shown = [int(k) for k in np.unique(index) if k != ignored]
     if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
         raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
     colors = np.array(legend_colors(classes, palette))
     pixels = np.array(image.convert("RGB"))
-    plain = [IGNORED]
+    plain = [ignored]
     if palette is None and BACKGROUND in classes:
         plain.append(list(classes).index(BACKGROUND))
     edge = _outline(index, max(1, min(index.shape) // 400)) & (alpha > 0)
@@ -223,30 +230,47 @@ def _percent(share: float) -> str:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, complete or not at all; its folder is made."""
+    """Write a PNG, complete or not at all; its folder is made. It says that it is ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    note = PngInfo()
+    note.add_text("Software", MARK)
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=note)
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether `save_picture` wrote a file."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == MARK
+    except Exception:  # somebody's, of whatever kind
+        return False
 
 
 def save_label_map(
-    labels: Tensor, path: str | Path, palette: Sequence[Color] | None = None
+    labels: Tensor, path: str | Path, palette: Sequence[Color] | None = None, classes: int = 0
 ) -> None:
-    """Write labels as an indexed PNG: the pixel values are the classes, the palette colors them.
+    """Write labels as a PNG whose pixel values are the classes.
 
-    The file appears under its name when it is complete.
+    Up to 255 classes make an indexed PNG, which the palette colors; more make one of 16 bits,
+    which has no colors. The file appears under its name when it is complete.
 
     Args:
-        labels: `[H, W]` integers 0..255.
+        labels: `[H, W]` integers 0..255, or 0..65535.
         path: the PNG to write.
         palette: RGB triples, the rest black; `default_palette` for 0..254 if not given.
+        classes: how many there are, so that all files of one list have one form; 0 goes by the
+            labels.
 
     Raises:
-        DataError: a label does not fit a byte, or the labels are not `[H, W]`.
+        DataError: a label does not fit 16 bits, or the labels are not `[H, W]`.
     """
     index = labels.cpu().numpy()
-    if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > 255:
-        raise DataError(f"labels {index.shape} for {path}: give [H, W] values 0..255")
+    if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > 65535:
+        raise DataError(f"labels {index.shape} for {path}: give [H, W] values 0..65535")
+    if classes > 255 or index.max() > 255:
+        save_picture(Image.fromarray(index.astype(np.uint16)), Path(path))
+        return
     picture = Image.fromarray(index.astype(np.uint8))
     colors = list(default_palette(255) if palette is None else palette)[:256]
     colors += [(0, 0, 0)] * (256 - len(colors))  # a short palette would make Pillow clip labels

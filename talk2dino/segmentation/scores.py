@@ -73,6 +73,17 @@ def resize_scores(scores: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
+def score_at(scores: Tensor, row: int, column: int, height: int, width: int) -> Tensor:
+    """One pixel of `resize_scores(scores, height, width)`: `[K]`, without computing the others."""
+    value = scores
+    for place, size in ((row, height), (column, width)):
+        given = value.shape[1]
+        middle = max((place + 0.5) * given / size - 0.5, 0.0)
+        low = min(int(middle), given - 1)
+        value = torch.lerp(value[:, low], value[:, min(low + 1, given - 1)], middle - low)
+    return value
+
+
 def with_background(scores: Tensor, threshold: float | None) -> Tensor:
     """Put a constant background channel in front: `[K, ...]` to `[K + 1, ...]`.
 

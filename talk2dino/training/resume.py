@@ -88,7 +88,7 @@ def refuse_other_settings(
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         found = content.get(SETTINGS)
         old, new = (content["talk2dino"], description) if found is None else (found, settings)
-        if found and found["ema.decay"] is None:  # an average may begin at any time
+        if found and found.get("ema.decay") is None:  # an average may begin at any time
             new = {**new, "ema.decay": None}
         content["loops"], content["optimizer_states"]
     except Exception as error:  # torch raises whatever the broken bytes lead to

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.config.command import class_words
+from talk2dino.datasets.pictures import picture_suffixes, to_pixels
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.outputs import Job, plan
 from tests.helpers.pipeline import fails, run
@@ -156,6 +160,118 @@ def test_heat_maps_have_names_of_their_own(tmp_path: Path) -> None:
         "a_heat_dark-cat-1.png",
         "a_heat_sofa.png",
     ]
+
+
+def test_hostile_names_of_heat_maps(tmp_path: Path) -> None:
+    names = ["a b", "a/b", "a-b-0", "A-B", "x" * 300, "ß" * 300, "…", "?"]
+    maps = Job(tmp_path / "p.jpg", tmp_path / "p.png").heatmaps(names)
+    files = [path.name.casefold() for path in maps.values()]
+    assert len(set(files)) == len(names)
+    for path in maps.values():
+        path.write_bytes(b"")  # the file system takes it
+
+
+def test_an_output_keeps_its_dots(pictures: Path, tmp_path: Path) -> None:
+    one = pictures / "b.jpg"
+    for name in ("results.v1", "results.v2", "2024_05_06"):
+        assert plan(str(one), tmp_path / name) == [Job(one, tmp_path / f"{name}.png")]
+    jobs = plan(str(pictures), tmp_path / "run.v3")
+    assert {job.overlay.parent for job in jobs} == {tmp_path / "run.v3"}
+    assert jobs[0].labels.name == "a_labels.png"
+    (tmp_path / "made.jpg").mkdir()
+    assert plan(str(pictures), tmp_path / "made.jpg")[0].overlay.parent == tmp_path / "made.jpg"
+
+
+def test_patterns_say_why_they_fit_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trip = tmp_path / "trip [2020]"
+    pictures.rename(trip)
+    assert [job.image.name for job in plan(f"{trip}/*.jpg", tmp_path / "out")] == ["b.jpg"]
+    with pytest.raises(DataError, match=r"no pictures that can be read \(found \.txt; pictures"):
+        plan(f"{trip}/*.txt", tmp_path / "out")
+    (trip / "x.HEIC").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    picture_suffixes.cache_clear()
+    with pytest.raises(DataError, match=r"\.heic needs: pip install 'talk2dino\[heic\]'"):
+        plan(f"{trip}/*.HEIC", tmp_path / "out")
+    with pytest.raises(DataError, match=r"x\.HEIC: .*pip install 'talk2dino\[heic\]'"):
+        to_pixels(trip / "x.HEIC")
+    monkeypatch.undo()
+    picture_suffixes.cache_clear()
+
+
+def test_photographs_of_telephones(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    color = Image.new("RGB", (64, 48), (200, 30, 90))
+    heif.from_pillow(color).save(tmp_path / "photo.HEIC", quality=90)
+    color.save(tmp_path / "photo.avif")
+    for name in ("photo.HEIC", "photo.avif"):
+        pixels = to_pixels(tmp_path / name)
+        assert pixels.shape == (3, 48, 64)
+        assert (pixels.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 90.0])).abs().max() < 6
+
+
+def test_nothing_of_the_user_is_overwritten(
+    trained_run: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What this command wrote is, known by what it says of itself and not by its name."""
+    out = tmp_path / "lm"
+    out.mkdir()
+    given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", f"output={out}"]
+    given.append("pamr=false")
+    for name, content in (
+        ("a.json", b'{"annotations": []}'),
+        ("a.png", (pictures / "c.PNG").read_bytes()),
+        ("a_labels.png", b"not even a picture"),
+        ("a_heat_cat.png", b""),
+    ):
+        (out / name).write_bytes(content)
+        said = fails(capfd, "segment", *given, "heatmaps=true")
+        assert f"{name} is there and was not written by talk2dino.segment" in said
+        assert [path.name for path in out.iterdir()] == [name]
+        assert (out / name).read_bytes() == content
+        (out / name).unlink()
+    run("segment", *given)
+    run("segment", *given)  # its own files
+    for name in ("a.png", "a_labels.png"):  # as an earlier version wrote them, without a mark
+        with Image.open(out / name) as picture:
+            picture.load()
+            picture.info.pop("Software", None)
+            picture.save(out / name)
+    run("segment", *given)
+    (out / "a.json").write_text("{}")
+    fails(capfd, "segment", *given)
+    run("segment", *given, "overwrite=true")
+    assert "written_by" in json.loads((out / "a.json").read_text())
+
+
+def test_resuming_notices_other_weights_and_missing_files(
+    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "psi.safetensors"
+    checkpoint.write_bytes((trained_run / "projection.safetensors").read_bytes())
+    given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", "pamr=false"]
+    given += [f"output={tmp_path / 'out.png'}", f"checkpoint={checkpoint}", "resume=true"]
+
+    def was_done(*more: str) -> bool:
+        capsys.readouterr()
+        run("segment", *given, *more)
+        return "1 of 1 pictures were done before" in capsys.readouterr().out
+
+    assert not was_done()
+    assert was_done()
+    assert not was_done("heatmaps=true")  # the maps are missing
+    assert was_done("heatmaps=true")
+    (tmp_path / "out_heat_cat.png").unlink()
+    assert not was_done("heatmaps=true")
+    (tmp_path / "out_labels.png").unlink()
+    assert not was_done()
+    found = read_checkpoint(checkpoint)
+    with torch.no_grad():
+        next(iter(found.projection.parameters())).add_(1)
+    save_projection(found.projection, checkpoint, {"vision": found.vision, "text": found.text})
+    assert not was_done()
 
 
 def test_class_words(tmp_path: Path) -> None:

@@ -406,6 +406,7 @@ def test_a_sweep_trains_once_per_value(stores: Any, tmp_path: Path) -> None:
         "projection.vision_dim=6",
         f"store={stores(4, 6)}",
         "data.batch_size=8",
+        "data.val_fraction=0.25",
         "trainer.max_steps=1",
         "seed=0,1",
         *TRAIN,

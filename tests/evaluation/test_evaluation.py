@@ -121,11 +121,37 @@ def test_present_vocabulary_without_background(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_any_class_counts_nothing(tmp_path: Path) -> None:
-    root = write_benchmark(tmp_path / "data", 1)
-    Image.new("L", (56, 40), 255).save(root / "masks" / "0.png")
+    root = write_benchmark(tmp_path / "data", 2)
+    Image.new("L", (56, 40), 255).save(root / "masks" / "1.png")
     results = evaluate(tmp_path / "run", benchmark(root, vocabulary="present"))
-    assert results["images"] == 1
-    assert set(results["per_class"].values()) == {None}
+    assert results["images"] == 2
+    alone = evaluate(tmp_path / "alone", benchmark(root, vocabulary="present", limit=1))
+    assert alone["images"] == 1
+    assert results["per_class"] == alone["per_class"]
+
+
+def test_nothing_that_counts_is_no_figure(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "data")
+    for path in (root / "masks").iterdir():
+        Image.new("L", (56, 40), 255).save(path)
+    with pytest.raises(DataError, match=r"all pixels of its 5 images are ignored \(255\)"):
+        evaluate(tmp_path / "run", benchmark(root))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_masks_of_0_and_255_are_not_taken_for_void(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path / "data")
+    for path in (root / "masks").iterdir():
+        mask = np.zeros((40, 56), np.uint8)
+        mask[:20] = 255
+        Image.fromarray(mask).save(path)
+    names = {"classes": ["background", "red"]}
+    with pytest.raises(DataError, match=r"hold 0 and 255 only.*label_map=\{255:1\}"):
+        benchmark(root, **names).check()
+    benchmark(root, **names, label_map={255: 255}).check()
+    second = benchmark(root, **names, label_map={255: 1})
+    second.check()
+    assert second.sample(0).target.unique().tolist() == [0, 1]
 
 
 def rank_evaluates(rank: int, root: str, out: str) -> None:

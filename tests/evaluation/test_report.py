@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.metrics import extremes, read_ious, score_image, write_scores
 from talk2dino.evaluation.records import Record
 from talk2dino.evaluation.report import (
@@ -111,6 +111,12 @@ def test_references_of_both_shapes() -> None:
         ("B", False, 1.5),
         ("B", True, 2.0),
     ]
+
+
+@pytest.mark.parametrize("wrong", ["A", {"plain": 1, "pamP": 2}, {"plain": "x"}, 140, True, None])
+def test_a_reference_that_is_no_figure(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"benchmark\.reference\.paper=.*give the mIoU"):
+        published({"paper": wrong})
 
 
 def test_per_image_figures(tmp_path: Path) -> None:

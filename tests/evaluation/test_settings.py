@@ -17,7 +17,7 @@ OTHERS = {
         *("trainer", "batch_size", "window_batch_size", "num_workers"),
         *("compare_untrained", "pictures", "label_maps", "examples", "resume"),
     },
-    "segment": {"image", "output", "vision", "text", "heatmaps", "resume", "accelerator"},
+    "segment": {"image", "output", "heatmaps", "resume", "overwrite", "accelerator"},
 }
 
 

@@ -316,6 +316,37 @@ def test_figures_of_a_result(model: Talk2DINO, pixels: torch.Tensor) -> None:
         found.overlay(hide=["cow"])
 
 
+def test_scores_of_one_pixel_are_those_of_all(model: Talk2DINO, pixels: torch.Tensor) -> None:
+    seg = model.segment(pixels, ["cat", "sofa"], 0.5, short_side=32, negatives=["sky"])
+    height, width = seg.labels.shape
+    picked = {
+        (row, column): list(seg.scores_at(row, column).values())
+        for row in (0, 1, height // 2, height - 1)
+        for column in (0, 2, width // 3, width - 1)
+    }
+    assert "scores" not in vars(seg)  # 5,000 classes of a photograph would be 6 GB
+    for (row, column), values in picked.items():
+        torch.testing.assert_close(
+            torch.tensor(values), seg.scores[:, row, column], rtol=0, atol=1e-6
+        )
+
+
+def test_odd_pictures_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    floats = np.random.default_rng(0).random((5, 6, 3)).astype(np.float32)
+    assert torch.equal(to_pixels(floats.astype(">f4")), to_pixels(floats))
+    Image.fromarray((255 * floats).astype(np.uint8)).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-40])
+    cases: list[tuple[Any, str]] = [
+        (Image.new("F", (4, 4)), "PIL image cannot be read .*floating-point"),
+        (Image.open(tmp_path / "cut.png"), "PIL image cannot be read"),
+        (np.full((2, 2, 3), 1 + 1e-6), r"in 1\.000001\.\.1\.000001; give uint8, or 0\.\.1"),
+    ]
+    for image, said in cases:
+        with pytest.raises(DataError, match=said):
+            to_pixels(image)
+
+
 def test_heat_maps_follow_the_scores(model: Talk2DINO, pixels: torch.Tensor) -> None:
     found = model.segment(pixels, ["cat", "dog"], background=0.5, short_side=32)
     picture = np.asarray(found.heatmap("dog", alpha=1.0).convert("L")).astype(float)

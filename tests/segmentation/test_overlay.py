@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.benchmarks.label_values import LabelValues
+from talk2dino.datasets.pictures import read_values
 from talk2dino.errors import DataError
 from talk2dino.segmentation.overlay import (
     HEAT,
@@ -166,6 +169,28 @@ def test_label_map_file_holds_the_labels(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
 
 
+def test_more_classes_than_a_byte_holds(tmp_path: Path) -> None:
+    """Sixteen bits, read back by the reader of benchmarks; class 255 is one like any other."""
+    names = [f"class {k}" for k in range(300)]
+    labels = torch.arange(300).view(15, 20)
+    save_label_map(labels, tmp_path / "map.png", classes=300)
+    assert np.array_equal(read_values(tmp_path / "map.png"), labels.numpy())
+    save_label_map(labels.clamp(max=9), tmp_path / "few.png", classes=300)  # one form for all
+    assert read_values(tmp_path / "few.png").max() == 9
+    with Image.open(tmp_path / "few.png") as picture:
+        assert picture.mode.startswith("I;16")
+    values = LabelValues(read_classes(names), ignore_index=65535)
+    assert torch.equal(values.targets(read_values(tmp_path / "map.png")), labels)
+    gray = Image.new("RGB", (20, 15), (120, 120, 120))
+    drawn = np.array(overlay(gray, labels, names, alpha=1.0, legend=False)).reshape(-1, 3)
+    assert (drawn[255] != 120).any()
+    shown = torch.full_like(labels, 7)
+    shown[2:7, 2:7] = 65535
+    hidden = np.array(overlay(gray, shown, names, alpha=0.5, legend=False))
+    assert (hidden[4, 4] == 120).all() and (hidden[9, 9] != 120).any()
+    assert overlay(gray, labels, names).height > 15 * 20  # a legend of three hundred entries
+
+
 @pytest.mark.parametrize(
     ("action", "said"),
     [
@@ -174,7 +199,7 @@ def test_label_map_file_holds_the_labels(tmp_path: Path) -> None:
         (lambda: heat_overlay(scene()[0], torch.zeros(2, 3), 0, 1), r"\(2, 3\).*60x80"),
         (lambda: overlay(scene()[0], scene()[1] - 1, ["a", "b"]), "-1"),
         (lambda: overlay(*scene(), ["a", "b"], [RED]), "palette of 1"),
-        (lambda: save_label_map(torch.full((2, 2), 256), "x.png"), "0..255"),
+        (lambda: save_label_map(torch.full((2, 2), 65536), "x.png"), "0..65535"),
         (lambda: save_label_map(torch.zeros(2, 2, 2), "x.png"), "x.png"),
     ],
 )

@@ -64,7 +64,11 @@ class Protocol:
                 f"{self._key}stride={self.stride} leaves gaps between windows of {self.window} "
                 f"pixels; use at most {self._key}window={self.window}"
             )
-        self.threshold(None)  # refuses a mapping that does not fit every model
+        given = self.background_threshold
+        for width in (None, *MODEL_SIZES) if isinstance(given, Mapping) else (None,):
+            self.threshold(width)  # refuses what does not fit every model
+        if not 0 <= self.lambda_bg <= 1:
+            raise ConfigError(f"{self._key}lambda_bg={self.lambda_bg}: use a weight within 0..1")
 
     def threshold(self, vision_width: int | None) -> float | None:
         """The background's score for a model, or None if there is no background.
@@ -84,6 +88,10 @@ class Protocol:
                     f"by {', '.join(sorted(known))}; default is needed"
                 )
             given = given.get(MODEL_SIZES.get(vision_width or 0, ""), given["default"])
+        if given is not None and not 0 <= given <= 1:
+            raise ConfigError(
+                f"{self._key}background_threshold={given}: scores lie within 0..1; try 0.55"
+            )
         return None if given is None else float(given)
 
 

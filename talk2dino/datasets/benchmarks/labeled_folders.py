@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
@@ -302,8 +304,28 @@ class FolderBenchmark(Benchmark):
         return len(self._pairs)
 
     def check(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compare the sizes of all images and label maps, see `check_pairs`."""
+        """Compare the sizes of all images and label maps, see `check_pairs`.
+
+        Masks of 0 and 255 only are refused where 255 is ignored: as good as always it stands for
+        the second class. `label_map={255: 255}` says that it does not.
+
+        Raises:
+            DataError: as `check_pairs`, or such masks.
+        """
         check_pairs(self._pairs, self.max_pixels, advance)
+        ignored = self.ignore_index
+        if self._colors is not None or ignored != 255 or ignored in (self.label_map or {}):
+            return
+        found: set[int] = set()
+        for pair in self._pairs[:16]:
+            with suppress(DataError):  # said when its turn comes, after the images before it
+                found |= set(np.unique(read_values(pair.mask)).tolist())
+        if found == {0, 255}:
+            raise DataError(
+                f"benchmark.masks={self._layout().masks}: the label maps hold 0 and 255 only, and "
+                "255 is ignored; if it is the second class, say 'benchmark.label_map={255:1}', if "
+                "it is really to be ignored, 'benchmark.label_map={255:255}'"
+            )
 
     def image_name(self, index: int) -> str:
         """Path of the image's file below the folder, without suffix."""

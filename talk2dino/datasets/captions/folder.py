@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.datasets.captions.base import Entry, FileSource, caption_text, image_name
-from talk2dino.datasets.pictures import SUFFIXES
+from talk2dino.datasets.pictures import picture_suffixes
 from talk2dino.errors import DataError
 from talk2dino.files import read_text
 
@@ -67,7 +67,7 @@ class CaptionFolder(FileSource):
         """Captions of texts beside pictures; pictures and texts without the other are left out."""
         files = [f for f in sorted(self.images.rglob("*")) if not f.name.startswith(".")]
         texts = {f.with_suffix(""): f for f in files if f.suffix.lower() == ".txt"}
-        pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+        pictures = [file for file in files if file.suffix.lower() in picture_suffixes()]
         pairs: list[tuple[str, str]] = []
         reasons = dict.fromkeys(texts.values(), "no picture of its name that can be read")
         for picture in pictures:
