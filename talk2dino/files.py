@@ -24,14 +24,19 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
 
     The temporary name depends on the target only, so a restarted run overwrites what a killed one
     left; with `shared` it is unique, for a file that several processes may write at once. On any
-    exception it is removed. A failed write (disk full, quota, permissions) raises StoreError with
-    one line; HDF5 reports some of those as RuntimeError.
+    exception it is removed. The file gets the permissions that the umask says. A failed write (disk
+    full, quota, permissions) raises StoreError with one line; HDF5 reports some of those as
+    RuntimeError.
     """
     temporary = temporary_name(target)
     if shared:
         temporary = temporary.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; some libraries write files as 600
         yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, target)  # noqa: PTH105 (tests interrupt exactly here)
         sync(target.parent)

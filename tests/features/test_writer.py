@@ -12,8 +12,11 @@ import h5py
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from talk2dino import files
+from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.errors import StoreError
 from talk2dino.features import FeatureStore, write_store
 from talk2dino.features.store import shard_writer
@@ -24,6 +27,8 @@ from talk2dino.features.store.writer import (
     open_for_append,
     write_shard,
 )
+from talk2dino.files import write_json
+from talk2dino.segmentation.overlay import save_picture
 from tests.helpers.ranks import forked
 from tests.helpers.stores import Arrays, shard_arrays
 
@@ -278,3 +283,24 @@ def test_a_created_file_appears_once(
 def test_configs_state_the_default_of_images_per_shard(command: str) -> None:
     file = Path(__file__).resolve().parents[2] / "conf" / f"{command}.yaml"
     assert OmegaConf.load(file).images_per_shard == IMAGES_PER_SHARD
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_every_file_follows_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone may read; colleagues share a cluster."""
+    before = os.umask(umask)
+    try:
+        save_projection(ProjectionLayer(3, 4), tmp_path / "psi.safetensors")
+        save_projection(ProjectionLayer(3, 4), tmp_path / "psi.pth")
+        write_json(tmp_path / "a.json", {})
+        save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+        write_store(tmp_path / "store", {"cls_token": np.eye(3)}, {})
+        (tmp_path / "a.json").chmod(0o400)
+        write_json(tmp_path / "a.json", {"new": 1})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        path.name: mode for path in files
+    }
