@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,8 +34,9 @@ from talk2dino.config.checks import (
     explain,
     use_current_names,
 )
-from talk2dino.config.schemas import register_schemas
-from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
+from talk2dino.config.schemas import SCHEMAS, register_schemas
+from talk2dino.config.typed import as_typed, parse_words
+from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, typed_classes
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json
@@ -56,7 +58,13 @@ def run(
     run, and the command exits with status 1 at its end.
     """
     register_schemas()
-    sys.argv[1:] = quote_ranges(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters that a class name has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        sys.argv[1:] = as_typed(sys.argv[1:], SCHEMAS.get(command))
+    except UserError as error:
+        stop(str(error))
 
     def checked(config: DictConfig) -> Any:
         use_current_names(config)
@@ -91,6 +99,8 @@ def run(
         stop(explain(error, command))
     except UserError as error:  # of a sweeper
         stop(str(error))
+    except OSError as error:  # of a run folder that cannot be made
+        stop(os_message(error))
 
 
 def require_common_folder() -> None:
@@ -158,10 +168,19 @@ def user_message(error: Exception) -> str | None:
 
     A loader worker or a spawned rank hands its error over as the text of a traceback.
     """
+    if isinstance(error, OSError) and error.filename is not None:
+        return os_message(error)
     relayed = re.findall(r"^talk2dino\.errors\.\w+: (.*)$", str(error), re.M)
     if relayed:
         return str(relayed[-1])
     return str(error) if isinstance(error, UserError) else None
+
+
+def os_message(error: OSError) -> str:
+    """One line of what the operating system refuses: the file and the reason."""
+    name = str(error.filename or "a file")
+    shown = name if len(name) <= 200 else f"{name[:200]}…"
+    return f"{shown}: {error.strerror or error}"
 
 
 def quiet_libraries() -> None:
@@ -200,13 +219,6 @@ def stop(message: str) -> NoReturn:
     """Print one line for the user and end with status 2; a sweep ends as well."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def quote_ranges(arguments: list[str]) -> list[str]:
-    """Quote values with a brace range (`cc3m/{00000..00331}.tar`), which Hydra cannot parse."""
-    plain = re.compile(r"([^=]+)=((?!['\"\[]).*\{\d+\.\.\d+\}.*)")
-    found = [(plain.fullmatch(argument), argument) for argument in arguments]
-    return [f"{match[1]}='{match[2]}'" if match else argument for match, argument in found]
 
 
 @contextmanager
@@ -284,22 +296,26 @@ def class_words(given: object) -> dict[str, tuple[str, ...]]:
     """Class names and the words that stand for them, from the command line or a file.
 
     Args:
-        given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a `.txt` or `.json` file
-            or the name of a list that comes with the package (see `datasets.benchmarks.classes`).
+        given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a mapping
+            `{cat: [kitty]}`, a `.txt` or `.json` file or the name of a list that comes with the
+            package (see `datasets.benchmarks.classes`). A background of a file is not prompted;
+            among words it is one like any other.
 
     Raises:
         ConfigError: no class.
         DataError: a class file that cannot be read, or names a class twice.
     """
     if isinstance(given, str) and _is_file(given):
-        specs = read_classes(given).prompted
-    else:
-        parts = listed(given) if isinstance(given, ListConfig) else str(given).split(",")
-        named = ["; ".join(part) if isinstance(part, list) else str(part).strip() for part in parts]
-        if not any(named):
-            raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
-        specs = read_classes([name for name in named if name]).prompted
-    return {spec.name: spec.synonyms for spec in specs}
+        return {spec.name: spec.synonyms for spec in read_classes(given).prompted}
+    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+        given = parse_words(given, "classes")
+    if isinstance(given, Mapping):
+        return {str(name): tuple(listed(words)) for name, words in given.items()}
+    parts = given.split(",") if isinstance(given, str) else listed(given)
+    named = ["; ".join(part) if isinstance(part, list) else str(part).strip() for part in parts]
+    if not any(named):
+        raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
+    return typed_classes([name for name in named if name])
 
 
 def _is_file(given: str) -> bool:
@@ -308,7 +324,7 @@ def _is_file(given: str) -> bool:
 
 
 def listed(given: Any) -> list[Any]:
-    """A config list as a plain one; a single string is one entry."""
+    """A config list as a plain one; a single text is one entry."""
     if isinstance(given, ListConfig):
         return list(OmegaConf.to_container(given))  # type: ignore[arg-type]
     return [given] if isinstance(given, str) else list(given or [])

@@ -279,6 +279,13 @@ def test_class_words(tmp_path: Path) -> None:
     assert class_words("cat, sofa; couch ,") == want
     assert class_words(OmegaConf.create(["cat", "sofa; couch"])) == want
     assert class_words(OmegaConf.create(["cat", ["sofa", "couch"]])) == want
+    assert class_words("{cat: cat, sofa: [sofa, couch]}") == want
+    assert class_words(OmegaConf.create({"cat": "cat", "sofa": ["sofa", "couch"]})) == want
+    both = {"background": ("background",), "cat": ("cat",)}  # a word, wherever it stands
+    assert class_words("[background,cat]") == both == class_words("[cat,background]")
+    assert class_words(OmegaConf.create(["cat", "background"])) == both
+    with pytest.raises(DataError, match="'cat' is named twice"):
+        class_words("cat, dog, cat")
     (tmp_path / "words.txt").write_text("cat\nsofa; couch\n")
     assert class_words(str(tmp_path / "words.txt")) == want
     assert len(class_words("voc")) == 20  # comes with the package

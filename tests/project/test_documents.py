@@ -16,8 +16,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from talk2dino.config.checks import check_targets, config_folder
-from talk2dino.config.command import quote_ranges
-from talk2dino.config.schemas import register_schemas
+from talk2dino.config.schemas import SCHEMAS, register_schemas
+from talk2dino.config.typed import as_typed
 from tests.helpers.pipeline import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,8 +101,8 @@ def test_command_composes(block: Block) -> None:
     for command in commands:
         python, flag, module, *overrides = shlex.split(command, comments=True)
         assert (python, flag) == ("python", "-m")
-        overrides = quote_ranges(overrides)
         name = module.removeprefix("talk2dino.")
+        overrides = as_typed(overrides, SCHEMAS.get(name))
         if name == "convert":  # its first word is the task
             overrides[0] = f"task={overrides[0]}"
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):

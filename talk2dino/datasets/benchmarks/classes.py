@@ -103,6 +103,23 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     return classes
 
 
+def typed_classes(entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names and synonyms of words that somebody typed, `sofa; couch`, in their order.
+
+    Unlike in the list of a benchmark, `background` is a word.
+
+    Raises:
+        DataError: a name is empty or stands twice.
+    """
+    specs = [_spec(entry, number, "classes") for number, entry in enumerate(entries)]
+    found = {spec.name: spec.synonyms for spec in specs}
+    if len(found) < len(specs):
+        names = [spec.name for spec in specs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"classes: {twice!r} is named twice; leave one out")
+    return found
+
+
 def read_color(given: Any, where: str) -> Color:
     """A color `[r, g, b]` of 0..255, or `"#rrggbb"`.
 
