@@ -87,27 +87,34 @@ class AlignmentModule(L.LightningModule):
         self._steps, self._of_one_image = 0, torch.tensor(0)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Project one batch; the metrics are computed from all of them."""
+        """Project one batch; the metrics are computed from all of them.
+
+        An image is kept once, however many captions it has.
+        """
         text, mask = projected_text(batch, self.projection, self.val_similarity)
         visual = projected_visual(batch, self.projection, self.val_similarity)
-        kept = {"text": text, "visual": visual, "image_id": batch["image_id"]}
+        ids, first = first_occurrences(batch["image_id"])
+        if self._val_batches:
+            new = ~torch.isin(ids, torch.cat([kept["visual_id"] for kept in self._val_batches]))
+            ids, first = ids[new], first[new]
+        kept = {"text": text, "image_id": batch["image_id"]}
+        kept |= {"visual": visual[first], "visual_id": ids}
         self._val_batches.append(kept if mask is None else kept | {"mask": mask})
 
     def on_validation_epoch_end(self) -> None:
         """Log recall at 1, 5 and 10, median and mean rank in both directions."""
         if not self._val_batches:
             return
-        text, visual, captions = (
+        text, visual, captions, image_ids = (
             torch.cat([batch[key] for batch in self._val_batches])
-            for key in ("text", "visual", "image_id")
+            for key in ("text", "visual", "image_id", "visual_id")
         )
         masks = [batch["mask"] for batch in self._val_batches if "mask" in batch]
         self._val_batches.clear()
-        image_ids, first = first_occurrences(captions)
         metrics = retrieval_metrics(
             self.val_similarity.scores,
             text,
-            visual[first],
+            visual,
             captions,
             image_ids,
             text_mask=torch.cat(masks) if masks else None,

@@ -22,6 +22,7 @@ from talk2dino.alignment.inputs import stored_fields, visual_feature
 from talk2dino.alignment.losses import InfoNCE, TripletLoss
 from talk2dino.alignment.module import AlignmentModule, first_occurrences, gather_rows
 from talk2dino.alignment.projection import DoubleMLP, Projection, ProjectionLayer
+from talk2dino.alignment.retrieval import retrieval_metrics
 from talk2dino.alignment.similarity import (
     Dense,
     DotProduct,
@@ -532,3 +533,23 @@ def test_steps_that_teach_nothing_are_counted() -> None:
         warnings.simplefilter("error")
         module.training_step(batch | {"image_id": torch.tensor([1, 2, 2])}, 0)
         module.on_train_epoch_end()
+
+
+def test_validation_keeps_an_image_once() -> None:
+    """However many captions it has, and in whatever batches they come."""
+    module, seen = case(DotProduct(), InfoNCE()), []
+    module.log_dict = lambda metrics, **_: seen.append(metrics)  # type: ignore[method-assign]
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    ids = torch.tensor([3, 3, 1, 3, 9, 1, 9, 9])
+    images, texts = torch.rand(10, WIDTH).double(), torch.rand(len(ids), TEXT).double()
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        batch = {"embedding": texts[rows], "avg_self_attn_out": images[ids[rows]]}
+        module.validation_step(batch | {"image_id": ids[rows]}, 0)
+    kept = torch.cat([batch["visual"] for batch in module._val_batches])
+    assert kept.shape == (3, WIDTH)
+    module.on_validation_epoch_end()
+    unique = torch.tensor([9, 1, 3])
+    want = retrieval_metrics(
+        DotProduct().scores, module.projection.project_text(texts), images[unique], ids, unique
+    )
+    assert {k.removeprefix("val/"): v for k, v in seen[0].items()} == pytest.approx(want)
