@@ -66,6 +66,8 @@ def _quoted_argument(argument: str, keys: set[str], sweep: bool) -> str:
     if not (key in keys or nested) or "${" in value or value[:1] in ("'", '"'):
         return argument
     if value.startswith("["):
+        if nested and "{" in value and ":" in value:  # a benchmark's classes with ids and colors
+            return argument
         return given + _hydra(parse_words(value, key), key)
     calls_or_choices = "," in value or re.match(r"\w+\(", value) is not None
     if value in ("", "null") or (sweep and calls_or_choices):

@@ -61,6 +61,8 @@ def test_sweeps_keep_their_commas() -> None:
 
 
 def test_other_arguments_are_left_alone() -> None:
+    classes = "benchmark.classes=[{name: cat, id: 1}, dog]"
+    assert as_typed([classes], SegmentConfig) == [classes]
     arguments = ["--cfg", "job", "~text", "+new=1_0", "pamr=true", "image=${output}", "image="]
     assert as_typed(arguments, SegmentConfig) == arguments
     assert as_typed(["image=1_0"], None) == ["image=1_0"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from talk2dino.datasets.captions import CaptionFolder, CocoCaptions, Entry
@@ -222,7 +225,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path, folder: Path) -> None:
     source: CocoCaptions | CaptionFolder = CocoCaptions(write(tmp_path, coco()), str(folder))
     assert source.left_out == [{"file_name": "c.JPG", "reason": "has no caption"}]
     (folder / "b.TXT").write_text("one")
-    (folder / "photo.HEIC").write_bytes(b"x")
+    (folder / "photo.raw").write_bytes(b"x")
     (folder / "photo.txt").write_text("two")
     (folder / "c.txt").write_text(" \n")
     (folder / "sub").mkdir()
@@ -348,3 +351,68 @@ def test_mosaic_entries_and_images_belong_together() -> None:
     assert [number for number, _ in entry.captions] == [4, 5]
     assert source.image(2).size == (32, 32)
     assert source.fingerprint() != Mosaic(count=3, image_size=32, seed=1).fingerprint()
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=30)
+pairs = st.lists(st.tuples(st.sampled_from(["a.png", "b.png", "c.JPG"]), texts), max_size=5)
+files = st.sampled_from(["captions.csv", "captions.jsonl", "captions.txt", "a.txt"])
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@relaxed
+@given(rows=pairs)
+def test_captions_survive_every_table(folder: Path, rows: list[tuple[str, str]]) -> None:
+    """What is written comes back letter by letter, or its row is named."""
+    kept = [(name, text) for name, text in rows if text.strip() and "\0" not in text]
+    for table in (folder / "captions.csv", folder / "captions.jsonl"):
+        if table.suffix == ".csv":
+            with table.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("file_name", "caption"), *rows])
+        else:
+            lines = [json.dumps({"file_name": name, "caption": text}) for name, text in rows]
+            table.write_text("\n".join(lines), encoding="utf-8")
+        try:
+            source = CaptionFolder(str(folder))
+        except DataError as error:
+            assert not rows or kept != rows or "no captioned images" in str(error)
+        else:
+            found = {entry.file_name: [t for _, t in entry.captions] for entry in source.entries}
+            assert found == {n: [t for m, t in rows if m == n] for n in {m for m, _ in rows}}
+        table.unlink()
+
+
+@relaxed
+@given(name=files, content=st.binary(max_size=80) | texts.map(str.encode))
+def test_no_caption_file_makes_a_traceback(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    try:
+        CaptionFolder(str(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+    (folder / name).unlink()
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@relaxed
+@given(table=st.sampled_from(["images", "annotations"]), value=values, data=st.data())
+def test_no_value_of_a_json_makes_a_traceback(
+    tmp_path: Path, folder: Path, table: str, value: object, data: st.DataObject
+) -> None:
+    content = coco()
+    key = data.draw(st.sampled_from([*sorted(content[table][1]), None, "whole"]), "key")
+    if key == "whole":
+        content[table] = value
+    elif key is None:
+        content[table][1] = value
+    else:
+        content[table][1][key] = value
+    try:
+        CocoCaptions(write(tmp_path, content), str(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
