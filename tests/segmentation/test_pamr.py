@@ -20,24 +20,9 @@ from torch import Tensor
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbors
-from tests.helpers.goldens import Golden
+from tests.helpers.goldens import PAMR_CASES, Golden, pamr_inputs
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
-
-# name of the output: image, its scale, mask, dilations (10 iterations with all six, else one)
-CASES = {
-    "40x56_c3_iter10": ("40x56", 1, "40x56_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c3_iter10_image01": ("40x56", 255, "40x56_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c21_iter10": ("40x56", 1, "40x56_c21", (1, 2, 4, 8, 12, 24)),
-    "64x64_c3_iter10": ("64x64", 1, "64x64_c3", (1, 2, 4, 8, 12, 24)),
-    "64x64_lowresmask16_c3_iter10": ("64x64", 1, "16x16_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c3_iter1_dil1": ("40x56", 1, "40x56_c3", (1,)),
-    "40x56_c3_iter1_dil1_4": ("40x56", 1, "40x56_c3", (1, 4)),
-    "flat24x20_c2_iter1_dil1": ("flat24x20", 1, "24x20_c2", (1,)),
-    "flat24x20_c2_iter1_dil1_2": ("flat24x20", 1, "24x20_c2", (1, 2)),
-    "flat24x20_c2_iter10": ("flat24x20", 1, "24x20_c2", (1, 2, 4, 8, 12, 24)),
-}
-
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs the extra fast"
@@ -46,15 +31,14 @@ WAYS = [False, pytest.param(True, marks=needs_numba)]
 
 
 @pytest.mark.parametrize("compiled", WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PAMR_CASES)
 def test_original(name: str, compiled: bool, golden: Golden, parity: ParityRecord) -> None:
     arrays = golden("pamr")
-    image, scale, mask, dilations = CASES[name]
-    refine = PAMR(10 if "iter10" in name else 1, dilations, compiled)
+    image, mask, num_iter, dilations = pamr_inputs(name, arrays)
     parity.check(
         part="mask refinement",
         original="PAMR.forward",
-        got=refine(arrays[f"image/{image}"] / scale, arrays[f"mask/{mask}"]),
+        got=PAMR(num_iter, dilations, compiled)(image, mask),
         want=arrays[f"out/{name}"],
         tolerance=1e-5,
     )

@@ -11,33 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
-from tests.helpers.encoders import Features, MeanColorEncoder
+from tests.helpers.encoders import FixedEncoder, MeanColorEncoder
 from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
-from tests.helpers.windows import window_scores
-
-
-class FixedEncoder(nn.Module):
-    """Gives the same features for every picture and remembers what it was shown."""
-
-    patch_size = 14
-
-    def __init__(self, tokens: Tensor, maps: Tensor) -> None:
-        super().__init__()
-        self.tokens, self.maps = tokens, maps
-        self.seen: list[Tensor] = []
-
-    def forward(self, images: Tensor) -> Features:
-        self.seen.append(images)
-        side = int(self.tokens.shape[1] ** 0.5)
-        tokens, maps = (part.expand(len(images), -1, -1) for part in (self.tokens, self.maps))
-        return Features(tokens, maps, tokens[:, 0], (side, side))
+from tests.helpers.windows import golden_segmenters
 
 
 @pytest.mark.parametrize("case", ["b1", "b2", "rawtext"])
@@ -51,26 +34,13 @@ def test_class_scores(case: str, golden: Golden, parity: ParityRecord) -> None:
     parity.check("class scores", "DINOTextMasker.forward_seg", got, want, 1e-6)
 
 
-def test_generate_masks(golden: Golden, parity: ParityRecord) -> None:
-    arrays = golden("generate_masks")
-    outputs = [key.split("/out/") for key in arrays if "/out/" in key]
-    assert len(outputs) >= 12
-    for case, settings in outputs:
-        tokens, maps = arrays[f"{case}/patch_tokens"], arrays[f"{case}/self_attn_maps"]
-        segmenter = Segmenter(
-            FixedEncoder(tokens, maps),
-            input_size=int(arrays[f"{case}/resize_dim"]),
-            background_cleaning="bg1" in settings,
-            lambda_bg=0.5 if "lambda0.5" in settings else 0.2,
-            pamr=PAMR() if "pamr1" in settings else None,
-        )
-        rgb = arrays[f"{case}/image_bgr"].flip(1)
-        got = window_scores(segmenter, rgb, arrays[f"{case}/text_emb"])
-        if settings.endswith("every4th"):
-            got = got[:, ::4]
-        part = "window scores" + (" with refinement" if segmenter.pamr else "")
-        want = arrays[f"{case}/out/{settings}"]
-        parity.check(part, "DINOText.generate_masks", got, want, 1e-5)
+def test_generate_masks(parity: ParityRecord) -> None:
+    cases = list(golden_segmenters())
+    assert len(cases) >= 12
+    for case in cases:
+        part = "window scores" + (" with refinement" if case.segmenter.pamr else "")
+        got = case.scores(torch.device("cpu"))
+        parity.check(part, "DINOText.generate_masks", got, case.want, 1e-5)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
