@@ -91,7 +91,8 @@ class NamedColors(Projection):
         self.known, self.vectors = HashText().encode([f"a {n}" for n in names]), vectors
 
     def project_text(self, text: Tensor) -> Tensor:
-        return self.vectors[torch.cdist(text, self.known).argmin(dim=-1)]
+        nearest = torch.cdist(text, self.known.to(text)).argmin(dim=-1)
+        return self.vectors.to(text)[nearest]
 
 
 def directions(count: int) -> Tensor:

@@ -43,6 +43,12 @@ def test_generate_masks(parity: ParityRecord) -> None:
         parity.check(part, "DINOText.generate_masks", got, case.want, 1e-5)
 
 
+@pytest.mark.gpu
+def test_generate_masks_on_gpu(gpu: torch.device) -> None:
+    for case in golden_segmenters():
+        torch.testing.assert_close(case.scores(gpu), case.want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("antialias", [True, False])
 def test_what_the_encoder_sees(antialias: bool, golden: Golden, parity: ParityRecord) -> None:
     arrays = golden("generate_masks")
@@ -95,6 +101,34 @@ def test_scores_agree_with_labels_and_start_with_the_background() -> None:
     assert (everything == 0).all()
     nothing = small_segmenter(background_threshold=0.0)(image, text).labels
     assert torch.equal(nothing, small_segmenter()(image, text).labels + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"background_threshold": 0.55, "background_cleaning": True},
+        {"pamr": PAMR(4, (1, 2))},
+        {"pamr": PAMR(4, (1, 2), whole_image=True)},
+        {"knn": KNN(4)},
+    ],
+)
+def test_labels_on_gpu(options: dict[str, object], gpu: torch.device) -> None:
+    """From an uint8 picture on the device, in several batches, with synonyms."""
+    image, text, _ = colour_scene()
+    image = image // 2 + torch.randint(0, 100, image.shape, dtype=torch.uint8)
+    text, rows = torch.cat([text, text.roll(1, 0)]), torch.tensor([0, 1, 2, 3, 3, 0])
+    segmenter = small_segmenter(short_side=96, window_batch_size=3, **options)
+    want = segmenter(image, text, (70, 90), return_scores=True, row_classes=rows)
+    segmenter.to(gpu)
+    there = image.to(gpu), text.to(gpu), (70, 90)
+    got = segmenter(*there, return_scores=True, row_classes=rows.to(gpu))
+    assert want.scores is not None and got.scores is not None
+    torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=0, atol=1e-5)
+    short = segmenter(*there, row_classes=rows.to(gpu)).labels
+    best = got.scores.gather(0, short[None])[0]
+    torch.testing.assert_close(best, got.scores.amax(0), rtol=0, atol=1e-6)
 
 
 def test_another_size_can_be_asked_for() -> None:
