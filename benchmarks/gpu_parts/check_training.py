@@ -216,14 +216,14 @@ def two_ranks(setting: Setting) -> Iterator[Row]:
     if setting.device == "cuda" and torch.cuda.device_count() < 2:
         raise NotHere("one GPU, NCCL needs two")
     backend = "nccl" if setting.device == "cuda" else "gloo"
+    alone = {name: gradients(module, batch_of(0)) for name, module in modules().items()}
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         torch.multiprocessing.spawn(rank_of_two, (setting, backend, port, folder), nprocs=2)
         parts = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, module in modules().items():
-        loss, flat = gradients(module, batch_of(0))
+    for name, (loss, flat) in alone.items():
         worst = max(relative(part[name][1], flat) for part in parts)
         worst = max(worst, *(deviation(part[name][0], loss) for part in parts))
         yield check(f"{name}, two ranks with {backend}", worst, 1e-9)

@@ -126,7 +126,8 @@ def compare(
     for way, ms in found.items():
         note = "out of memory" if ms != ms else f"{per / ms * 1e3:,.0f}/s" if per else ""
         row = Row(f"{name}: {way}", ms, "ms", note=note)
-        if way != baseline:
-            row = replace(row, beside=baseline, ratio=found[baseline] / ms)
+        ratio = found[baseline] / ms
+        if way != baseline and ratio == ratio:
+            row = replace(row, beside=baseline, ratio=ratio)
         rows.append(row)
     return rows

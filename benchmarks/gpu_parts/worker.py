@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 from benchmarks.gpu_parts.rows import Row, Setting
 
@@ -35,8 +38,8 @@ class Worker:
         self.process: Any = None
         self.pipe: Any = None
 
-    def run(self, target: str, seconds: float, told: Callable[[Row], None]) -> Outcome:
-        """Run the part `module:function`, for `seconds` at most; `told` hears of every row."""
+    def run(self, target: str, seconds: float) -> Outcome:
+        """Run the part `module:function`, for `seconds` at most; rows until then are kept."""
         if self.process is None:
             self._start()
         outcome, start = Outcome("did not fit"), time.monotonic()
@@ -48,7 +51,6 @@ class Worker:
                     outcome.status, outcome.reason = kind, content
                     break
                 outcome.rows.append(content)
-                told(content)
         except (EOFError, OSError):
             self.process.join(5)
             outcome.status = "failed"
@@ -85,24 +87,27 @@ def serve(pipe: Connection, setting: Setting) -> None:
     warnings.simplefilter("ignore")
     if setting.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks.gpu_parts.command import find_part
-
     while True:
         try:
             target = pipe.recv()
         except EOFError:
             return
         try:
-            for row in find_part(target)(setting):
+            module, _, function = target.partition(":")
+            for row in getattr(importlib.import_module(module), function)(setting):
                 pipe.send(("row", row))
+            gc.collect()
+            if setting.device == "cuda":
+                torch.cuda.empty_cache()  # the next part measures how much memory there is
             pipe.send(("done", ""))
         except ModuleNotFoundError as error:
             pipe.send(("left out", f"{error.name} is not installed"))
         except NotHere as error:
             pipe.send(("left out", str(error)))
         except Exception as error:
-            text = " ".join(str(error).split())
-            pipe.send(("failed", f"{type(error).__name__}: {text[:300]}"))
+            lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [""]
+            first, last = lines[0], f" … {lines[-1]}" if len(lines) > 1 else ""
+            pipe.send(("failed", f"{type(error).__name__}: {first[:200]}{last[:200]}"))
 
 
 class NotHere(Exception):  # noqa: N818 (nothing went wrong)
