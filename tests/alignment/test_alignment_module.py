@@ -193,6 +193,14 @@ def test_a_step_on_gpu(name: str, gpu: torch.device) -> None:
         torch.testing.assert_close(got[key].cpu(), value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_step_leaves_nothing_on_the_cpu(name: str) -> None:
+    """Without a GPU: a device that mixes with no other and computes nothing."""
+    batch = {key: value.to("meta") for key, value in whole_batch().items()}
+    found = loss_and_gradients(LossOf(cases()[name]).to("meta"), batch)
+    assert {value.device.type for value in found.values()} == {"meta"}
+
+
 def test_scores_are_those_of_the_similarity() -> None:
     batch = whole_batch()
     module = case(MaxScore(), InfoNCE())

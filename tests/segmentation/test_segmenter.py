@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
+from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 from tests.helpers.encoders import FixedEncoder, MeanColorEncoder
 from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
@@ -103,17 +105,33 @@ def test_scores_agree_with_labels_and_start_with_the_background() -> None:
     assert torch.equal(nothing, small_segmenter()(image, text).labels + 1)
 
 
+ON_GPU = [
+    {},
+    {"background_threshold": 0.55, "background_cleaning": True},
+    {"pamr": PAMR(4, (1, 2))},
+    {"pamr": PAMR(4, (1, 2), whole_image=True)},
+    {"knn": KNN(4)},
+]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that knows CUDA")
+@pytest.mark.parametrize("options", ON_GPU)
+def test_scores_leave_nothing_on_the_cpu(options: dict[str, object]) -> None:
+    """Without a GPU: fake tensors have a device, mix with no other and compute nothing."""
+    segmenter = small_segmenter(**options)
+    windows = sliding_windows(64, 96, 64, 32)
+    with FakeTensorMode():
+        count = len(windows)
+        shapes = (count, 64, 3), (count, 2, 64), (3, 64, 96), (5, 3)
+        tokens, maps, image, text = (torch.rand(*shape, device="cuda") for shape in shapes)
+        seen = EncodedImage(image, windows, WindowFeatures(tokens, maps, (8, 8)), (60, 90))
+        assert segmenter.scores(seen, text).device.type == "cuda"
+        if segmenter.pamr is None:  # with it the scores decide what is refined
+            assert segmenter.labels(seen, text).device.type == "cuda"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"background_threshold": 0.55, "background_cleaning": True},
-        {"pamr": PAMR(4, (1, 2))},
-        {"pamr": PAMR(4, (1, 2), whole_image=True)},
-        {"knn": KNN(4)},
-    ],
-)
+@pytest.mark.parametrize("options", ON_GPU)
 def test_labels_on_gpu(options: dict[str, object], gpu: torch.device) -> None:
     """From an uint8 picture on the device, in several batches, with synonyms."""
     image, text, _ = colour_scene()
