@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import start_processes
 
 from benchmarks.gpu_parts.rows import Row, Setting, check, deviation, relative
 from benchmarks.gpu_parts.worker import NotHere
@@ -221,7 +222,9 @@ def two_ranks(setting: Setting) -> Iterator[Row]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        torch.multiprocessing.spawn(rank_of_two, (setting, backend, port, folder), nprocs=2)
+        start_processes(
+            rank_of_two, (setting, backend, port, folder), nprocs=2, start_method="spawn"
+        )
         parts = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(2)]
     for name, (loss, flat) in alone.items():
         worst = max(relative(part[name][1], flat) for part in parts)

@@ -41,12 +41,12 @@ def marked(setting: Setting) -> Iterator[Row]:
             if missing:
                 raise NotHere(f"{missing[1]} is not installed")
             raise RuntimeError(f"pytest ended with {done.returncode}: {done.stderr[-200:]}")
-        yield from outcomes(ElementTree.parse(report).getroot())
-    print("  " + (done.stdout.strip().splitlines() or ["pytest printed nothing"])[-1])
+        summary = (done.stdout.strip().splitlines() or ["pytest printed nothing"])[-1]
+        yield from outcomes(ElementTree.parse(report).getroot(), summary)
 
 
-def outcomes(report: ElementTree.Element) -> Iterator[Row]:
-    """Rows of a JUnit report: how many passed, and what did not."""
+def outcomes(report: ElementTree.Element, summary: str) -> Iterator[Row]:
+    """Rows of a JUnit report: what did not pass, and how many did."""
     cases = list(report.iter("testcase"))
     bad = 0
     for case in cases:
@@ -59,11 +59,7 @@ def outcomes(report: ElementTree.Element) -> Iterator[Row]:
                 continue
             bad += 1
             yield check(name, 1, 0, "failed", note=" ".join(text.split())[:150])
-    left_out = sum(case.find("skipped") is not None for case in cases)
-    passed = (
-        len(cases)
-        - left_out
-        - sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
-    )
-    yield Row("tests that passed", passed, "tests", note=f"{left_out} skipped")
+    others = ("skipped", "failure", "error")
+    passed = sum(all(case.find(other) is None for other in others) for case in cases)
+    yield Row("tests that passed", passed, "tests", note=summary)
     yield check("tests that failed, or that none ran", bad + (not passed), 0, "tests")

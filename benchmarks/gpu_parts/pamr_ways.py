@@ -53,6 +53,7 @@ def triton_engine(dilations: Sequence[int], device: torch.device) -> Engine:
 
 
 def compiled_shifts(dilations: Sequence[int], device: torch.device) -> Engine:
+    torch.compiler.reset()  # after some recompilations torch gives up and runs it as it is
     # Without a GPU only that torch can trace it is of interest, not a minute of C++ compiler.
     return Shifts(dilations, "inductor" if device.type == "cuda" else "eager")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -105,7 +105,7 @@ def _once_ms(action: Callable[[], object], device: torch.device) -> float:
 
 def compare(
     name: str,
-    ways: dict[str, Callable[[], object]],
+    ways: Mapping[str, Callable[[], object]],
     setting: Setting,
     baseline: str,
     per: float = 0,

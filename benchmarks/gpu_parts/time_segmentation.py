@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,12 @@ def segmentation(setting: Setting) -> Iterator[Row]:
     vision = torch.nn.Identity()
     side = setting.choose(448, 64)
     num_iter = setting.choose(10, 1)
-    sizes = {"window": side, "stride": side // 2, "short_side": side, "input_size": side}
+    sizes: dict[str, Any] = {
+        "window": side,
+        "stride": side // 2,
+        "short_side": side,
+        "input_size": side,
+    }
     for classes in setting.choose(CLASSES, FEW):
         width = encoded.features.patch_tokens.shape[-1]
         text = F.normalize(torch.randn(classes, width, device=setting.at), dim=-1)

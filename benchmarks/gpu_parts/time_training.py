@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def fed(setting: Setting) -> Iterator[Row]:
         folder = Path(name) / "store"
         heads = random.standard_normal((rows, HEADS, WIDTH), dtype=np.float32)
         texts = random.standard_normal((rows, TEXT), dtype=np.float32)
-        captions = {"image_row": np.arange(rows), "embedding": texts}
+        captions: dict[str, Any] = {"image_row": np.arange(rows), "embedding": texts}
         write_store(folder, {POOLED: heads}, captions)
         data = CaptionBatches(FeatureStore(folder), (POOLED,), ("embedding",))
         on_gpu = setting.device == "cuda"
@@ -121,9 +121,14 @@ def fed(setting: Setting) -> Iterator[Row]:
         step = Step(setting, MaxScore())
         there = partial(moved, device=setting.at)
         kept = there(next(iter(loader)))
+
+        def all_steps(batches: Iterable[dict[str, Any]]) -> None:
+            for batch in batches:
+                step(there(batch))
+
         ways = {
-            "in memory": lambda: [step(kept) for _ in range(count)],
-            "from the store": lambda: [step(there(batch)) for batch in loader],
+            "in memory": partial(all_steps, [kept] * count),
+            "from the store": partial(all_steps, loader),
         }
         title = f"{count} steps of {size}, pooled"
         yield from compare(title, ways, setting, "in memory", per=rows)

@@ -139,8 +139,8 @@ def test_a_part_that_hangs_is_ended_and_what_does_not_fit_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names, start = ("fine", "hangs"), time.monotonic()
-    found = run({"hangs": part("hangs")}, TINY, start + 15)
-    assert time.monotonic() - start < 14
+    found = run({"hangs": part("hangs")}, TINY, start + 10)
+    assert time.monotonic() - start < 10
     assert (found["hangs"].status, found["hangs"].reason) == ("failed", "not through after 5 s")
     late = run({name: part(name) for name in names}, TINY, time.monotonic())
     assert [late[name].status for name in names] == ["did not fit"] * 2
@@ -231,10 +231,10 @@ def test_what_pytest_reports() -> None:
         "<testcase classname='a' name='idle'><skipped message='two GPUs'/></testcase>"
         "<testcase classname='b' name=''><error>No module named 'timm'</error></testcase></suite>"
     )
-    found = {row.name: row for row in outcomes(report)}
+    found = {row.name: row for row in outcomes(report, "1 passed")}
     assert found["a::bad"].passed is False and found["a::bad"].note == "assert 1 == 2 None"
     assert found["b::"].passed is None and found["b::"].note == "needs timm"
-    assert (found["tests that passed"].value, found["tests that passed"].note) == (1, "1 skipped")
+    assert (found["tests that passed"].value, found["tests that passed"].note) == (1, "1 passed")
     assert found["tests that failed, or that none ran"].value == 1
-    *_, last = outcomes(ElementTree.fromstring("<suite/>"))
+    *_, last = outcomes(ElementTree.fromstring("<suite/>"), "")
     assert last.passed is False
