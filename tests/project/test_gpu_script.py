@@ -161,11 +161,13 @@ def odd_pictures(setting: Setting) -> Iterator[Row]:
         for way in WAYS:
             refine = PAMRBy(way, setting.at, 2, (1, 3, 20))
             yield check(f"{way} {size}", deviation(refine(image, mask), want), 2e-6)
-            whole = refine(image, mask[:, :1].expand(1, 33, -1, -1))
+            # At the picture's size: on the CPU resizing itself rounds equal planes differently.
+            large = torch.rand(1, 33, *size)
+            whole = refine(image, large[:, :1].expand_as(large))
             equal = deviation(whole, whole[:, :1].expand_as(whole))
             yield check(f"{way} {size}, equal classes", equal, 0)
-            bound = refine(image, mask.amax(1, keepdim=True))
-            yield check(f"{way} {size}, above the bound", excess(refine(image, mask), bound), 0)
+            bound = refine(image, large.amax(1, keepdim=True))
+            yield check(f"{way} {size}, above the bound", excess(refine(image, large), bound), 0)
 
 
 def excess(values: torch.Tensor, bound: torch.Tensor) -> float:
