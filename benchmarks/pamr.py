@@ -35,6 +35,7 @@ def neighbor_copies(maps: Tensor, kernels: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, C, len(kernels) * len(DILATIONS), H, W]`."""
     batch, channels, height, width = maps.shape
     flat = maps.reshape(batch * channels, 1, height, width)
+    kernels = kernels.to(maps)
     copies = [
         F.conv2d(F.pad(flat, (d,) * 4, mode="replicate"), kernels, dilation=d) for d in DILATIONS
     ]

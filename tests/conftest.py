@@ -28,6 +28,9 @@ PARITY_PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-parity", metavar="FILE", help="write the measured parity table here")
+    parser.addoption(
+        "--gpu-device", default="cuda", choices=["cuda", "cpu"], help="where tests marked gpu run"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in the commands that tests start
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a GPU where there is none."""
+    wanted = item.get_closest_marker("gpu") and item.config.getoption("--gpu-device") == "cuda"
+    if wanted and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -114,6 +124,12 @@ def parity(pytestconfig: pytest.Config) -> ParityRecord:
 def golden() -> Golden:
     """`golden("loss")` loads `tests/goldens/loss.npz` as tensors, names as stored."""
     return golden_arrays
+
+
+@pytest.fixture(scope="session")
+def gpu(pytestconfig: pytest.Config) -> torch.device:
+    """Where a test marked `gpu` computes."""
+    return torch.device(pytestconfig.getoption("--gpu-device"))
 
 
 @pytest.fixture(scope="session")

@@ -125,18 +125,21 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict
     return {"loss": loss.detach(), **gradients}
 
 
-def ddp_rank(rank: int, folder: str) -> None:
+def ddp_rank(rank: int, folder: str, backend: str = "gloo") -> None:
     """One of two processes: its half of the batch through DDP."""
     warnings.simplefilter("error", FutureWarning)  # deprecated collectives
-    dist.init_process_group("gloo")
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
     half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    batch = {name: value[half] for name, value in whole_batch().items()}
-    found = {
-        name: loss_and_gradients(DistributedDataParallel(LossOf(module)), batch)
-        for name, module in cases().items()
-    }
+    batch = {name: value[half].to(device) for name, value in whole_batch().items()}
+    found = {}
+    for name, module in cases().items():
+        wrapped = DistributedDataParallel(LossOf(module).to(device))
+        found[name] = {k: v.cpu() for k, v in loss_and_gradients(wrapped, batch).items()}
     torch.save(found, f"{folder}/rank{rank}.pt")
-    rows = gather_rows(torch.full((2, 3), rank))
+    rows = gather_rows(torch.full((2, 3), rank, device=device))
     assert rows[:, 0].tolist() == [0, 0, 1, 1]
     dist.destroy_process_group()
 
@@ -152,14 +155,50 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 def test_two_processes_equal_one_with_the_whole_batch(
     name: str, ranks: list[dict[str, dict[str, Tensor]]]
 ) -> None:
+    assert_whole_batch(name, ranks, 1e-12)
+
+
+def assert_whole_batch(
+    name: str, ranks: list[dict[str, dict[str, Tensor]]], tolerance: float
+) -> None:
     want = loss_and_gradients(LossOf(cases()[name]), whole_batch())
     assert any("logit_scale" in key for key in want) == ("learnable" in name or "avg" in name)
     for rank in ranks:
         assert rank[name].keys() == want.keys()
         for key, value in want.items():
             deviation = float((rank[name][key] - value).abs().max())
-            assert deviation <= 1e-12, (key, deviation)
+            assert deviation <= tolerance, (key, deviation)
             assert float(value.abs().max()) > 1e-6, key  # not trivially equal
+
+
+@pytest.mark.gpu
+def test_two_processes_on_two_gpus(tmp_path: Path, gpu: torch.device) -> None:
+    if gpu.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    two_ranks(ddp_rank, str(tmp_path), "nccl" if gpu.type == "cuda" else "gloo")
+    files = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
+    ranks = [torch.load(file, weights_only=True) for file in files]
+    for name in cases():
+        assert_whole_batch(name, ranks, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_step_on_gpu(name: str, gpu: torch.device) -> None:
+    want = loss_and_gradients(LossOf(cases()[name]), whole_batch())
+    batch = {key: value.to(gpu) for key, value in whole_batch().items()}
+    got = loss_and_gradients(LossOf(cases()[name]).to(gpu), batch)
+    for key, value in want.items():
+        assert got[key].device.type == gpu.type
+        torch.testing.assert_close(got[key].cpu(), value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_step_leaves_nothing_on_the_cpu(name: str) -> None:
+    """Without a GPU: a device that mixes with no other and computes nothing."""
+    batch = {key: value.to("meta") for key, value in whole_batch().items()}
+    found = loss_and_gradients(LossOf(cases()[name]).to("meta"), batch)
+    assert {value.device.type for value in found.values()} == {"meta"}
 
 
 def test_scores_are_those_of_the_similarity() -> None:
@@ -281,6 +320,33 @@ def test_a_checkpoint_holds_plain_values(two_epochs: Path) -> None:
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("clip", ["null", "1.0"])  # which decides about the fused optimizer
+def test_precisions_on_gpu(
+    store: Path, two_epochs: Path, tmp_path: Path, precision: str, clip: str, gpu: torch.device
+) -> None:
+    """The course of the losses is that of the CPU; validation and files go with it."""
+    if precision == "16-mixed" and gpu.type == "cpu":
+        pytest.skip("16-mixed is for GPUs")
+    overrides = (f"trainer.precision={precision}", f"trainer.gradient_clip_val={clip}")
+    here = "gpu" if gpu.type == "cuda" else "cpu"
+    train(
+        store,
+        tmp_path,
+        *overrides,
+        trainer=(f"trainer={here}", "trainer.enable_progress_bar=false"),
+    )
+    got, want = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, two_epochs)
+    )
+    assert got["steps"] == want["steps"]
+    # clipping changes little: a gradient of this loss is far below 1
+    assert got["train/loss"] == pytest.approx(want["train/loss"], rel=0.05)
+    recall = "val/text_to_image/recall@5"
+    assert got["validation"][-1][recall] == pytest.approx(want["validation"][-1][recall], abs=15)
 
 
 def test_resuming_equals_going_on(store: Path, two_epochs: Path, tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def bert() -> BertTextEncoder:
     return BertTextEncoder("all-MiniLM-L6-v2", weights="bundled", pooling="mean", max_length=16)
 
 
+@pytest.mark.gpu
+def test_gpu_agrees(gpu: torch.device) -> None:
+    encoder = OpenClipTextEncoder(SMALL_CLIP, weights="random", batch_size=3)
+    want, tokens = encoder.encode(TEXTS), encoder.encode_tokens(TEXTS)
+    encoder.to(gpu)
+    got, again = encoder.encode(TEXTS), encoder.encode_tokens(TEXTS)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-4 * float(want.abs().max()))
+    atol = 2e-4 * float(tokens.token_embeddings.abs().max())
+    torch.testing.assert_close(again.token_embeddings, tokens.token_embeddings, rtol=0, atol=atol)
+    assert torch.equal(again.token_mask, tokens.token_mask)
+
+
 def check_tokens(features: TextFeatures, texts: Sequence[str], width: int) -> None:
     count, length = features.token_mask.shape
     assert count == len(texts) and features.token_mask.dtype == torch.bool

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from talk2dino.encoders import hub
 from talk2dino.encoders.build import build_vision
+from talk2dino.encoders.devices import autocast
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, EncoderError
 
@@ -112,6 +113,23 @@ def test_tokens_and_attention_are_the_models_own(
         torch.testing.assert_close(features.cls_token, tokens[:, 0], atol=2e-5, rtol=1e-4)
     else:
         assert not features.cls_token.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "share"), [("32", 2e-4), ("bf16", 4e-2), ("16", 8e-3)])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "beit_base_patch16_224"])
+def test_gpu_agrees(name: str, precision: str, share: float, gpu: torch.device) -> None:
+    """A model with rotary embeddings and one with a bias, to a share of the largest value."""
+    images, encoder = torch.rand(2, 3, 64, 64), make(name)
+    want = encoder(images)
+    exact = torch.backends.cudnn.flags(allow_tf32=precision != "32")
+    with exact, autocast(precision, gpu):
+        got = encoder.to(gpu)(images.to(gpu))
+    for field in ("patch_tokens", "self_attn_maps", "cls_token", "second_last_out"):
+        one, other = getattr(got, field), getattr(want, field)
+        assert one.device.type == gpu.type
+        atol = share * float(other.abs().max())
+        torch.testing.assert_close(one.cpu().float(), other, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "eva02_tiny_patch14_224"])

@@ -98,6 +98,17 @@ def test_figures_equal_a_loop_over_pixels(tmp_path: Path, vocabulary: str) -> No
     assert [path.name for path in pictures] == ["0.png", "1.png"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_figures_on_gpu(tmp_path: Path, gpu: torch.device, workers: int) -> None:
+    """Pinned samples, confusion matrix on the device, pictures drawn from there."""
+    bench = benchmark(write_benchmark(tmp_path / "data", 3))
+    config = settings(pictures=2, batch_size=2, num_workers=workers)
+    config.trainer.accelerator = "gpu" if gpu.type == "cuda" else "cpu"
+    assert_same(evaluate(tmp_path / "run", bench, config), brute_force(bench), 0.05)
+    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 2
+
+
 def test_present_vocabulary_without_background(tmp_path: Path) -> None:
     root = write_benchmark(tmp_path / "data", 2)
     for mask in (root / "masks").iterdir():

@@ -13,6 +13,7 @@ import torch
 from talk2dino.alignment.inputs import per_caption
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features import FeatureDataModule, FeatureStore, write_store
+from talk2dino.features.batches import StoreLoader
 from tests.helpers.stores import tiny_arrays
 
 IMAGES, PER_IMAGE, HEADS, WIDTH, TEXT = 12, 3, 2, 6, 4
@@ -55,6 +56,30 @@ def test_batches_equal_the_store(store: Path) -> None:
             np.testing.assert_array_equal(got, table[index].astype(np.float32))
     assert len(set(seen)) == len(seen) == 24  # of 27, the partial batch is dropped
     assert max(seen) < 27
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_gpu_gets_pinned_batches_of_the_store(store: Path, gpu: torch.device, workers: int) -> None:
+    """A copy may still be under way when the loader goes on to the next batch."""
+    data = module(store, val_fraction=0.25)
+    want = [batch["disentangled_self_attn"] for batch in data.train_dataloader()]
+    pinned = gpu.type == "cuda"
+    loader = StoreLoader(
+        data.train_data,
+        data.train_rows,
+        data.train_dataloader().sampler,
+        num_workers=workers,
+        prefetch=2,
+        pin_memory=pinned,
+    )
+    got = []
+    for batch in loader:
+        assert batch["disentangled_self_attn"].is_pinned() == pinned
+        got.append(batch["disentangled_self_attn"].to(gpu, non_blocking=True))
+    loader.close()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.cpu(), other)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.25, 0.5])

@@ -119,6 +119,24 @@ def test_fields_are_those_of_the_encoder(
     assert store.vision.prefix_tokens == vision.num_prefix_tokens
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_gpu_agrees(
+    whole: Path, images: Path, tmp_path: Path, gpu: torch.device, workers: int
+) -> None:
+    """Pinned batches, copies while the next batch computes, and the last batch of a shard."""
+    vision = small_vit().to(gpu)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert job(CaptionFolder(str(images)), vision, tmp_path, num_workers=workers).run()
+    got, want = FeatureStore(tmp_path), FeatureStore(whole)
+    assert got.verify() == []
+    for name in EXTRACTED:
+        values = want.images[name][:].astype(np.float32)
+        atol = 2e-3 * np.abs(values).max()
+        np.testing.assert_allclose(got.images[name][:], values, rtol=2e-3, atol=atol)
+    np.testing.assert_array_equal(got.captions["text"][:], want.captions["text"][:])
+
+
 def test_crop_keeps_the_center() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255

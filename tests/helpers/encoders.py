@@ -45,6 +45,26 @@ class Features:
     grid: tuple[int, int]
 
 
+class FixedEncoder(nn.Module):
+    """Gives the same features for every picture and remembers what it was shown."""
+
+    patch_size = 14
+    tokens: Tensor
+    maps: Tensor
+
+    def __init__(self, tokens: Tensor, maps: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tokens", tokens)
+        self.register_buffer("maps", maps)
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Features:
+        self.seen.append(images)
+        side = int(self.tokens.shape[1] ** 0.5)
+        tokens, maps = (part.expand(len(images), -1, -1) for part in (self.tokens, self.maps))
+        return Features(tokens, maps, tokens[:, 0], (side, side))
+
+
 class MeanColorEncoder(nn.Module):
     """Patch tokens are the mean colors of the patches; two heads look at red and blue."""
 
@@ -71,7 +91,8 @@ class NamedColors(Projection):
         self.known, self.vectors = HashText().encode([f"a {n}" for n in names]), vectors
 
     def project_text(self, text: Tensor) -> Tensor:
-        return self.vectors[torch.cdist(text, self.known).argmin(dim=-1)]
+        nearest = torch.cdist(text, self.known.to(text)).argmin(dim=-1)
+        return self.vectors.to(text)[nearest]
 
 
 def directions(count: int) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from talk2dino.errors import DataError
+from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.scores import upsample
 from talk2dino.segmentation.segmenter import Segmenter
 from talk2dino.segmentation.windows import Window, coverage, sliding_windows
+from tests.helpers.encoders import FixedEncoder
+from tests.helpers.goldens import golden_arrays
 
 
 def window_scores(
@@ -21,6 +25,40 @@ def window_scores(
     if segmenter.pamr is not None:
         return torch.stack(list(segmenter.pamr.each(windows, tokens)))
     return upsample(tokens, windows.shape[-2], windows.shape[-1])
+
+
+@dataclass
+class GoldenScores:
+    """Windows that the original scored: `[B, 3, h, w]` RGB, text `[K, D]`, every nth class kept."""
+
+    segmenter: Segmenter
+    windows: Tensor
+    text: Tensor
+    every: int
+    want: Tensor
+
+    def scores(self, device: torch.device) -> Tensor:
+        """Ours, on the CPU, computed on `device`."""
+        segmenter = self.segmenter.to(device)
+        got = window_scores(segmenter, self.windows.to(device), self.text.to(device))
+        return got[:, :: self.every].cpu()
+
+
+def golden_segmenters() -> Iterator[GoldenScores]:
+    """Every output of the original's `generate_masks`."""
+    arrays = golden_arrays("generate_masks")
+    for case, settings in (key.split("/out/") for key in arrays if "/out/" in key):
+        segmenter = Segmenter(
+            FixedEncoder(arrays[f"{case}/patch_tokens"], arrays[f"{case}/self_attn_maps"]),
+            input_size=int(arrays[f"{case}/resize_dim"]),
+            background_cleaning="bg1" in settings,
+            lambda_bg=0.5 if "lambda0.5" in settings else 0.2,
+            pamr=PAMR() if "pamr1" in settings else None,
+        )
+        rgb, text = arrays[f"{case}/image_bgr"].flip(1), arrays[f"{case}/text_emb"]
+        every = 4 if settings.endswith("every4th") else 1
+        want = arrays[f"{case}/out/{settings}"]
+        yield GoldenScores(segmenter, rgb, text, every, want)
 
 
 def stitch(scores: Iterable[Tensor], windows: Iterable[Window], height: int, width: int) -> Tensor:

@@ -61,6 +61,24 @@ def test_encode_text(model: Talk2DINO) -> None:
     assert model.encode_text([]).shape == (0, 64)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_agrees(
+    model: Talk2DINO, pixels: torch.Tensor, dtype: torch.dtype, gpu: torch.device
+) -> None:
+    want = model.segment(pixels, ["a cat", "a dog"]).scores
+    vision, psi = copy.deepcopy(model.vision), copy.deepcopy(model.projection)
+    moved = Talk2DINO(vision, HashText(), psi, dtype).to(gpu)
+    got = moved.segment(pixels, ["a cat", "a dog"])
+    assert want is not None and got.scores is not None
+    assert got.labels.shape == pixels.shape[1:]
+    atol = 2e-3 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.scores.cpu(), want.cpu(), rtol=0, atol=atol)
+    torch.testing.assert_close(
+        moved.encode_text(["a cat"]).cpu(), model.encode_text(["a cat"]), rtol=0, atol=1e-5
+    )
+
+
 def test_encode_image(model: Talk2DINO, pixels: torch.Tensor) -> None:
     one = model.encode_image(pixels)
     assert one.shape == (1, 4, 64)

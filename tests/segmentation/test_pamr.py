@@ -20,24 +20,9 @@ from torch import Tensor
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbors
-from tests.helpers.goldens import Golden
+from tests.helpers.goldens import PAMR_CASES, Golden, pamr_inputs
 from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
-
-# name of the output: image, its scale, mask, dilations (10 iterations with all six, else one)
-CASES = {
-    "40x56_c3_iter10": ("40x56", 1, "40x56_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c3_iter10_image01": ("40x56", 255, "40x56_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c21_iter10": ("40x56", 1, "40x56_c21", (1, 2, 4, 8, 12, 24)),
-    "64x64_c3_iter10": ("64x64", 1, "64x64_c3", (1, 2, 4, 8, 12, 24)),
-    "64x64_lowresmask16_c3_iter10": ("64x64", 1, "16x16_c3", (1, 2, 4, 8, 12, 24)),
-    "40x56_c3_iter1_dil1": ("40x56", 1, "40x56_c3", (1,)),
-    "40x56_c3_iter1_dil1_4": ("40x56", 1, "40x56_c3", (1, 4)),
-    "flat24x20_c2_iter1_dil1": ("flat24x20", 1, "24x20_c2", (1,)),
-    "flat24x20_c2_iter1_dil1_2": ("flat24x20", 1, "24x20_c2", (1, 2)),
-    "flat24x20_c2_iter10": ("flat24x20", 1, "24x20_c2", (1, 2, 4, 8, 12, 24)),
-}
-
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs the extra fast"
@@ -46,15 +31,14 @@ WAYS = [False, pytest.param(True, marks=needs_numba)]
 
 
 @pytest.mark.parametrize("compiled", WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PAMR_CASES)
 def test_original(name: str, compiled: bool, golden: Golden, parity: ParityRecord) -> None:
     arrays = golden("pamr")
-    image, scale, mask, dilations = CASES[name]
-    refine = PAMR(10 if "iter10" in name else 1, dilations, compiled)
+    image, mask, num_iter, dilations = pamr_inputs(name, arrays)
     parity.check(
         part="mask refinement",
         original="PAMR.forward",
-        got=refine(arrays[f"image/{image}"] / scale, arrays[f"mask/{mask}"]),
+        got=PAMR(num_iter, dilations, compiled)(image, mask),
         want=arrays[f"out/{name}"],
         tolerance=1e-5,
     )
@@ -344,12 +328,33 @@ def test_half_precision_inputs_are_refined_in_float32(dtype: torch.dtype) -> Non
         assert torch.equal(PAMR()(image, mask), want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_agrees() -> None:
-    image, mask = torch.rand(2, 3, 40, 30), torch.rand(2, 5, 10, 8)
-    torch.testing.assert_close(
-        PAMR()(image.cuda(), mask.cuda()).cpu(), PAMR()(image, mask), rtol=0, atol=1e-5
-    )
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PAMR_CASES)
+def test_original_on_gpu(name: str, golden: Golden, gpu: torch.device) -> None:
+    arrays = golden("pamr")
+    image, mask, num_iter, dilations = pamr_inputs(name, arrays)
+    got = PAMR(num_iter, dilations, compiled=False)(image.to(gpu), mask.to(gpu))
+    assert got.device.type == gpu.type
+    torch.testing.assert_close(got.cpu(), arrays[f"out/{name}"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_in_chunks_of_classes_and_strips(gpu: torch.device) -> None:
+    """Where a picture is larger than a strip and has more classes than go together."""
+    image = torch.randint(0, 256, (2, 3, 150, 130), dtype=torch.uint8)
+    mask = torch.rand(2, 61, 10, 8)
+    want, got = PAMR(compiled=False)(image, mask), PAMR()(image.to(gpu), mask.to(gpu))
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_keeps_what_the_bounds_of_labels_rest_on(gpu: torch.device) -> None:
+    """Equal classes get equal bits wherever they stand; larger scores nowhere smaller results."""
+    image, mask = torch.rand(1, 3, 40, 51, device=gpu), torch.rand(1, 61, 5, 6, device=gpu)
+    refine = PAMR(10, (1, 4))
+    refined = refine(image, mask[:, :1].expand_as(mask))
+    assert torch.equal(refined, refined[:, :1].expand_as(refined))
+    assert (refine(image, mask) <= refine(image, mask.amax(1, keepdim=True))).all()
 
 
 @pytest.mark.parametrize(

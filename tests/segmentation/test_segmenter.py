@@ -11,33 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation import KNN, PAMR, Segmenter, sliding_windows
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.scores import class_scores, merge_synonyms
-from tests.helpers.encoders import Features, MeanColorEncoder
+from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
+from tests.helpers.encoders import FixedEncoder, MeanColorEncoder
 from tests.helpers.goldens import Golden
 from tests.helpers.parity import ParityRecord
-from tests.helpers.windows import window_scores
-
-
-class FixedEncoder(nn.Module):
-    """Gives the same features for every picture and remembers what it was shown."""
-
-    patch_size = 14
-
-    def __init__(self, tokens: Tensor, maps: Tensor) -> None:
-        super().__init__()
-        self.tokens, self.maps = tokens, maps
-        self.seen: list[Tensor] = []
-
-    def forward(self, images: Tensor) -> Features:
-        self.seen.append(images)
-        side = int(self.tokens.shape[1] ** 0.5)
-        tokens, maps = (part.expand(len(images), -1, -1) for part in (self.tokens, self.maps))
-        return Features(tokens, maps, tokens[:, 0], (side, side))
+from tests.helpers.windows import golden_segmenters
 
 
 @pytest.mark.parametrize("case", ["b1", "b2", "rawtext"])
@@ -51,26 +36,19 @@ def test_class_scores(case: str, golden: Golden, parity: ParityRecord) -> None:
     parity.check("class scores", "DINOTextMasker.forward_seg", got, want, 1e-6)
 
 
-def test_generate_masks(golden: Golden, parity: ParityRecord) -> None:
-    arrays = golden("generate_masks")
-    outputs = [key.split("/out/") for key in arrays if "/out/" in key]
-    assert len(outputs) >= 12
-    for case, settings in outputs:
-        tokens, maps = arrays[f"{case}/patch_tokens"], arrays[f"{case}/self_attn_maps"]
-        segmenter = Segmenter(
-            FixedEncoder(tokens, maps),
-            input_size=int(arrays[f"{case}/resize_dim"]),
-            background_cleaning="bg1" in settings,
-            lambda_bg=0.5 if "lambda0.5" in settings else 0.2,
-            pamr=PAMR() if "pamr1" in settings else None,
-        )
-        rgb = arrays[f"{case}/image_bgr"].flip(1)
-        got = window_scores(segmenter, rgb, arrays[f"{case}/text_emb"])
-        if settings.endswith("every4th"):
-            got = got[:, ::4]
-        part = "window scores" + (" with refinement" if segmenter.pamr else "")
-        want = arrays[f"{case}/out/{settings}"]
-        parity.check(part, "DINOText.generate_masks", got, want, 1e-5)
+def test_generate_masks(parity: ParityRecord) -> None:
+    cases = list(golden_segmenters())
+    assert len(cases) >= 12
+    for case in cases:
+        part = "window scores" + (" with refinement" if case.segmenter.pamr else "")
+        got = case.scores(torch.device("cpu"))
+        parity.check(part, "DINOText.generate_masks", got, case.want, 1e-5)
+
+
+@pytest.mark.gpu
+def test_generate_masks_on_gpu(gpu: torch.device) -> None:
+    for case in golden_segmenters():
+        torch.testing.assert_close(case.scores(gpu), case.want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
@@ -125,6 +103,50 @@ def test_scores_agree_with_labels_and_start_with_the_background() -> None:
     assert (everything == 0).all()
     nothing = small_segmenter(background_threshold=0.0)(image, text).labels
     assert torch.equal(nothing, small_segmenter()(image, text).labels + 1)
+
+
+ON_GPU = [
+    {},
+    {"background_threshold": 0.55, "background_cleaning": True},
+    {"pamr": PAMR(4, (1, 2))},
+    {"pamr": PAMR(4, (1, 2), whole_image=True)},
+    {"knn": KNN(4)},
+]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that knows CUDA")
+@pytest.mark.parametrize("options", ON_GPU)
+def test_scores_leave_nothing_on_the_cpu(options: dict[str, object]) -> None:
+    """Without a GPU: fake tensors have a device, mix with no other and compute nothing."""
+    segmenter = small_segmenter(**options)
+    windows = sliding_windows(64, 96, 64, 32)
+    with FakeTensorMode():
+        count = len(windows)
+        shapes = (count, 64, 3), (count, 2, 64), (3, 64, 96), (5, 3)
+        tokens, maps, image, text = (torch.rand(*shape, device="cuda") for shape in shapes)
+        seen = EncodedImage(image, windows, WindowFeatures(tokens, maps, (8, 8)), (60, 90))
+        assert segmenter.scores(seen, text).device.type == "cuda"
+        if segmenter.pamr is None:  # with it the scores decide what is refined
+            assert segmenter.labels(seen, text).device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ON_GPU)
+def test_labels_on_gpu(options: dict[str, object], gpu: torch.device) -> None:
+    """From an uint8 picture on the device, in several batches, with synonyms."""
+    image, text, _ = colour_scene()
+    image = image // 2 + torch.randint(0, 100, image.shape, dtype=torch.uint8)
+    text, rows = torch.cat([text, text.roll(1, 0)]), torch.tensor([0, 1, 2, 3, 3, 0])
+    segmenter = small_segmenter(short_side=96, window_batch_size=3, **options)
+    want = segmenter(image, text, (70, 90), return_scores=True, row_classes=rows)
+    segmenter.to(gpu)
+    there = image.to(gpu), text.to(gpu), (70, 90)
+    got = segmenter(*there, return_scores=True, row_classes=rows.to(gpu))
+    assert want.scores is not None and got.scores is not None
+    torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=0, atol=1e-5)
+    short = segmenter(*there, row_classes=rows.to(gpu)).labels
+    best = got.scores.gather(0, short[None])[0]
+    torch.testing.assert_close(best, got.scores.amax(0), rtol=0, atol=1e-6)
 
 
 def test_another_size_can_be_asked_for() -> None:

@@ -70,6 +70,21 @@ def test_sliding_a_known_function(size: str, golden: Golden, parity: ParityRecor
         parity.check("label map", original, labels, arrays[f"{size}/{key}/pred"], 0)
 
 
+@pytest.mark.gpu
+def test_pictures_and_labels_on_gpu(golden: Golden, gpu: torch.device) -> None:
+    """Resizing is integer arithmetic: the same bits. Labels are the original's."""
+    image = torch.randint(0, 256, (3, 45, 70), dtype=torch.uint8)
+    for size in ((45, 70), (96, 149), (20, 31)):
+        assert torch.equal(resize_image(image.to(gpu), *size).cpu(), resize_image(image, *size))
+    arrays = golden("slide")
+    for name in SIZES:
+        scores = arrays[f"{name}/bg0/avg_logits"][0].to(gpu)
+        target = tuple(arrays[f"{name}/ori_size"].tolist())
+        for key, background in (("bg0", None), ("bg1", float(arrays["bg_thresh"]))):
+            labels = label_map(scores, *target, background)
+            assert torch.equal(labels.cpu(), arrays[f"{name}/{key}/pred"])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 30), (448, 448), (449, 1500), (95, 64)])
 @pytest.mark.parametrize(("window", "stride"), [(448, 224), (32, 32), (64, 17)])
 def test_windows_cover_every_pixel(size: tuple[int, int], window: int, stride: int) -> None:

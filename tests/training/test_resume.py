@@ -161,6 +161,22 @@ def test_resumed_at_every_step(store: Path, tmp_path: Path, case: str) -> None:
         assert resumed.validation == curve.validation
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_resumed_on_gpu(store: Path, tmp_path: Path, precision: str, gpu: torch.device) -> None:
+    """Patches drawn on the device, batches read ahead by a thread, a scale of the gradients."""
+    if precision == "16-mixed" and gpu.type == "cpu":
+        pytest.skip("16-mixed is for GPUs")
+    here = "gpu" if gpu.type == "cuda" else "cpu"
+    options: dict[str, Any] = {"accelerator": here, "precision": precision, "ema": True}
+    want, record, _ = fit(store, tmp_path, keep=True, **options)
+    for checkpoint in sorted(tmp_path.glob("*.ckpt"))[1::4]:
+        module, rest, _ = fit(store, tmp_path / "again", checkpoint, **options)
+        assert_same_weights(module, want, f"{precision}, {checkpoint.name}")
+        assert rest.batches == record.batches[len(record.batches) - len(rest.batches) :]
+
+
 def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(
     store: Path, tmp_path: Path
 ) -> None:
