@@ -191,11 +191,13 @@ class OriginalRepository:
     def _places(self) -> dict[str, str]:
         """File of every tensor, by the index of the shards."""
         try:
-            index = read_json(self._file(INDEX), dict, "an index of shards")
+            file = self._file(INDEX)
+            if not file.is_file():
+                raise FileNotFoundError(file)
         except (HfHubHTTPError, OSError) as error:
             where = "on the Hub, or the Hub is out of reach" if self.hub else "in the folder"
             raise self._error(f"neither {WEIGHTS} nor {INDEX} is {where}") from error
-        places = index.get("weight_map")
+        places = read_json(file, dict, "an index of shards").get("weight_map")
         if not isinstance(places, dict) or any(Path(str(n)).name != n for n in places.values()):
             raise self._error(f"{INDEX} has no weight_map of names of files")
         return places
