@@ -124,7 +124,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The server, to which the client is directed, with an empty cache."""
     server = Hub(("127.0.0.1", 0), Answers)
     server.files, server.created, server.sent, server.ranges = {}, [], [], True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", "hf_test")

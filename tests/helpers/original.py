@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tests.helpers.shared import once
+
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
+RELEASED = ("vit_base_patch14_reg4_dinov2.lvd142m", "ViT-B-16-quickgelu")
 IMAGENET = {"mean": MEAN.tolist(), "std": STD.tolist()}
 default_cfgs = {
     "tiny_reg4_dinov2": dict(IMAGENET),
@@ -173,6 +177,32 @@ def write_repository(
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Talk2DINO ViT-B as it is on the Hub, with random weights in half precision.
+
+    Of CLIP's image side, which nothing reads, it holds one tensor.
+    """
+    config = {
+        "model_name": "dinov2_vitb14_reg",
+        "resize_dim": 518,
+        "proj_name": "vitb_mlp_infonce",
+        "keep_cls": False,
+        "keep_end_seq": False,
+        "avg_self_attn_token": False,
+        "disentangled_self_attn_token": True,
+        "unfreeze_last_text_layer": False,
+    }
+
+    def make(folder: Path) -> None:
+        unread = ("clip_model.visual.transformer", "clip_model.visual.conv1")
+        tensors = ByHand(*RELEASED).tensors()
+        left = {name: value for name, value in tensors.items() if not name.startswith(unread)}
+        write_repository(folder, left, config, torch.float16)
+
+    return once(tmp_path_factory, "released", make)
 
 
 def picture(size: int) -> Image.Image:

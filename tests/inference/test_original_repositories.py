@@ -24,7 +24,7 @@ from talk2dino import Talk2DINO, load_projection
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder, original
 from talk2dino.errors import CheckpointError, UserError
 from tests.helpers.hub import COMMIT, Hub
-from tests.helpers.original import TINY_CLIP, ByHand, picture, write_repository
+from tests.helpers.original import RELEASED, TINY_CLIP, ByHand, picture, write_repository
 from tests.helpers.pipeline import fails, run
 
 TEXTS = ["a cat", "traffic sign"]
@@ -134,6 +134,68 @@ def test_one_download_makes_a_model_that_works_offline(
     hub.files.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check(Talk2DINO.from_pretrained("org/Tiny", "cpu"), dinov2, 56)
+
+
+DINOV2_BLOCK = {
+    **{f"norm{n}.{kind}": (768,) for n in "12" for kind in ("weight", "bias")},
+    **{f"ls{n}.gamma": (768,) for n in "12"},
+    "attn.qkv.weight": (2304, 768),
+    "attn.qkv.bias": (2304,),
+    "attn.proj.weight": (768, 768),
+    "attn.proj.bias": (768,),
+    "mlp.fc1.weight": (3072, 768),
+    "mlp.fc1.bias": (3072,),
+    "mlp.fc2.weight": (768, 3072),
+    "mlp.fc2.bias": (768,),
+}
+DINOV2_REG = {  # of torch.hub's dinov2_vitb14_reg
+    "cls_token": (1, 1, 768),
+    "pos_embed": (1, 1370, 768),
+    "register_tokens": (1, 4, 768),
+    "mask_token": (1, 768),
+    "patch_embed.proj.weight": (768, 3, 14, 14),
+    "patch_embed.proj.bias": (768,),
+    "norm.weight": (768,),
+    "norm.bias": (768,),
+    **{f"blocks.{i}.{name}": shape for i in range(12) for name, shape in DINOV2_BLOCK.items()},
+}
+CLIP_BLOCK = {
+    **{f"ln_{n}.{kind}": (512,) for n in "12" for kind in ("weight", "bias")},
+    "attn.in_proj_weight": (1536, 512),
+    "attn.in_proj_bias": (1536,),
+    "attn.out_proj.weight": (512, 512),
+    "attn.out_proj.bias": (512,),
+    "mlp.c_fc.weight": (2048, 512),
+    "mlp.c_fc.bias": (2048,),
+    "mlp.c_proj.weight": (512, 2048),
+    "mlp.c_proj.bias": (512,),
+}
+CLIP_TEXT = {  # of OpenAI's ViT-B/16
+    "token_embedding.weight": (49408, 512),
+    "positional_embedding": (77, 512),
+    "text_projection": (512, 512),
+    "ln_final.weight": (512,),
+    "ln_final.bias": (512,),
+    **{
+        f"transformer.resblocks.{i}.{name}": shape
+        for i in range(12)
+        for name, shape in CLIP_BLOCK.items()
+    },
+}
+
+
+@pytest.mark.slow
+def test_the_shapes_of_the_released_model(released: Path, hub: Hub) -> None:
+    """DINOv2 ViT-B with registers at 518 pixels, CLIP ViT-B/16, from the Hub."""
+    shapes = {name: tuple(v.shape) for name, v in load_file(released / "model.safetensors").items()}
+    wanted = {f"model.{name}": shape for name, shape in DINOV2_REG.items()}
+    wanted |= {f"clip_model.{name}": shape for name, shape in CLIP_TEXT.items()}
+    unread = ("clip_model.visual.", "clip_model.logit_scale", "logit_scale", "pamr.", "proj.")
+    assert {n: s for n, s in shapes.items() if not n.startswith(unread)} == wanted
+    hub.serve(released)
+    model = Talk2DINO.from_pretrained("lorebianchi98/Talk2DINO-ViTB", "cpu")
+    assert hub.volume("model.safetensors") == (released / "model.safetensors").stat().st_size
+    check(model, ByHand(*RELEASED), 518)
 
 
 def proj_bytes(file: Path) -> tuple[int, int]:
