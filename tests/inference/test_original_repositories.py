@@ -410,3 +410,34 @@ def test_what_the_layout_cannot_hold(
     arguments = [f"input={tmp_path / 'm'}", f"output={tmp_path / 'out'}", *overrides]
     assert said in fails(capsys, "convert", "weights", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_on_features_of_its_encoders(dinov2: ByHand, tmp_path: Path) -> None:
+    """Extraction, training, and the trained model: every file names the encoders' weights."""
+    weights = write_repository(tmp_path / "m", dinov2.tensors(), DINOV2)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(8):
+        picture(60 + number).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"picture number {number}")
+    vision = ("vision=timm", "vision.name=tiny_reg4_dinov2", f"vision.weights={weights}")
+    text = ("text=clip_vitb16", "text.name=tiny-clip", f"text.weights={weights}")
+    store = f"store={tmp_path / 'store'}"
+    source = ("source=folder", f"source.images={photos}", "num_workers=0", "accelerator=cpu")
+    run("extract", *source, *vision, "vision.image_size=56", *text, store)
+    short = ("trainer=cpu", "trainer.max_epochs=1", "data.batch_size=2", "data.num_workers=0")
+    widths = ("projection.text_dim=16", "projection.vision_dim=32", "data.val_fraction=0.5")
+    run(
+        "train",
+        "experiment=vitb_infonce",
+        store,
+        *short,
+        *widths,
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    model = Talk2DINO.from_pretrained(tmp_path / "run", "cpu")
+    assert model.vision.spec["weights"] == str(weights)
+    embedding = model.text.encode(TEXTS)
+    torch.testing.assert_close(embedding, dinov2.clip.encode_text(dinov2.tokenizer(TEXTS)).data)
+    pixels = torch.rand(1, 3, 56, 56)
+    torch.testing.assert_close(model.vision(pixels).patch_tokens, dinov2.image(pixels)[0])
