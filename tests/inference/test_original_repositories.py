@@ -23,8 +23,8 @@ from torch import Tensor
 from talk2dino import Talk2DINO, load_projection
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder, original
 from talk2dino.errors import CheckpointError, UserError
+from tests.helpers.encoders import RELEASED, TINY_CLIP, ByHand, picture, write_repository
 from tests.helpers.hub import COMMIT, Hub
-from tests.helpers.original import RELEASED, TINY_CLIP, ByHand, picture, write_repository
 from tests.helpers.pipeline import fails, run
 
 TEXTS = ["a cat", "traffic sign"]
