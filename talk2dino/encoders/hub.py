@@ -176,14 +176,20 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
         HfHubHTTPError: the Hub refuses, for instance a private repository.
         OSError: the connection broke.
     """
-    here = try_to_load_from_cache(repository, name, revision=revision)
-    if isinstance(here, str) and Path(here).parent.name == revision:  # a commit never changes
-        return Path(here)
+    here = in_cache(name, repository, revision)
+    if here is not None and here.parent.name == revision:  # a commit never changes
+        return here
     try:
         with cached_if_unreachable():
             return Path(hf_hub_download(repository, name, revision=revision))
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repository} has no {name}") from error
+
+
+def in_cache(name: str, repository: str, revision: str | None = None) -> Path | None:
+    """A file of a Hub repository if the cache has it."""
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 @contextmanager

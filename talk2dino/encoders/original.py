@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from talk2dino.encoders.hub import WEIGHTS as OURS
-from talk2dino.encoders.hub import hub_file, split_hub_id
-from talk2dino.encoders.ranges import HubTensorFile, LocalTensorFile, TensorFile
+from talk2dino.encoders.hub import hub_file, in_cache, split_hub_id
+from talk2dino.encoders.ranges import HubTensorFile
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import read_json, replacing, write_json
@@ -61,15 +60,10 @@ RELEASED = {
     "vit_base_patch16_dinov3.lvd1689m": ("dinov3_vitb", "lorebianchi98/Talk2DINOv3-ViTB"),
     "vit_large_patch16_dinov3.lvd1689m": ("dinov3_vitl", "lorebianchi98/Talk2DINOv3-ViTL"),
 }
-SWITCHES = {  # settings that a written repository has
-    "with_bg_clean": False,
-    "use_avg_text_token": False,
-    "keep_cls": False,
-    "keep_end_seq": False,
-    "avg_self_attn_token": False,
-    "disentangled_self_attn_token": True,
-    "unfreeze_last_text_layer": False,
-}
+_SWITCHES = (  # of the original's settings; off in what is written
+    *("with_bg_clean", "use_avg_text_token", "keep_cls", "keep_end_seq", "avg_self_attn_token"),
+    "unfreeze_last_text_layer",
+)
 _PSI = {f"{n}.{k}" for n in ("linear_layer", "hidden_layers.0") for k in ("weight", "bias")}
 _LOG = logging.getLogger(__name__)
 
@@ -145,7 +139,7 @@ class OriginalRepository:
                 belongs to none.
         """
         try:
-            return self._read(part, lambda name: LocalTensorFile(self._file(name)))
+            return self._read(part, lambda name: safe_open(self._file(name), framework="pt"))
         except (SafetensorError, HfHubHTTPError, OSError) as error:
             raise self._error(f"cannot read its weights ({first_line(error)})") from error
 
@@ -155,38 +149,33 @@ class OriginalRepository:
         Raises:
             CheckpointError: as `tensors`, which is what a Hub without partial answers ends in.
         """
-        if self.hub is not None:
-            repository, commit = self.hub
-            here = try_to_load_from_cache(repository, WEIGHTS, revision=commit)
-            if not isinstance(here, str):
-                try:
-                    return self._read(
-                        "projection", lambda name: HubTensorFile(repository, name, commit)
-                    )
-                except CheckpointError:
-                    raise
-                except Exception as error:  # see HubTensorFile
-                    _LOG.debug("%s: download of whole files instead: %s", self.location, error)
+        if self.hub and not in_cache(WEIGHTS, *self.hub):
+            hub, commit = self.hub
+            try:
+                return self._read("projection", lambda name: HubTensorFile(hub, name, commit))
+            except CheckpointError:
+                raise
+            except Exception as error:  # see HubTensorFile
+                _LOG.debug("%s: download of whole files instead: %s", self.location, error)
         return self.tensors("projection")
 
-    def _read(self, part: str, opened: Callable[[str], TensorFile]) -> dict[str, Tensor]:
+    def _read(self, part: str, opened: Callable[[str], Any]) -> dict[str, Tensor]:
         """A part from one file, or from those of its shards that hold it."""
-        files: dict[str, TensorFile] = {}
+        files: dict[str, Any] = {}
         try:
             files[WEIGHTS] = opened(WEIGHTS)
-            places = dict.fromkeys(files[WEIGHTS].keys, WEIGHTS)
+            places = dict.fromkeys(files[WEIGHTS].keys(), WEIGHTS)
         except FileNotFoundError:
             places = self._places()
-        keys = self._keys_of(part, places)
         state: dict[str, Tensor] = {}
-        for name in dict.fromkeys(places[key] for key in keys):
-            file = files.get(name) or opened(name)
-            state |= file.tensors(key for key in keys if places[key] == name)
-        prefix = len(PREFIXES[part])
-        renamed = {_current(key[prefix:]): tensor.float() for key, tensor in state.items()}
-        if "register_tokens" in renamed:  # by this name timm knows torch.hub's DINOv2
-            renamed.setdefault("mask_token", torch.empty(0))
-        return renamed
+        for key in self._keys_of(part, places):
+            if places[key] not in files:
+                files[places[key]] = opened(places[key])
+            tensor = files[places[key]].get_tensor(key)
+            state[_current(key[len(PREFIXES[part]) :])] = tensor.float()
+        if "register_tokens" in state:  # by this name timm knows torch.hub's DINOv2
+            state.setdefault("mask_token", torch.empty(0))
+        return state
 
     def _places(self) -> dict[str, str]:
         """File of every tensor, by the index of the shards."""
@@ -218,10 +207,7 @@ class OriginalRepository:
         return chosen
 
     def _file(self, name: str) -> Path:
-        if self.hub is None:
-            return Path(self.location, name)
-        repository, commit = self.hub
-        return hub_file(repository, name, commit)
+        return hub_file(self.hub[0], name, self.hub[1]) if self.hub else Path(self.location, name)
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.location}: {problem}")
@@ -332,7 +318,8 @@ def write_original(
         "proj_class": f"{stem}_mlp_infonce",
         "proj_name": f"{stem}_mlp_infonce",
         "proj_model": "ProjectionLayer",
-        **SWITCHES,
+        "disentangled_self_attn_token": True,
+        **dict.fromkeys(_SWITCHES, False),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from talk2dino import Talk2DINO, load_projection
+from talk2dino.alignment import ProjectionLayer
+from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder, original
 from talk2dino.errors import CheckpointError, UserError
 from tests.helpers.encoders import RELEASED, TINY_CLIP, ByHand, picture, write_repository
@@ -108,6 +110,18 @@ def test_layer_scale_under_the_name_that_transformers_gives(
     config, size = (DINOV2, 56) if kind == "dinov2" else (DINOV3, 64)
     write_repository(tmp_path, renamed, config)
     check(Talk2DINO.from_pretrained(tmp_path, "cpu"), hand, size)
+
+
+def test_dinov3_in_the_names_of_its_publisher(dinov3: ByHand, tmp_path: Path) -> None:
+    renamed = {
+        key.replace("gamma_1", "ls1.gamma")
+        .replace("gamma_2", "ls2.gamma")
+        .replace("reg_token", "storage_tokens"): value
+        for key, value in dinov3.tensors().items()
+    }
+    more = {"model.mask_token": torch.zeros(1, 32), "model.rope_embed.periods": torch.ones(4)}
+    write_repository(tmp_path, renamed | more, DINOV3)
+    check(Talk2DINO.from_pretrained(tmp_path, "cpu"), dinov3, 64)
 
 
 def test_unneeded_tensors_may_be_missing(dinov2: ByHand, tmp_path: Path) -> None:
@@ -409,6 +423,28 @@ def test_what_the_layout_cannot_hold(
     write_repository(tmp_path / "m", dinov2.tensors(), DINOV2)
     arguments = [f"input={tmp_path / 'm'}", f"output={tmp_path / 'out'}", *overrides]
     assert said in fails(capsys, "convert", "weights", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"hidden_layers": 2}, "ψ of two layers only"), ({"activation": "relu"}, "activation tanh")],
+)
+def test_projections_that_the_layout_cannot_hold(
+    dinov2: ByHand,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any],
+    said: str,
+) -> None:
+    folder = write_repository(tmp_path / "m", dinov2.tensors(), DINOV2)
+    repository = original.find_original(folder)
+    assert repository is not None
+    save_projection(
+        ProjectionLayer(16, 32, **arguments), tmp_path / "a.safetensors", repository.specs()
+    )
+    words = (f"input={tmp_path / 'a.safetensors'}", f"output={tmp_path / 'out'}")
+    assert said in fails(capsys, "convert", "weights", *words)
     assert not (tmp_path / "out").exists()
 
 
