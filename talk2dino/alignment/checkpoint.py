@@ -34,7 +34,7 @@ from talk2dino.alignment.projection import (
 from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.encoders.original import OriginalRepository, find_original
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import replacing
+from talk2dino.files import file_digest, replacing
 from talk2dino.renamed import current
 
 _KEY = "talk2dino"
@@ -120,6 +120,16 @@ def _read_original(
     place = Path(repository.location)
     projection = _fill(_infer(state, activation, place), state, place)
     return Checkpoint(projection, path=repository.weights_file, **specs)
+
+
+def checkpoint_digest(location: str | Path) -> str:
+    """What tells a checkpoint from others without building it, for records of results.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    original = find_original(location)
+    return file_digest(resolve_checkpoint(location)) if original is None else original.digest()
 
 
 def save_projection(

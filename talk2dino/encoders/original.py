@@ -31,7 +31,7 @@ from talk2dino.encoders.hub import hub_file, in_cache, split_hub_id
 from talk2dino.encoders.ranges import HubTensorFile
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import read_json, replacing, write_json
+from talk2dino.files import file_digest, read_json, replacing, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIXES = {"vision": "model.", "text": "clip_model.", "projection": "proj."}
@@ -91,6 +91,14 @@ class OriginalRepository:
     def weights_file(self) -> Path | None:
         """`model.safetensors` of a folder, whether it is there or in shards; None on the Hub."""
         return None if self.hub else Path(self.location, WEIGHTS)
+
+    def digest(self) -> str:
+        """What tells these weights and settings from others: the commit, or the files' SHA-256."""
+        if self.hub:
+            return self.weights
+        folder = Path(self.location)
+        files = [folder / CONFIG, *sorted(folder.glob("model*.safetensors"))]
+        return " ".join(map(file_digest, files))
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """Config nodes that build the two encoders with these weights, `vision` and `text`.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from talk2dino import Talk2DINO, load_projection
 from talk2dino.alignment import ProjectionLayer
-from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.checkpoint import checkpoint_digest, save_projection
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder, original
 from talk2dino.errors import CheckpointError, UserError
 from tests.helpers.encoders import RELEASED, TINY_CLIP, ByHand, picture, write_repository
@@ -141,6 +141,7 @@ def test_one_download_makes_a_model_that_works_offline(
 ) -> None:
     hub.serve(write_repository(tmp_path / "m", dinov2.tensors(), DINOV2, shards=shards))
     check(Talk2DINO.from_pretrained("org/Tiny", "cpu"), dinov2, 56)
+    assert checkpoint_digest("org/Tiny") == f"org/Tiny@{COMMIT}"
     assert not [one.name for one in hub.sent if one.name.endswith(".py")]
     for name in hub.files:
         if name.endswith("safetensors"):
@@ -349,6 +350,11 @@ def test_the_segment_command(dinov2: ByHand, tmp_path: Path) -> None:
         "accelerator=cpu",
         f"output={tmp_path / 'out.png'}",
     )
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert settings["weights"] == checkpoint_digest(tmp_path / "m")
+    write_repository(tmp_path / "n", dinov2.tensors() | {"logit_scale": torch.ones(())}, DINOV2)
+    write_repository(tmp_path / "o", dinov2.tensors(), DINOV2 | {"resize_dim": 70})
+    assert len({checkpoint_digest(tmp_path / name) for name in "mno"}) == 3
     tokens, _ = dinov2.image(
         torch.from_numpy(np.asarray(picture(56)).copy()).permute(2, 0, 1)[None] / 255
     )
