@@ -104,7 +104,7 @@ def test_blocks_run_on_the_hub(
     hub.serve(released)
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((160, 120)).save("photo.jpg")
+    Image.fromarray(noise).resize((120, 120)).save("photo.jpg")
     found = [block for block in blocks() if block.mode == "hub"]
     assert {block.language for block in found} == {"bash", "python"}
     for block in found:
