@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.projection import Activation
+from talk2dino.alignment.projection import Activation, Projection
 from talk2dino.config import command
 from talk2dino.config.command import progress, require_output_folder
 from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object
 from talk2dino.datasets.tars import expand_tars
-from talk2dino.encoders.build import check_spec
-from talk2dino.encoders.hub import resolve_checkpoint
+from talk2dino.encoders.build import build_text, build_vision, check_spec
+from talk2dino.encoders.original import published_names, write_original
 from talk2dino.errors import ConfigError
 from talk2dino.features.from_original import (
     FeatureFile,
@@ -82,11 +82,12 @@ def weights(
     vision: Spec | None = None,
     text: Spec | None = None,
 ) -> None:
-    """Read a projection in any format and write it as `.safetensors` or `.pth`.
+    """Read a projection in any format; write it as `.safetensors`, `.pth` or a whole model.
 
     Args:
-        input: `.pth`, `.safetensors`, `.ckpt`, run folder, or Hub id.
-        output: file to write, never overwritten.
+        input: `.pth`, `.safetensors`, `.ckpt`, run folder, Hub id, the original's or not.
+        output: file to write, or a folder for a model in the layout of the original's repositories
+            on the Hub; never overwritten.
         activation: of a file that holds tensors only; None for no activation.
         vision: spec of the vision encoder; None keeps the input's.
         text: spec of the text encoder; None keeps the input's.
@@ -96,23 +97,52 @@ def weights(
         CheckpointError: the input is no projection.
     """
     target = Path(output).expanduser()
-    if target.suffix not in (".safetensors", ".pth"):
-        raise ConfigError(f"output={target}: the name must end in .safetensors or .pth")
+    if target.suffix not in (".safetensors", ".pth", ""):
+        raise ConfigError(
+            f"output={target}: the name must end in .safetensors or .pth, or have no ending for a "
+            "folder in the original's layout"
+        )
     if target.exists():
         raise ConfigError(f"output={target}: is there already; use another name or remove it")
-    checkpoint = read_checkpoint(resolve_checkpoint(input), activation)
+    checkpoint = read_checkpoint(input, activation, whole=not target.suffix)
     projection = checkpoint.projection
     if target.suffix == ".pth" and isinstance(projection, CLIPLastLayer):
         raise ConfigError(f"output={target}: .pth has no CLIPLastLayer; write .safetensors")
     specs = {"vision": vision or checkpoint.vision, "text": text or checkpoint.text}
     require_output_folder(target.parent, "output")
-    save_projection(projection, target, checkpoint.extra | specs)
+    if target.suffix:
+        save_projection(projection, target, checkpoint.extra | specs)
+    else:
+        write_model(projection, specs, target)
     arguments = (f"{k}={v}" for k, v in projection.hyperparameters.items() if v is not None)
     print(f"projection: {type(projection).__name__} {' '.join(arguments)}")
     print_encoders(specs)
     if target.suffix == ".pth":
         print("a .pth holds the weights only: its encoders and its activation are not written")
     print(f"weights: {target}")
+
+
+def write_model(projection: Projection, specs: Mapping[str, Spec | None], folder: Path) -> None:
+    """Write encoders and projection as the original's repositories hold them.
+
+    Raises:
+        ConfigError: an encoder is not named, or a part that the layout or the original lacks.
+    """
+    vision, text = specs["vision"], specs["text"]
+    if vision is None or text is None:
+        raise ConfigError(f"output={folder}: a whole model needs its encoders; add vision=… text=…")
+    if getattr(projection, "activation", None) != "tanh":
+        raise ConfigError(
+            f"output={folder}: the original's layout means ψ with the activation tanh"
+        )
+    names = published_names(vision, text)
+    encoders = build_vision(vision), build_text(text)
+    states = {
+        "vision": encoders[0].model.state_dict(),
+        "text": encoders[1].tower.state_dict(),  # type: ignore[attr-defined]  # CLIP, by its name
+        "projection": projection.state_dict(),
+    }
+    write_original(folder, names, encoders[0].image_size, states)
 
 
 def fill_store(

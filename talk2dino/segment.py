@@ -13,12 +13,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from talk2dino.alignment.checkpoint import checkpoint_digest
 from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, require
-from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
-from talk2dino.files import file_digest
 from talk2dino.inference.outputs import Job, plan, refuse_foreign, write
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
@@ -34,7 +33,7 @@ def segment(config: DictConfig) -> None:
     command.require_output_folder(jobs[0].overlay.parent, "output")
     plain: Any = OmegaConf.to_container(config, resolve=True)
     settings = deciding(plain, "segment")  # kept with each result, for resume=true
-    settings["weights"] = file_digest(resolve_checkpoint(config.checkpoint))
+    settings["weights"] = checkpoint_digest(config.checkpoint)
     maps = list(classes) if config.heatmaps else []
     left = [job for job in jobs if not (config.resume and job.done_with(settings, maps))]
     if not config.overwrite:

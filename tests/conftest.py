@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.encoders import released  # noqa: F401 (fixture)
 from tests.helpers.goldens import Golden, golden_arrays
+from tests.helpers.hub import hub  # noqa: F401 (fixture)
 from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
 from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
 from tests.helpers.ranks import PRELOAD

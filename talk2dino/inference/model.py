@@ -21,7 +21,7 @@ from talk2dino.datasets.captions.base import crop_square
 from talk2dino.datasets.pictures import ImageLike, as_list, to_picture, to_pixels
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
-from talk2dino.encoders.hub import WEIGHTS, resolve_checkpoint, upload_folder
+from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
@@ -113,7 +113,8 @@ class Talk2DINO(nn.Module):
 
         Args:
             location: a run folder or one of `save_pretrained`, a `.safetensors`, `.ckpt` or
-                original `.pth` file, or a Hub id like `org/name`.
+                original `.pth` file, or a Hub id like `org/name` or `org/name@revision`; folder
+                and Hub id may also be the original's, whose file holds both encoders, too.
             device: where to run; None takes the best there is.
             dtype: see the class.
             vision: needed for an original `.pth`, which does not name its encoders.
@@ -123,14 +124,14 @@ class Talk2DINO(nn.Module):
             CheckpointError: nothing there, unreadable, or without encoders.
             ConfigError: a device that is not here.
         """
-        path = resolve_checkpoint(location)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(location, whole=vision is None or text is None)
+        where = checkpoint.path or location
         if vision is None:
-            vision = build_vision(_required(checkpoint.vision, "vision", path))
+            vision = build_vision(_required(checkpoint.vision, "vision", where))
         if text is None:
-            text = build_text(_required(checkpoint.text, "text", path))
+            text = build_text(_required(checkpoint.text, "text", where))
         model = cls(vision, text, checkpoint.projection, dtype)
-        model.source = path
+        model.source = checkpoint.path
         try:
             return model.to(choose_device() if device is None else torch.device(device))
         except (RuntimeError, AssertionError) as error:
@@ -385,7 +386,7 @@ def _state(projection: Projection) -> tuple[object, ...]:
     return (parameters[0].device, *versions)
 
 
-def _required(spec: dict[str, Any] | None, kind: str, path: Path) -> dict[str, Any]:
+def _required(spec: dict[str, Any] | None, kind: str, path: str | Path) -> dict[str, Any]:
     if spec is None:
         raise CheckpointError(
             f"checkpoint={path}: does not name its {kind} encoder; say it with {kind}=…"

@@ -151,7 +151,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 def test_missing_and_broken_files(tmp_path) -> None:
     assert "no such file" in refused(tmp_path / "nothing.ckpt")
-    assert "no such file" in refused(tmp_path)
+    assert "the folder holds no projection.safetensors" in refused(tmp_path)
     for name in ("text.ckpt", "text.safetensors", "empty.pth"):
         path = tmp_path / name
         path.write_bytes(b"" if "empty" in name else b"not a checkpoint at all")

@@ -102,6 +102,7 @@ def test_weights_of_every_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert clip.source == "timm/vit_base_patch16_clip_224.openai"
     local = str(tmp_path / "x.safetensors")
     assert find_weights("vision", {"name": "x", "weights": local}) == (local, False)
+    assert find_weights("vision", {"name": "x", "weights": "a/b@c"}) == ("a/b@c", False)
     assert find_weights("text", {"name": "x", "weights": "random"}) == ("random", True)
 
 

@@ -1,26 +1,22 @@
 """Model cards, and a push to and a load from a Hub: huggingface_hub's own client against a local
-HTTP server that speaks the few addresses it asks for (create, preupload, commit, resolve)."""
+server (`tests/helpers/hub.py`)."""
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 
 from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, DataError
 from tests.helpers.encoders import HashText
+from tests.helpers.hub import COMMIT, Hub
 
 RESULT = {
     "benchmark": "mosaic",
@@ -29,7 +25,6 @@ RESULT = {
     "images": 6,
     "config": {"pamr": True},
 }
-COMMIT = "0123456789" * 4
 
 
 class Text(HashText):
@@ -46,93 +41,6 @@ def model() -> Talk2DINO:
     torch.manual_seed(0)
     vision = TimmVisionEncoder("test_vit", "random", image_size=32)
     return Talk2DINO(vision, Text(), ProjectionLayer(8, vision.embed_dim))
-
-
-class Hub(ThreadingHTTPServer):
-    """Keeps the files of commits."""
-
-    files: dict[str, bytes]
-    created: list[dict[str, Any]]
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            if "refused" in json.loads(body)["name"]:
-                return self._json({"error": "no rights to this name"}, 403)
-            return self._json(
-                {"url": f"{constants.ENDPOINT}/me/psi", "name": "me/psi", "id": "me/psi"}
-            )
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]
-            ]
-            for file in files:
-                file["shouldIgnore"] = False
-            return self._json({"files": files})
-        if "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.files[line["value"]["path"]] = content
-            url = f"{constants.ENDPOINT}/me/psi/commit/{COMMIT}"
-            return self._json({"success": True, "commitUrl": url, "commitOid": COMMIT})
-        return self._json({"warnings": [], "errors": []})  # validation of the card
-
-    def do_HEAD(self) -> None:
-        self._file(False)
-
-    def do_GET(self) -> None:
-        self._file(True)
-
-    def _file(self, with_body: bool) -> None:
-        content = self.server.files.get(self.path.rpartition("/")[2].partition("?")[0])
-        if "/resolve/" not in self.path or content is None:
-            self.send_response(200 if self.path == "/" else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("ETag", '"etag"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-    def _json(self, content: dict[str, Any], status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    server = Hub(("127.0.0.1", 0), Answers)
-    server.files, server.created = {}, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    here = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", here)
-    template = f"{here}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def test_push_and_load_again(model: Talk2DINO, hub: Hub, tmp_path: Path) -> None:

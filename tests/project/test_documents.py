@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 
 from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.config.typed import as_typed
+from tests.helpers.hub import Hub
 from tests.helpers.pipeline import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,6 +96,24 @@ def test_python_block_runs(block: Block, quickstart: Path, monkeypatch: pytest.M
     exec(compile(block.code, block.where, "exec"), {})
 
 
+@pytest.mark.slow
+def test_blocks_run_on_the_hub(
+    released: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a local server that has a model of the released shapes, in the order of the page."""
+    hub.serve(released)
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((120, 120)).save("photo.jpg")
+    found = [block for block in blocks() if block.mode == "hub"]
+    assert {block.language for block in found} == {"bash", "python"}
+    for block in found:
+        if block.language == "python":
+            exec(compile(block.code, block.where, "exec"), {})
+        for line in COMMAND.findall(block.code):
+            run_here(line)
+
+
 @pytest.mark.parametrize("block", chosen("compose", "bash"))
 def test_command_composes(block: Block) -> None:
     register_schemas()
@@ -126,7 +147,7 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 def test_every_block_has_a_mode() -> None:
     """A block without a mode may hold nothing but `make`, which CI itself runs."""
     for block in blocks():
-        if block.mode not in ("run", "compose"):
+        if block.mode not in ("run", "compose", "hub"):
             for line in filter(None, block.code.splitlines()):
                 known = ("make ", "python benchmarks/")
                 assert line.startswith(known), f"{block.where}: nobody runs `{line}`"

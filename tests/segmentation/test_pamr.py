@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import pickle
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +19,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from talk2dino.errors import UserError
 from talk2dino.segmentation import PAMR
 from talk2dino.segmentation.refinement.pamr import Gather, affinity, neighbors
 from tests.helpers.goldens import PAMR_CASES, Golden, pamr_inputs
-from tests.helpers.memory import peak_bytes
 from tests.helpers.parity import ParityRecord
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs the extra fast"
 )
 WAYS = [False, pytest.param(True, marks=needs_numba)]
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most that tensors on the CPU grew at any moment of `action`, its result included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = action()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    del kept
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    memory.sort(key=lambda event: float(event["ts"]))
+    held = peak = 0
+    for event in memory:
+        held += int(event["args"]["Bytes"])
+        peak = max(peak, held)
+    return peak
 
 
 @pytest.mark.parametrize("compiled", WAYS)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.encoders.hub import cached_if_unreachable
+from talk2dino.encoders.original import OriginalRepository, find_original
 from talk2dino.encoders.text.base import TextFeatures, join
-from talk2dino.encoders.weights import first_line, quiet, seeded, state_dict_digest
+from talk2dino.encoders.weights import first_line, load_strictly, quiet, seeded, state_dict_digest
 from talk2dino.errors import EncoderError
 
 
@@ -21,8 +22,9 @@ class OpenClipTextEncoder(nn.Module):
 
     Args:
         name: open_clip architecture; OpenAI's ViT-B/16 is `ViT-B-16-quickgelu`.
-        weights: an open_clip pretrained tag (downloaded), `random` (always the same ones), or a
-            local checkpoint of the whole model.
+        weights: an open_clip pretrained tag (downloaded), `random` (always the same ones), a
+            local checkpoint of the whole model, or a folder or Hub id of a whole original model,
+            whose text tower is read.
         batch_size: captions per forward pass.
         templates: prompt templates for class names.
 
@@ -42,8 +44,8 @@ class OpenClipTextEncoder(nn.Module):
 
         self.name, self.weights = name, weights
         self.batch_size, self.templates = batch_size, templates
-        _check_source(name, weights)
-        pretrained = None if weights == "random" else weights
+        original = _check_source(name, weights)
+        pretrained = None if weights == "random" or original else weights
         try:
             with seeded(), quiet(), cached_if_unreachable():  # some towers come from the Hub
                 model = open_clip.create_model(name, pretrained, force_custom_text=True)
@@ -54,6 +56,8 @@ class OpenClipTextEncoder(nn.Module):
                 f"({first_line(error)}); give a local file with text.weights=FILE, or use "
                 "text=minilm, which needs no download"
             ) from error
+        if original:
+            load_strictly(model.text, original.tensors("text"), "text.weights", weights)
         self.tower: Any = model.text.requires_grad_(False).eval()
         self.embed_dim: int = int(open_clip.get_model_config(name)["embed_dim"])
 
@@ -157,8 +161,8 @@ class OpenClipTextEncoder(nn.Module):
         }
 
 
-def _check_source(name: str, weights: str) -> None:
-    """Refuse what open_clip would log at length."""
+def _check_source(name: str, weights: str) -> OriginalRepository | None:
+    """Refuse what open_clip would log at length; the repository if it is one of the original's."""
     import open_clip
 
     if open_clip.get_model_config(name) is None:
@@ -168,8 +172,12 @@ def _check_source(name: str, weights: str) -> None:
             + (f"; near it: {', '.join(near)}" if near else "")
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights != "random" and weights not in tags and not Path(weights).is_file():
+    if weights == "random" or weights in tags:
+        return None
+    original = find_original(weights)
+    if original is None and not Path(weights).is_file():
         raise EncoderError(
             f"text.weights={weights!r} is neither a file nor a pretrained tag of {name}; "
             f"choose random, a file, or one of: {', '.join(tags) or 'none exists'}"
         )
+    return original
