@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from talk2dino.alignment.checkpoint import load_projection
+    from talk2dino.inference.class_embeddings import ClassEmbeddings
     from talk2dino.inference.model import Talk2DINO
 
     __version__: str
 
-__all__ = ["Talk2DINO", "__version__", "load_projection"]
+__all__ = ["ClassEmbeddings", "Talk2DINO", "__version__", "load_projection"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from talk2dino.inference.model import Talk2DINO
 
         return Talk2DINO
+    if name == "ClassEmbeddings":
+        from talk2dino.inference.class_embeddings import ClassEmbeddings
+
+        return ClassEmbeddings
     if name == "load_projection":
         from talk2dino.alignment.checkpoint import load_projection
 

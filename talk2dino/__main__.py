@@ -13,7 +13,10 @@ from pathlib import Path
 import talk2dino
 
 # along the data's way; commands that are not named here come after these
-ORDER = ("extract", "train", "evaluate", "compare", "segment", "app", "export", "convert", "doctor")
+ORDER = (
+    *("extract", "train", "evaluate", "compare", "segment", "app", "embed", "export"),
+    *("convert", "doctor"),
+)
 
 
 def commands() -> dict[str, str]:

@@ -7,8 +7,9 @@ import importlib.util
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import load_model, require
+from talk2dino.config.command import class_words, load_model, require
 from talk2dino.errors import ConfigError
+from talk2dino.inference.class_embeddings import ClassEmbeddings
 
 
 def require_all(config: DictConfig) -> None:
@@ -26,9 +27,16 @@ def app(config: DictConfig) -> None:
     """Load the model and serve the page."""
     from talk2dino.web.page import Page, serve
 
-    model = load_model(config)
-    words = ", ".join(config.classes)
-    page = Page(model, str(config.checkpoint), words, config.short_side).build()
+    classes = class_words(config.classes) if config.classes else {}
+    model = load_model(config, classes=classes)
+    if isinstance(classes, ClassEmbeddings):
+        kept = model.embed_classes(classes)  # refuses those of another checkpoint
+        words = ", ".join(kept.words.names)
+    else:
+        kept = None
+        words = ", ".join("; ".join(synonyms) for synonyms in classes.values())
+        model.encode_text([])  # builds the text encoder: its errors come before the page
+    page = Page(model, str(config.checkpoint), words, config.short_side, kept).build()
     address = serve(page, config.host, config.port, config.max_upload_mb, config.browser)
     print(f"{address}  (Ctrl+C ends it)", flush=True)
     page.block_thread()

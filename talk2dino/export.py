@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from talk2dino.config import command
 from talk2dino.config.command import class_words, load_model, require
+from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import (
@@ -40,23 +41,25 @@ def export(config: DictConfig) -> None:
     """Write `projection.onnx`, and `segmenter.onnx` if classes are given, and compare them."""
     output = Path(config.output).expanduser()
     single = output.suffix == ".onnx"
-    words = class_words(config.classes) if config.classes is not None else {}
+    classes = class_words(config.classes) if config.classes is not None else None
     command.require_output_folder(output.parent if single else output, "output")
-    model = load_model(config, "cpu")
+    model = load_model(config, "cpu", classes)
     facts = _facts(model)
     if not single:
         path = output / "projection.onnx"
         _say(export_projection(path, model.projection, facts, config.tolerance))
-    if words:
-        vocabulary = model.open_vocabulary(words, templates=config.templates)
-        rows, row_classes = sorted_rows(vocabulary.rows, vocabulary.words.row_classes)
+    if classes is not None:
+        vocabulary = model.open_vocabulary(classes, templates=config.templates)
+        words = vocabulary.words
+        rows, row_classes = sorted_rows(vocabulary.rows, words.row_classes)
+        background = [BACKGROUND] if words.has_negatives else []
         done = export_dense(
             output if single else output / "segmenter.onnx",
             model.vision,
             model.projection,
             rows,
             row_classes,
-            {**facts, "class_names": list(words)},
+            {**facts, "class_names": background + list(words.names)},
             size=config.image_size,
             full_size=config.upsample,
             tolerance=config.tolerance,
@@ -66,11 +69,11 @@ def export(config: DictConfig) -> None:
 
 def _facts(model: Talk2DINO) -> dict[str, Any]:
     """What a file says of the model it came from."""
-    text = model.text.describe()
+    text = model.text_spec or {}  # nothing, if the checkpoint names no text encoder
     return {
         "vision": model.vision.name,
-        "text": str(text["name"]),
-        "templates": model.text.templates,
+        "text": str(text.get("name", "")),
+        "templates": str(text.get("templates", "")),
         "checkpoint": model.source.name if model.source else "",
     }
 

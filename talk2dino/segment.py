@@ -41,7 +41,7 @@ def segment(config: DictConfig) -> None:
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} pictures were done before")
     if left:
-        vocabulary = load_model(config).open_vocabulary(
+        vocabulary = load_model(config, classes=classes).open_vocabulary(
             classes,
             config.background,
             config.pamr,

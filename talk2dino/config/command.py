@@ -40,6 +40,7 @@ from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, t
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.files import write_json
+from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.model import Talk2DINO
 
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
@@ -274,37 +275,46 @@ def require(config: DictConfig, *keys: str) -> None:
         raise ConfigError(f"{', '.join(f'{key}=…' for key in missing)} not given; {how}")
 
 
-def load_model(config: DictConfig, device: str | None = None) -> Talk2DINO:
+def load_model(config: DictConfig, device: str | None = None, classes: object = None) -> Talk2DINO:
     """Load `checkpoint` with its own encoders, or with those that `vision` and `text` choose.
 
     Args:
         config: of a command with these keys.
         device: where to; None takes the one that `accelerator` names.
+        classes: of `class_words`; for class embeddings no text encoder is built.
 
     Raises:
         UserError: the checkpoint or an encoder cannot be loaded.
     """
+    text: Any = config.text or None
+    if text and isinstance(classes, ClassEmbeddings):
+        text = OmegaConf.to_container(text, resolve=True)  # a name to compare with
+    elif text:
+        text = build(text)
     return Talk2DINO.from_pretrained(
         config.checkpoint,
         device=device or choose_device(config.accelerator),
         vision=build(config.vision) if config.vision else None,
-        text=build(config.text) if config.text else None,
+        text=text,
     )
 
 
-def class_words(given: object) -> dict[str, tuple[str, ...]]:
+def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     """Class names and the words that stand for them, from the command line or a file.
 
     Args:
         given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a mapping
             `{cat: [kitty]}`, a `.txt` or `.json` file or the name of a list that comes with the
-            package (see `datasets.benchmarks.classes`). A background of a file is not prompted;
-            among words it is one like any other.
+            package (see `datasets.benchmarks.classes`), or a `.safetensors` file of class
+            embeddings. A background of a file is not prompted; among words it is one like any
+            other.
 
     Raises:
         ConfigError: no class.
         DataError: a class file that cannot be read, or names a class twice.
     """
+    if is_file(given):
+        return ClassEmbeddings.load(given)
     if isinstance(given, str) and _is_file(given):
         return {spec.name: spec.synonyms for spec in read_classes(given).prompted}
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):

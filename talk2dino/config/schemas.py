@@ -179,11 +179,25 @@ class SegmentConfig:
 
 
 @dataclass(kw_only=True)
+class EmbedConfig:
+    """embed.yaml."""
+
+    checkpoint: str | None
+    classes: Any
+    output: str
+    vision: Any = None
+    text: Any = None
+    negatives: list[str]
+    templates: str | None
+    accelerator: str
+
+
+@dataclass(kw_only=True)
 class AppConfig:
     """app.yaml."""
 
     checkpoint: str | None
-    classes: list[str]
+    classes: Any
     vision: Any = None
     text: Any = None
     short_side: int
@@ -232,6 +246,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "segment": SegmentConfig,
+    "embed": EmbedConfig,
     "app": AppConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,

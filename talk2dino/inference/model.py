@@ -7,48 +7,42 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from threading import RLock
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
-from talk2dino.alignment.inputs import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.captions.base import crop_square
 from talk2dino.datasets.pictures import ImageLike, as_list, to_picture, to_pixels
-from talk2dino.encoders.build import build_text, build_vision
+from talk2dino.encoders.build import build_vision
 from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
 from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.inference.class_embeddings import Classes
 from talk2dino.inference.model_card import write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.vocabulary import (
-    Classes,
-    EncodedPicture,
-    OpenVocabulary,
-    Sentences,
-    TextCache,
-    read_words,
-)
+from talk2dino.inference.text_side import TextSide
+from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmenter
 
 DTYPES = {dtype or torch.float32: name for name, dtype in PRECISIONS.items()}
 
 
-class Talk2DINO(nn.Module):
+class Talk2DINO(TextSide):
     """A vision encoder, a text encoder, and the projection that connects them.
 
     Methods may be called from several threads: the encoders take turns, the rest shares nothing.
 
     Args:
         vision: frozen vision encoder.
-        text: frozen text encoder.
+        text: frozen text encoder, or the spec of one, which is built when it is first needed; None
+            for class embeddings only.
         projection: trained on features of these two.
         dtype: arithmetic of the vision encoder, by autocast: float32, bfloat16 or float16. Text
             is encoded once per class, so it stays float32, as do projection and scores.
@@ -76,27 +70,14 @@ class Talk2DINO(nn.Module):
     def __init__(
         self,
         vision: TimmVisionEncoder,
-        text: TextEncoder,
+        text: TextEncoder | Mapping[str, Any] | None,
         projection: Projection,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        for key, width, encoder, wanted in (
-            ("vision", vision.embed_dim, vision, projection.vision_dim),
-            ("text", text.embed_dim, text, projection.text_dim),
-        ):
-            if width != wanted:
-                raise CheckpointError(
-                    f"the checkpoint was trained for a {key} encoder of width {wanted}, but "
-                    f"{getattr(encoder, 'name', key)} has {width}; choose its encoder with {key}=…"
-                )
+        super().__init__(vision, text, projection)
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
-        self.vision, self.text, self.projection = vision, text, projection.eval()
         self.dtype = dtype
-        self.source: Path | None = None  # the file that from_pretrained read
-        self._cache = TextCache()
-        self._turn = RLock()  # hooks that read the attention belong to one forward pass at a time
 
     @classmethod
     def from_pretrained(
@@ -105,7 +86,7 @@ class Talk2DINO(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         vision: TimmVisionEncoder | None = None,
-        text: TextEncoder | None = None,
+        text: TextEncoder | Mapping[str, Any] | None = None,
     ) -> Talk2DINO:
         """Load from a folder, a checkpoint file of any format, or a Hub id.
 
@@ -118,7 +99,8 @@ class Talk2DINO(nn.Module):
             device: where to run; None takes the best there is.
             dtype: see the class.
             vision: needed for an original `.pth`, which does not name its encoders.
-            text: likewise.
+            text: likewise; an encoder or the spec of one. What the checkpoint names is built when
+                it is first needed: never, if classes come as `ClassEmbeddings`.
 
         Raises:
             CheckpointError: nothing there, unreadable, or without encoders.
@@ -127,9 +109,13 @@ class Talk2DINO(nn.Module):
         checkpoint = read_checkpoint(location, whole=vision is None or text is None)
         where = checkpoint.path or location
         if vision is None:
-            vision = build_vision(_required(checkpoint.vision, "vision", where))
+            if checkpoint.vision is None:
+                raise CheckpointError(
+                    f"checkpoint={where}: does not name its vision encoder; say it with vision=…"
+                )
+            vision = build_vision(checkpoint.vision)
         if text is None:
-            text = build_text(_required(checkpoint.text, "text", where))
+            text = checkpoint.text
         model = cls(vision, text, checkpoint.projection, dtype)
         model.source = checkpoint.path
         try:
@@ -158,7 +144,8 @@ class Talk2DINO(nn.Module):
             DataError: a results file that is none.
         """
         path = Path(folder) / WEIGHTS
-        specs = {"vision": self.vision.spec, "text": self.text.describe()["spec"]}
+        text = self.text_spec or self.text.describe()["spec"]
+        specs = {"vision": self.vision.spec, "text": dict(text)}
         save_projection(self.projection, path, specs)
         write_card(path.parent, self.projection, specs, self.source, results)
         return path
@@ -181,19 +168,6 @@ class Talk2DINO(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, results)
             return upload_folder(Path(folder), repo_id, private, message)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return next(self.projection.parameters()).device
-
-    @torch.no_grad()
-    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """ψ of texts, `[N, D]` float32, not normalized; a single text is a list of one."""
-        texts = [texts] if isinstance(texts, str) else texts
-        with self._turn:
-            embeddings = embed_texts(texts, self.text, self.projection)
-        return self.projection.project_embedding(embeddings)
 
     @torch.no_grad()
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
@@ -283,7 +257,8 @@ class Talk2DINO(nn.Module):
             image: PIL image, path, bytes of a file, tensor `[3, H, W]` or array `[H, W, 3]` (uint8,
                 or float in 0..1), an encoded picture, or a list of these.
             classes: names; a list inside the list is a name and its synonyms; or a mapping of a
-                name to the words that stand for it. The best word counts.
+                name to the words that stand for it. The best word counts. `ClassEmbeddings`, or
+                the `.safetensors` file of such, need no text encoder.
             background: True, or a threshold of the score, adds a background class in front and
                 cleans the scores by the attention maps; True is 0.55.
             pamr: refine the edges.
@@ -295,7 +270,8 @@ class Talk2DINO(nn.Module):
 
         Raises:
             ConfigError: no class, or an argument out of its range.
-            DataError: not a picture.
+            DataError: not a picture, or not a file of class embeddings.
+            CheckpointError: class embeddings of another checkpoint.
         """
         vocabulary = self.open_vocabulary(
             classes, background, pamr, short_side, templates, negatives=negatives, prompts=prompts
@@ -318,15 +294,13 @@ class Talk2DINO(nn.Module):
         Arguments and errors as `segment`, which does the same for a single call.
         """
         threshold = background_threshold(background)
-        words = read_words(classes, negatives, prompts, templates or self.text.templates)
-        if BACKGROUND in words.names and (threshold is not None or negatives):
+        words, rows = self._rows(classes, templates, negatives, prompts)
+        if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
             raise ConfigError(
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
             )
         segmenter = self.segmenter(threshold, pamr, short_side)
-        return OpenVocabulary(
-            words, self._embed(words.rows), threshold, segmenter, partial(self._encode, segmenter)
-        )
+        return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))
 
     def segmenter(
         self, threshold: float | None, pamr: bool, short_side: int | None = None
@@ -358,37 +332,5 @@ class Talk2DINO(nn.Module):
             windows = segmenter.encode_batch([one.to(self.device) for one in pixels])
         return [EncodedPicture(*pair) for pair in zip(pixels, windows, strict=True)]
 
-    def _embed(self, rows: Sequence[Sentences]) -> Tensor:
-        """`[N, D]` unit rows; those of earlier calls are not computed again."""
-
-        def compute(new: Sequence[Sentences]) -> Tensor:
-            with self._turn:
-                return embed_prompts(new, self.text, self.projection)
-
-        return self._cache.get(rows, _state(self.projection), compute)
-
     def _precision(self) -> AbstractContextManager[Any]:
         return autocast(DTYPES[self.dtype], self.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a lock cannot travel."""
-        return {key: value for key, value in self.__dict__.items() if key != "_turn"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._turn = RLock()
-
-
-def _state(projection: Projection) -> tuple[object, ...]:
-    """Changes when the projection moves to another device or its weights are written to."""
-    parameters = list(projection.parameters())
-    versions = (0 if p.is_inference() else p._version for p in parameters)
-    return (parameters[0].device, *versions)
-
-
-def _required(spec: dict[str, Any] | None, kind: str, path: str | Path) -> dict[str, Any]:
-    if spec is None:
-        raise CheckpointError(
-            f"checkpoint={path}: does not name its {kind} encoder; say it with {kind}=…"
-        )
-    return spec

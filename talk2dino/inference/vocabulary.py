@@ -30,12 +30,14 @@ class Words:
         rows: the sentences of every text row, negatives first; their embeddings are averaged.
         row_classes: class of every row; with negatives, class 0 is all of them.
         has_negatives: whether it is.
+        row_words: the word that every row stands for: a name, a synonym or a negative.
     """
 
     names: tuple[str, ...]
     rows: tuple[Sentences, ...]
     row_classes: tuple[int, ...]
     has_negatives: bool
+    row_words: tuple[str, ...]
 
 
 def read_words(
@@ -63,22 +65,28 @@ def read_words(
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
     negative = _words(negatives)
-    rows = [(0, sentences) for sentences in _sentences(negative, templates)]
+    rows = [(0, *row) for row in zip(negative, _sentences(negative, templates), strict=True)]
     for number, (name, synonyms) in enumerate(groups.items(), start=1 if negative else 0):
-        given = [own[name]] if name in own else _sentences(synonyms, templates)
-        rows += [(number, sentences) for sentences in given]
+        stated, given = synonyms, _sentences(synonyms, templates)
+        if name in own:
+            stated, given = (name,), [own[name]]
+        rows += [(number, *row) for row in zip(stated, given, strict=True)]
     return Words(
         tuple(names),
-        tuple(sentences for _, sentences in rows),
-        tuple(number for number, _ in rows),
+        tuple(sentences for _, _, sentences in rows),
+        tuple(number for number, _, _ in rows),
         bool(negative),
+        tuple(word for _, word, _ in rows),
     )
 
 
 def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
     """Names and their synonyms, in order."""
     if isinstance(classes, str):
-        raise ConfigError(f"classes={classes!r}: give a list of names: [{classes!r}]")
+        raise ConfigError(
+            f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
+            "class embeddings"
+        )
     if isinstance(classes, Mapping):
         pairs = [(name, _words(words)) for name, words in classes.items()]
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from talk2dino.errors import ConfigError, UserError
+from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import (
     Request,
@@ -33,12 +34,18 @@ class Page:
         checkpoint: as the visitor would write it in Python.
         words: classes to begin with.
         short_side: working size in pixels.
+        kept: class embeddings; a visitor then chooses among their names.
     """
 
     def __init__(
-        self, model: Talk2DINO, checkpoint: str, words: str = "", short_side: int = 448
+        self,
+        model: Talk2DINO,
+        checkpoint: str,
+        words: str = "",
+        short_side: int = 448,
+        kept: ClassEmbeddings | None = None,
     ) -> None:
-        self.model, self.checkpoint = model, checkpoint
+        self.model, self.checkpoint, self.kept = model, checkpoint, kept
         self.words, self.short_side = words, short_side
 
     def build(self) -> gr.Blocks:
@@ -116,11 +123,11 @@ class Page:
         """New request: state, overlay, switches, shares and code; nothing without a picture."""
         if view is None or not words.strip():
             return [gr.skip()] * 5
-        view = answer(self.model, view, Request(words, background, threshold, pamr))
+        view = answer(self.model, view, Request(words, background, threshold, pamr), self.kept)
         assert view.result is not None
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
-        code = python_call(self.checkpoint, view)
+        code = python_call(self.checkpoint, view, kept=self.kept)
         table = as_table("Share of the picture", areas(view.result))
         return view, view.result.overlay(), switches, table, code
 
@@ -129,7 +136,9 @@ class Page:
         if view is None or view.result is None:
             return [gr.skip()] * 2
         hidden = [name for name in view.result.classes if name not in shown]
-        return view.result.overlay(hide=hidden), python_call(self.checkpoint, view, hidden)
+        return view.result.overlay(hide=hidden), python_call(
+            self.checkpoint, view, hidden, self.kept
+        )
 
     def click(self, view: View | None, event: gr.SelectData) -> str:
         """A click on the overlay: the scores there."""

@@ -11,6 +11,7 @@ from PIL import Image
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
+from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import EncodedPicture
@@ -86,20 +87,31 @@ def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
     return View(file.name, model.encode(picture, short_side))
 
 
-def answer(model: Talk2DINO, view: View, request: Request) -> View:
+def answer(
+    model: Talk2DINO, view: View, request: Request, kept: ClassEmbeddings | None = None
+) -> View:
     """Fulfil the request, computing only what changed; the encoder never runs again.
 
     Another threshold takes milliseconds; other words, PAMR or the background need new scores.
 
+    Args:
+        model: segments.
+        view: the visitor's.
+        request: what is asked of it.
+        kept: class embeddings, of which the words are names.
+
     Raises:
         DataError: no class to look for.
+        ConfigError: a word that `kept` does not have.
     """
     old, result = view.request, view.result
     moved = old is not None and replace(old, threshold=request.threshold) == request
     if result is not None and moved and request.background:
         return replace(view, request=request, result=result.with_threshold(request.threshold))
     threshold = request.threshold if request.background else None
-    result = model.segment(view.picture, request.classes, threshold, request.pamr)
+    classes = request.classes
+    wanted = kept.select(list(classes)) if kept else classes
+    result = model.segment(view.picture, wanted, threshold, request.pamr)
     return replace(view, request=request, result=result)
 
 
@@ -118,20 +130,28 @@ def scores_at(result: SegmentedImage, row: int, column: int) -> list[list[str]]:
     return [[name, f"{score:.3f}"] for name, score in scores]
 
 
-def python_call(checkpoint: str, view: View, hidden: Sequence[str] = ()) -> str:
+def python_call(
+    checkpoint: str,
+    view: View,
+    hidden: Sequence[str] = (),
+    kept: ClassEmbeddings | None = None,
+) -> str:
     """The lines of Python that give the same overlay."""
     request = view.request or Request("")
     classes = request.classes
     plain = all(words == (name,) for name, words in classes.items())
     named = list(classes) if plain else {name: list(words) for name, words in classes.items()}
+    words = repr(named)
+    if kept:
+        words = f"ClassEmbeddings.load({kept.origin!r}).select({list(classes)!r})"
     background = f", background={request.threshold:g}" if request.background else ""
     hide = f"hide={list(hidden)!r}" if hidden else ""
     return "\n".join(
         [
-            "from talk2dino import Talk2DINO",
+            f"from talk2dino import {'ClassEmbeddings, ' if kept else ''}Talk2DINO",
             "",
             f"model = Talk2DINO.from_pretrained({checkpoint!r})",
-            f"seg = model.segment({view.name!r}, {named!r}{background}, pamr={request.pamr})",
+            f"seg = model.segment({view.name!r}, {words}{background}, pamr={request.pamr})",
             f'seg.overlay({hide}).save("overlay.png")',
         ]
     )

@@ -26,7 +26,7 @@ from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
 
-COMMANDS = ("extract", "train", "evaluate", "segment")
+COMMANDS = ("extract", "train", "evaluate", "segment", "embed")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
     "extract": ("source", "vision", "text", "features", "launcher"),
@@ -45,6 +45,7 @@ USED = {  # groups of each command
     ),
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
     "segment": ("vision", "text", "launcher"),
+    "embed": ("vision", "text", "launcher"),
 }
 OPTIONS = [
     (command, group, path.stem)
@@ -287,6 +288,7 @@ TYPOS = [
     ("evaluate", ["benchmark.window=wide"], "benchmark.window='wide'", "int"),
     ("evaluate", ["pamr=perhaps"], "pamr=perhaps", "bool"),
     ("evaluate", ["vision=dinov2_vits"], "vision=dinov2_vits", "vision=dinov2_vits14?"),
+    ("embed", ["outptu=x"], "outptu", "output?"),
     ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
     ("segment", ["short_side=tall"], "short_side=tall", "Integer"),

@@ -1,0 +1,269 @@
+"""Classes as a file: their unit text rows and what they were made with; no text encoder needed.
+
+A safetensors file holds `rows` `[N, D]` float32, one per word, and as metadata a JSON entry
+`talk2dino_classes`:
+
+| key | value |
+| --- | --- |
+| `version` | 1 |
+| `classes` | names in order |
+| `rows` | `{"class": index or null for a negative word, "word": …, "sentences": […]}` each |
+| `templates` | name of the prompt templates, or sentences with `{}` |
+| `made_with` | `vision`, `text`, `projection`: `spec` and `weights_sha256` each |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.projection import Projection
+from talk2dino.encoders.weights import state_dict_digest
+from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.files import replacing
+from talk2dino.inference.vocabulary import Classes as ClassWords
+from talk2dino.inference.vocabulary import Words
+from talk2dino.renamed import TARGET, current
+
+KEY = "talk2dino_classes"
+VERSION = 1
+SUFFIX = ".safetensors"
+# of an encoder's spec, what changes no row, or what its name or digest says better
+_IRRELEVANT = ("weights", "batch_size", "templates", "image_size", "rope_in_attention")
+_HOW = "make it with: python -m talk2dino.embed checkpoint=… classes=… output=FILE.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class ClassEmbeddings:
+    """Classes with their text rows, made by `Talk2DINO.embed_classes` or read from a file.
+
+    Attributes:
+        words: names, sentences and the class of every row.
+        rows: `[N, D]` float32 of unit length, on the CPU.
+        templates: of the prompts.
+        made_with: spec and digest of `vision`, `text` and `projection`.
+        origin: the file.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino import Talk2DINO
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+        >>> from talk2dino.inference.class_embeddings import ClassEmbeddings
+        >>> vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+        >>> text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+        >>> model = Talk2DINO(vision, text, ProjectionLayer(text.embed_dim, vision.embed_dim))
+        >>> file = model.embed_classes(["cat", ["sofa", "couch"]]).save("classes.safetensors")
+        >>> ClassEmbeddings.load(file).words.names
+        ('cat', 'sofa')
+        >>> model.segment(torch.zeros(3, 32, 32, dtype=torch.uint8), file, short_side=32).classes
+        ['cat', 'sofa']
+    """
+
+    words: Words
+    rows: Tensor = field(repr=False)
+    templates: str | Sequence[str]
+    made_with: Mapping[str, Any] = field(repr=False)
+    origin: str = "ClassEmbeddings"
+
+    @classmethod
+    def of(cls, classes: object) -> ClassEmbeddings | None:
+        """Those that were given, or in the file that was; None for words."""
+        if isinstance(classes, ClassEmbeddings):
+            return classes
+        return cls.load(classes) if is_file(classes) else None
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClassEmbeddings:
+        """Read a file of `save`.
+
+        Raises:
+            DataError: no such file, or not one of class embeddings.
+        """
+        where = f"classes={path}"
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise DataError(f"{where}: no such file; {_HOW}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                entry = (opened.metadata() or {}).get(KEY)
+                rows = opened.get_tensor("rows") if "rows" in opened.keys() else None  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{where}: not a safetensors file ({error}); {_HOW}") from error
+        if entry is None or rows is None:
+            raise DataError(f"{where}: holds no class embeddings (no {KEY} entry); {_HOW}")
+        try:
+            content = json.loads(entry)
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}, known is {VERSION}")
+            words = _read_words(content)
+            made_with = {part: dict(content["made_with"][part]) for part in _PARTS}
+            for part in _PARTS:
+                made_with[part]["spec"].get("name")  # a mapping
+            _check_rows(rows, words)
+            rows = rows.clone()  # aligned as computed ones are: the file's place decides otherwise
+            return cls(words, rows, content["templates"], made_with, str(path))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{where}: damaged ({reason}); {_HOW}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write a `.safetensors` file, complete or not at all; an existing one is never replaced.
+
+        Raises:
+            ConfigError: there is such a file, or its name ends otherwise.
+        """
+        target = check_new(path)
+        has_negatives, words = self.words.has_negatives, self.words
+        described = zip(words.row_classes, words.row_words, words.rows, strict=True)
+        entry = {
+            "version": VERSION,
+            "classes": words.names,
+            "rows": [
+                {"class": _index(number, has_negatives), "word": word, "sentences": sentences}
+                for number, word, sentences in described
+            ],
+            "templates": self.templates,
+            "made_with": self.made_with,
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            save_file({"rows": self.rows.contiguous()}, temporary, {KEY: json.dumps(entry)})
+        return target
+
+    def select(self, names: Sequence[str]) -> ClassEmbeddings:
+        """Only these classes, in this order; negative words stay.
+
+        Raises:
+            ConfigError: no name, one that is not there, or one twice.
+        """
+        known, first = self.words.names, int(self.words.has_negatives)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names or len(set(names)) < len(names):
+            wrong = f"{unknown[0]!r} is not in it" if unknown else "give each name once"
+            raise ConfigError(f"classes={self.origin}: {wrong}; its classes are {', '.join(known)}")
+        order = [0] * first + [first + known.index(name) for name in names]
+        kept = [(new, row) for new, old in enumerate(order) for row in self._rows_of(old)]
+        chosen = [row for _, row in kept]
+        words = Words(
+            tuple(names),
+            tuple(self.words.rows[row] for row in chosen),
+            tuple(new for new, _ in kept),
+            self.words.has_negatives,
+            tuple(self.words.row_words[row] for row in chosen),
+        )
+        return ClassEmbeddings(
+            words, self.rows[chosen], self.templates, self.made_with, self.origin
+        )
+
+    def _rows_of(self, number: int) -> list[int]:
+        return [row for row, one in enumerate(self.words.row_classes) if one == number]
+
+    def check(
+        self,
+        vision: Mapping[str, Any],
+        text: Mapping[str, Any] | None,
+        projection: Projection,
+    ) -> None:
+        """Refuse a model whose text rows these are not.
+
+        Args:
+            vision: spec of the model's vision encoder.
+            text: spec of its text encoder, which need not exist; None if the checkpoint names none.
+            projection: ψ.
+
+        Raises:
+            CheckpointError: another projection or other encoders.
+        """
+        wrong = ""
+        for part, spec in (("vision", vision), ("text", text)):
+            theirs = self.made_with[part]["spec"]
+            if spec is not None and _identity(theirs) != _identity(spec):
+                wrong = f"{part} encoder ({theirs.get('name')}, not {spec.get('name')})"
+        if not wrong and self.made_with["projection"] != _of_projection(projection):
+            wrong = "projection"
+        if wrong:
+            raise CheckpointError(
+                f"classes={self.origin}: made with another {wrong} than this checkpoint has; embed "
+                "the classes again with it"
+            )
+
+
+Classes: TypeAlias = ClassWords | ClassEmbeddings | str | Path
+_PARTS = ("vision", "text", "projection")
+
+
+def is_file(classes: object) -> TypeGuard[str | Path]:
+    """Whether it names a file of class embeddings."""
+    return isinstance(classes, (str, Path)) and Path(classes).suffix.lower() == SUFFIX
+
+
+def check_new(path: str | Path) -> Path:
+    """Where class embeddings may be written.
+
+    Raises:
+        ConfigError: there is such a file, or its name ends otherwise.
+    """
+    target = Path(path).expanduser()
+    if target.suffix != SUFFIX:
+        raise ConfigError(f"output={path}: the name must end in {SUFFIX}")
+    if target.exists():
+        raise ConfigError(f"output={path}: is there already; use another name or remove it")
+    return target
+
+
+def describe_model(
+    vision: Mapping[str, Any], text: Mapping[str, Any], projection: Projection
+) -> dict[str, Any]:
+    """What `made_with` says; `vision` and `text` are what the encoders' `describe` gives."""
+    encoders = {"vision": vision, "text": text}
+    kept = ("spec", "weights_sha256")
+    described = {part: {key: told[key] for key in kept} for part, told in encoders.items()}
+    return described | {"projection": _of_projection(projection)}
+
+
+def _of_projection(projection: Projection) -> dict[str, Any]:
+    spec = json.loads(json.dumps(describe_projection(projection)))  # as a file gives it back
+    return {"spec": spec, "weights_sha256": state_dict_digest(projection)}
+
+
+def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in spec.items() if key not in _IRRELEVANT}
+    return kept | {TARGET: current(str(spec.get(TARGET)))}
+
+
+def _index(number: int, has_negatives: bool) -> int | None:
+    """A row's class as the file counts: names only, null for what is none of them."""
+    return None if has_negatives and number == 0 else number - int(has_negatives)
+
+
+def _read_words(content: Mapping[str, Any]) -> Words:
+    names = tuple(content["classes"])
+    entries = content["rows"]
+    has_negatives = any(entry["class"] is None for entry in entries)
+    shift = int(has_negatives)
+    numbers = tuple(0 if e["class"] is None else e["class"] + shift for e in entries)
+    if not names or sorted(set(numbers)) != list(range(len(names) + shift)):
+        raise ValueError("rows and classes do not belong together")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("a class has no name")
+    rows = tuple(tuple(map(str, entry["sentences"])) for entry in entries)
+    return Words(names, rows, numbers, has_negatives, tuple(str(e["word"]) for e in entries))
+
+
+def _check_rows(rows: Tensor, words: Words) -> None:
+    if rows.ndim != 2 or rows.dtype != torch.float32 or len(rows) != len(words.rows):
+        raise ValueError(
+            f"rows {list(rows.shape)} {rows.dtype} instead of {len(words.rows)} of float32"
+        )
+    if not ((rows.norm(dim=1) - 1).abs() < 1e-3).all():
+        raise ValueError("rows that are not of unit length")

@@ -1,0 +1,175 @@
+"""The text side of the model: an encoder that is built when it is first needed, ψ, class rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from talk2dino.alignment.inputs import embed_prompts, embed_texts
+from talk2dino.alignment.projection import Projection
+from talk2dino.encoders.build import build_text, check_spec
+from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model
+from talk2dino.inference.vocabulary import Sentences, TextCache, Words, read_words
+
+EncoderT = TypeVar("EncoderT")
+
+
+class TextSide(nn.Module):
+    """What `Talk2DINO` does with words; it adds the pictures.
+
+    Args:
+        vision: vision encoder, which class embeddings name.
+        text: text encoder, the spec of one, or None for class embeddings only.
+        projection: ψ.
+
+    Raises:
+        CheckpointError: the projection's widths are not those of the encoders, or a spec of
+            another class than this package's own encoders.
+    """
+
+    def __init__(
+        self,
+        vision: TimmVisionEncoder,
+        text: TextEncoder | Mapping[str, Any] | None,
+        projection: Projection,
+    ) -> None:
+        super().__init__()
+        self.vision = fitting("vision", vision, projection.vision_dim)
+        self.source: Path | None = None  # the file that from_pretrained read
+        self._text: TextEncoder | None = None
+        self._text_spec: Mapping[str, Any] | None = None
+        if isinstance(text, Mapping):
+            check_spec(text, "text")
+            self._text_spec = text
+        elif text is not None:
+            self._text = fitting("text", text, projection.text_dim)
+        self.projection = projection.eval()
+        self._cache = TextCache()
+        self._turn = RLock()  # hooks that read the attention belong to one forward pass at a time
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder, built now if it was not yet.
+
+        Raises:
+            EncoderError: its weights or its package are not available.
+            CheckpointError: its width is not the projection's, or the checkpoint names none.
+        """
+        with self._turn:
+            if self._text is None:
+                if self._text_spec is None:
+                    raise CheckpointError(
+                        f"checkpoint={self.source}: does not name its text encoder; say it with "
+                        "text=…"
+                    )
+                built: Any = build_text(self._text_spec)
+                self._text = fitting("text", built.to(self.device), self.projection.text_dim)
+            return self._text
+
+    @property
+    def text_spec(self) -> Mapping[str, Any] | None:
+        """The config node of the text encoder, which is not built for it; None if none is named."""
+        if self._text_spec is None and self._text is not None:
+            self._text_spec = dict(self._text.describe()["spec"])
+        return self._text_spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.projection.parameters()).device
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """ψ of texts, `[N, D]` float32, not normalized; a single text is a list of one."""
+        texts = [texts] if isinstance(texts, str) else texts
+        with self._turn:
+            embeddings = embed_texts(texts, self.text, self.projection)
+        return self.projection.project_embedding(embeddings)
+
+    def embed_classes(
+        self,
+        classes: Classes,
+        templates: str | Sequence[str] | None = None,
+        *,
+        negatives: Sequence[str] = (),
+        prompts: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> ClassEmbeddings:
+        """Classes with their vectors: `segment` takes them, or the file that their `save` writes.
+
+        Arguments and errors as `Talk2DINO.segment`; given class embeddings come back checked.
+        """
+        given = ClassEmbeddings.of(classes)
+        if given is None:
+            words, rows = self._rows(classes, templates, negatives, prompts)
+            with self._turn:
+                texts = self.text.describe()
+            made_with = describe_model(self.vision.describe(), texts, self.projection)
+            used = templates or self.text.templates
+            used = used if isinstance(used, str) else list(used)
+            return ClassEmbeddings(words, rows.cpu(), used, made_with)
+        if templates or negatives or prompts:
+            raise ConfigError(
+                f"classes={given.origin}: holds embeddings, so templates, negatives and prompts "
+                "are settled; leave them out, or embed the classes with them"
+            )
+        given.check(self.vision.spec, self.text_spec, self.projection)
+        return given
+
+    def _rows(
+        self,
+        classes: Classes,
+        templates: str | Sequence[str] | None,
+        negatives: Sequence[str],
+        prompts: Mapping[str, str | Sequence[str]] | None,
+    ) -> tuple[Words, Tensor]:
+        """Words and their unit rows `[N, D]`, given as class embeddings or computed where new."""
+        given = ClassEmbeddings.of(classes)
+        if given is not None:
+            kept = self.embed_classes(given, templates, negatives=negatives, prompts=prompts)
+            return kept.words, kept.rows.to(self.device)
+        named: Any = classes
+        words = read_words(named, negatives, prompts, templates or self.text.templates)
+        return words, self._embed(words.rows)
+
+    def _embed(self, rows: Sequence[Sentences]) -> Tensor:
+        """`[N, D]` unit rows; those of earlier calls are not computed again."""
+
+        def compute(new: Sequence[Sentences]) -> Tensor:
+            with self._turn:
+                return embed_prompts(new, self.text, self.projection)
+
+        return self._cache.get(rows, _state(self.projection), compute)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a lock cannot travel."""
+        return {key: value for key, value in self.__dict__.items() if key != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._turn = RLock()
+
+
+def fitting(key: str, encoder: EncoderT, wanted: int) -> EncoderT:
+    """The encoder, if its width is that of the projection."""
+    width = getattr(encoder, "embed_dim", None)
+    if width != wanted:
+        raise CheckpointError(
+            f"the checkpoint was trained for a {key} encoder of width {wanted}, but "
+            f"{getattr(encoder, 'name', key)} has {width}; choose its encoder with {key}=…"
+        )
+    return encoder
+
+
+def _state(projection: Projection) -> tuple[object, ...]:
+    """Changes when the projection moves to another device or its weights are written to."""
+    parameters = list(projection.parameters())
+    versions = (0 if p.is_inference() else p._version for p in parameters)
+    return (parameters[0].device, *versions)
