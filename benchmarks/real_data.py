@@ -6,6 +6,7 @@ class on its own patches against all other labelled patches). Extraction is kept
 
     python benchmarks/real_data.py
     python benchmarks/real_data.py --recipes dense 'dense@similarity.temperature=0.05'
+    python benchmarks/real_data.py --recipes dense --onnx    # exported, float32 beside 8 bits
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from scipy.stats import rankdata
 
 from talk2dino import Talk2DINO
 from talk2dino.alignment.inputs import embed_classes
+from talk2dino.datasets.benchmarks.base import present_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric
 
 BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}
 VOC = (
@@ -124,12 +127,21 @@ def patches_with_labels(
     patch, tokens, labels = model.vision.patch_size, [], []
     for index in range(len(benchmark)):
         sample = benchmark.sample(index)
-        image = F.interpolate(sample.image[None].float() / 255, (side, side), mode="bilinear")
+        image = squashed(sample.image, side)
         tokens.append(F.normalize(model.vision(image).patch_tokens[0], dim=-1))
         mask = F.interpolate(sample.target[None, None].float(), (side, side), mode="nearest")[0, 0]
         cells = mask.unfold(0, patch, patch).unfold(1, patch, patch).flatten(2)
         labels.append(cells.mode(dim=-1).values.flatten().long())
     return torch.cat(tokens), torch.cat(labels)
+
+
+def coco100(args: argparse.Namespace, classes: Path) -> FolderBenchmark:
+    return FolderBenchmark(
+        name="coco100",
+        images=str(args.data / "coco100" / "images"),
+        masks=str(args.data / "coco100" / "masks"),
+        classes=str(classes),
+    )
 
 
 def patch_auc(scores: np.ndarray, labels: np.ndarray, ignore: int) -> dict[int, float]:
@@ -145,10 +157,14 @@ def patch_auc(scores: np.ndarray, labels: np.ndarray, ignore: int) -> dict[int, 
     return result
 
 
+def run_folder(args: argparse.Namespace, recipe: str) -> Path:
+    name = recipe.replace("@", "-").replace("/", "_").replace(",", "_").replace("=", "_")
+    return Path(args.out / name)
+
+
 def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -> dict[str, Any]:
     base, _, overrides = recipe.partition("@")
-    folder = args.out / recipe.replace("@", "-").replace("/", "_").replace(",", "_")
-    folder = folder.with_name(folder.name.replace("=", "_"))
+    folder = run_folder(args, recipe)
     seconds = run(
         "train",
         *BASE[base],
@@ -163,12 +179,7 @@ def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -
     )
     validation = json.loads((folder / "metrics.json").read_text())["validation"][-1]
     model = Talk2DINO.from_pretrained(folder, device="cpu")
-    benchmark = FolderBenchmark(
-        name="coco100",
-        images=str(args.data / "coco100" / "images"),
-        masks=str(args.data / "coco100" / "masks"),
-        classes=str(classes),
-    )
+    benchmark = coco100(args, classes)
     if "patches" not in cache:
         cache["patches"] = patches_with_labels(benchmark, model)
     tokens, labels = cache["patches"]
@@ -191,6 +202,48 @@ def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -
     return figures
 
 
+def squashed(image: torch.Tensor, side: int) -> torch.Tensor:
+    """`[3, H, W]` uint8 to `[1, 3, side, side]` in 0..1."""
+    return F.interpolate(image[None].float() / 255, (side, side), mode="bilinear")
+
+
+def measure_onnx(args: argparse.Namespace, folder: Path, classes: Path) -> Table:
+    """Export, and segment each photograph as one window: mIoU, seconds (interleaved), megabytes."""
+    import onnxruntime
+
+    out = folder / "onnx"
+    given = [f"checkpoint={folder}", f"classes={classes.resolve()}", f"output={out}", "int8=true"]
+    run("export", *given, f"hydra.run.dir={folder / 'export'}")
+    benchmark = coco100(args, classes)
+    count, options = len(benchmark.class_list.names), onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    files = [out / "segmenter.onnx", out / "segmenter-int8.onnx"]
+    networks = [onnxruntime.InferenceSession(str(file), options) for file in files]
+    side = int(networks[0].get_modelmeta().custom_metadata_map["window"])
+    seconds: list[list[float]] = [[], []]
+    metrics = [{v: mean_iou_metric(count) for v in ("full", "present")} for _ in files]
+    for index in range(len(benchmark)):
+        sample = benchmark.sample(index)
+        pixels = squashed(sample.image, side).numpy()
+        absent = torch.ones(count, dtype=torch.bool)
+        absent[present_classes(sample.target, benchmark.ignore_index)] = False
+        for network, times, counted in zip(networks, seconds, metrics, strict=True):
+            start = time.perf_counter()
+            scores = torch.from_numpy(network.run(None, {"image": pixels})[0])
+            times.append(time.perf_counter() - start)
+            for vocabulary, metric in counted.items():
+                hidden = absent if vocabulary == "present" else ~absent & absent
+                best = scores.masked_fill(hidden[:, None, None], -1).argmax(1, keepdim=True)
+                labels = F.interpolate(best.float(), sample.target.shape, mode="nearest-exact")
+                metric.update(labels[0].long(), sample.target[None])
+    table = Table("file", "mIoU full", "mIoU present", "s per image", "MB", title=folder.name)
+    for file, times, counted in zip(files, seconds, metrics, strict=True):
+        scored = [f"{100 * mean_iou(metric.confmat):.2f}" for metric in counted.values()]
+        size = file.stat().st_size / 1e6
+        table.add_row(file.name, *scored, f"{np.median(times):.3f}", f"{size:.0f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(__file__).parents[2] / "shared" / "realdata"
@@ -207,6 +260,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first images of each split")
     parser.add_argument("--precision", default="bf16", help="of extraction: 32 or bf16")
     parser.add_argument("--no-miou", action="store_true", help="skip the two segmentations")
+    parser.add_argument("--onnx", action="store_true", help="also compare the exported files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.data / "flickr8k").is_dir():
@@ -228,7 +282,8 @@ def main() -> None:
         table.add_row(
             recipe, *(f"{v:.3f}" if "AUC" in k else f"{v:.1f}" for k, v in figures.items())
         )
-    Console(width=140).print(table)
+    tables = [measure_onnx(args, run_folder(args, r), classes) for r in args.recipes if args.onnx]
+    Console(width=140).print(table, *tables)
 
 
 if __name__ == "__main__":

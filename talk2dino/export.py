@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from talk2dino.config import command
@@ -12,13 +14,9 @@ from talk2dino.config.command import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.onnx_export import (
-    ExportedFile,
-    export_dense,
-    export_projection,
-    require_packages,
-    sorted_rows,
-)
+from talk2dino.inference.onnx_export import export_dense, export_projection, sorted_rows
+from talk2dino.inference.onnx_files import ExportedFile, require_packages
+from talk2dino.inference.onnx_text import export_text
 
 
 def require_all(config: DictConfig) -> None:
@@ -29,42 +27,50 @@ def require_all(config: DictConfig) -> None:
         EncoderError: packages of the extra `export` are absent.
     """
     require(config, "checkpoint")
-    if Path(config.output).suffix == ".onnx" and config.classes is None:
+    if Path(config.output).suffix == ".onnx" and (config.classes is None or config.text_tower):
         raise ConfigError(
             f"output={config.output}: a single file is the dense path, which needs "
-            "classes='[cat,sofa]'; for the projection alone name a folder"
+            "classes='[cat,sofa]'; for the projection or the text tower name a folder"
         )
     require_packages()
 
 
 def export(config: DictConfig) -> None:
-    """Write `projection.onnx`, and `segmenter.onnx` if classes are given, and compare them."""
+    """Write what is asked for, each file compared with PyTorch.
+
+    `projection.onnx`, `segmenter.onnx` if classes are given, and with `text_tower` `text.onnx`,
+    `tokenizer.json` and `open_vocabulary.onnx`, a segmenter that takes class embeddings.
+    """
     output = Path(config.output).expanduser()
     single = output.suffix == ".onnx"
     classes = class_words(config.classes) if config.classes is not None else None
     command.require_output_folder(output.parent if single else output, "output")
     model = load_model(config, "cpu", classes)
-    facts = _facts(model)
+    facts, psi = _facts(model), model.projection
+    dense = partial(
+        export_dense,
+        vision=model.vision,
+        projection=psi,
+        size=config.image_size,
+        full_size=config.upsample,
+        tolerance=config.tolerance,
+        int8_tolerance=config.int8_tolerance if config.int8 else None,
+    )
     if not single:
-        path = output / "projection.onnx"
-        _say(export_projection(path, model.projection, facts, config.tolerance))
+        _say(export_projection(output / "projection.onnx", psi, facts, config.tolerance))
     if classes is not None:
         vocabulary = model.open_vocabulary(classes, templates=config.templates)
         words = vocabulary.words
         rows, row_classes = sorted_rows(vocabulary.rows, words.row_classes)
-        background = [BACKGROUND] if words.has_negatives else []
-        done = export_dense(
-            output if single else output / "segmenter.onnx",
-            model.vision,
-            model.projection,
-            rows,
-            row_classes,
-            {**facts, "class_names": background + list(words.names)},
-            size=config.image_size,
-            full_size=config.upsample,
-            tolerance=config.tolerance,
-        )
-        _say(done)
+        names = [BACKGROUND, *words.names] if words.has_negatives else list(words.names)
+        path = output if single else output / "segmenter.onnx"
+        named = {**facts, "class_names": names}
+        _say(*dense(path, rows=rows, row_classes=row_classes, metadata=named))
+    if config.text_tower:
+        _say(export_text(output, model.text, psi, facts, config.tolerance))
+        rows = model.embed_classes(["cat", "sofa", "grass"]).rows  # an example
+        path, numbers = output / "open_vocabulary.onnx", torch.arange(len(rows))
+        _say(*dense(path, rows=rows, row_classes=numbers, metadata=facts, open_vocabulary=True))
 
 
 def _facts(model: Talk2DINO) -> dict[str, Any]:
@@ -78,9 +84,10 @@ def _facts(model: Talk2DINO) -> dict[str, Any]:
     }
 
 
-def _say(done: ExportedFile) -> None:
-    size = done.path.stat().st_size / 1e6
-    print(f"{done.path}: {size:.1f} MB, deviates from PyTorch by {done.deviation:.1e} at most")
+def _say(*written: ExportedFile) -> None:
+    for done in written:
+        size = done.path.stat().st_size / 1e6
+        print(f"{done.path}: {size:.1f} MB, deviates from PyTorch by {done.deviation:.1e} at most")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,9 @@ class ExportConfig:
     image_size: int
     upsample: bool
     tolerance: float
+    text_tower: bool
+    int8: bool
+    int8_tolerance: float
 
 
 @dataclass(kw_only=True)
