@@ -225,15 +225,15 @@ def measure_onnx(args: argparse.Namespace, folder: Path, classes: Path) -> Table
     for index in range(len(benchmark)):
         sample = benchmark.sample(index)
         pixels = squashed(sample.image, side).numpy()
-        absent = torch.ones(count, dtype=torch.bool)
-        absent[present_classes(sample.target, benchmark.ignore_index)] = False
+        hidden = {"full": torch.zeros(count).bool(), "present": torch.ones(count).bool()}
+        hidden["present"][present_classes(sample.target, benchmark.ignore_index)] = False
         for network, times, counted in zip(networks, seconds, metrics, strict=True):
             start = time.perf_counter()
             scores = torch.from_numpy(network.run(None, {"image": pixels})[0])
             times.append(time.perf_counter() - start)
             for vocabulary, metric in counted.items():
-                hidden = absent if vocabulary == "present" else ~absent & absent
-                best = scores.masked_fill(hidden[:, None, None], -1).argmax(1, keepdim=True)
+                offered = scores.masked_fill(hidden[vocabulary][:, None, None], -1)
+                best = offered.argmax(1, keepdim=True)
                 labels = F.interpolate(best.float(), sample.target.shape, mode="nearest-exact")
                 metric.update(labels[0].long(), sample.target[None])
     table = Table("file", "mIoU full", "mIoU present", "s per image", "MB", title=folder.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from talk2dino import Talk2DINO
+from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
+from talk2dino.encoders.text import BertTextEncoder, OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, EncoderError
-from talk2dino.inference import onnx_export
+from talk2dino.inference import onnx_files
 from talk2dino.inference.onnx_export import DensePath, export_dense, export_projection, sorted_rows
+from talk2dino.inference.onnx_text import export_text
 from talk2dino.segmentation.segmenter import Segmenter
-from tests.helpers.pipeline import fails, need, run
+from tests.helpers.pipeline import BUNDLED, fails, need, run
 from tests.helpers.windows import window_scores
 
 
@@ -29,22 +33,32 @@ def open_onnx(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def test_a_run_becomes_two_files(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_becomes_files(
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The command, its metadata, and scores of a picture it did not check itself with."""
+    """The command, its metadata, and scores of a picture it did not check itself with.
+
+    The classes come as a file, so no text encoder is needed.
+    """
     need("onnx", "onnxscript", "onnxruntime")
-    run(
-        "export",
-        f"checkpoint={trained_run}",
-        "classes=[cat,[sofa,couch],grass]",
-        f"output={tmp_path / 'onnx'}",
-        "image_size=56",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    )
-    printed = capsys.readouterr().out
-    assert printed.count("deviates from PyTorch by") == 2
     model = Talk2DINO.from_pretrained(trained_run, device="cpu")
+    named = model.embed_classes(["cat", ["sofa", "couch"], "grass"])
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentence_transformers", None)
+        run(
+            "export",
+            f"checkpoint={trained_run}",
+            f"classes={named.save(tmp_path / 'classes.safetensors')}",
+            f"output={tmp_path / 'onnx'}",
+            "image_size=56",
+            "int8=true",
+            f"hydra.run.dir={tmp_path / 'run'}",
+        )
+    printed = capsys.readouterr().out
+    assert printed.count("deviates from PyTorch by") == 3
     onnx = open_onnx(tmp_path / "onnx" / "segmenter.onnx")
     facts = onnx.get_modelmeta().custom_metadata_map
     assert json.loads(facts["class_names"]) == ["cat", "sofa", "grass"]
@@ -57,11 +71,87 @@ def test_a_run_becomes_two_files(
     want = model.segment(picture, words, short_side=56)
     assert want.classes == ["cat", "sofa", "grass"]
     np.testing.assert_allclose(scores[0], want.scores.numpy(), atol=1e-4)
+    small = open_onnx(tmp_path / "onnx" / "segmenter-int8.onnx")
+    rough = small.run(["scores"], {"image": (picture[None].float() / 255).numpy()})[0]
+    assert 0 < np.abs(rough - scores).max() < 0.05
+    assert small.get_modelmeta().custom_metadata_map == {**facts, "weights": "int8"}
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "onnx").iterdir()}
+    assert set(sizes) == {"projection.onnx", "segmenter.onnx", "segmenter-int8.onnx"}
+    assert sizes["segmenter-int8.onnx"] < 0.3 * sizes["segmenter.onnx"]
     psi = open_onnx(tmp_path / "onnx" / "projection.onnx")
     embedding = model.text.encode(["a cat", "a dog", "grass", "a", "b"])
     rows = psi.run(None, {"embedding": embedding.numpy()})[0]
     want_rows = F.normalize(model.projection.project_text(embedding), dim=-1)
     np.testing.assert_allclose(rows, want_rows.detach().numpy(), atol=1e-4)
+
+
+def embedded(folder: Path, sentences: list[str]) -> Any:
+    """`text.onnx` of a folder with its tokenizer, by onnxruntime and tokenizers alone."""
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(sentences)
+    network = open_onnx(folder / "text.onnx")
+    given = {
+        "input_ids": [e.ids for e in encoded],
+        "attention_mask": [e.attention_mask for e in encoded],
+    }
+    return network.run(None, {i.name: np.array(given[i.name]) for i in network.get_inputs()})[0]
+
+
+WORDS = ["a cat", "a child's toy, 3 of them!", "ein  Café\tin ZÜRICH", "", "dark-brown " * 300]
+
+
+def test_words_to_scores_without_the_model(trained_run: Path, tmp_path: Path) -> None:
+    """The text tower, ψ and a segmenter for any words, one after the other."""
+    need("onnx", "onnxscript", "onnxruntime", "tokenizers")
+    out = tmp_path / "onnx"
+    given = [f"checkpoint={trained_run}", f"output={out}", f"hydra.run.dir={tmp_path / 'run'}"]
+    run("export", *given, "image_size=56", "text_tower=true", "upsample=false")
+    names = ("open_vocabulary.onnx", "projection.onnx", "text.onnx", "tokenizer.json")
+    assert sorted(path.name for path in out.iterdir()) == list(names)
+    model = Talk2DINO.from_pretrained(trained_run, device="cpu")
+    for sentences in (WORDS, WORDS[:1]):
+        got = embedded(out, sentences)
+        np.testing.assert_allclose(got, model.text.encode(sentences).numpy(), atol=1e-5)
+    facts = open_onnx(out / "text.onnx").get_modelmeta().custom_metadata_map
+    prompts = json.loads(facts["prompts"])
+    assert prompts == ["a {}"] and facts["tokenizer"] == "tokenizer.json"
+    words = ["cat", "grass", "brick wall", "sky"]
+    embedding = embedded(out, [prompts[0].replace("{}", word) for word in words])
+    rows = open_onnx(out / "projection.onnx").run(None, {"embedding": embedding})[0]
+    np.testing.assert_allclose(rows, model.embed_classes(words).rows.numpy(), atol=1e-5)
+    picture = torch.rand(1, 3, 56, 56)
+    inputs = {"image": picture.numpy(), "class_embeddings": rows}
+    scores = open_onnx(out / "open_vocabulary.onnx").run(["scores"], inputs)[0]
+    tokens = model.vision(picture).patch_tokens
+    want = (F.normalize(tokens, dim=-1) @ torch.from_numpy(rows).T).sigmoid()
+    want = want.transpose(1, 2).unflatten(2, (4, 4))
+    np.testing.assert_allclose(scores, want.detach().numpy(), atol=1e-4)
+
+
+def test_the_text_tower_of_clip(tmp_path: Path) -> None:
+    need("onnx", "onnxscript", "onnxruntime", "tokenizers")
+    text = OpenClipTextEncoder("ViT-S-32-alt", "random", templates="subset")
+    projection = ProjectionLayer(text.embed_dim, 16)
+    done = export_text(tmp_path, text, projection, {"checkpoint": "x"})
+    assert done.deviation < 1e-4
+    for sentences in (WORDS, WORDS[1:2]):
+        want = text.encode(sentences).numpy()
+        np.testing.assert_allclose(embedded(tmp_path, sentences), want, atol=1e-4)
+    facts = open_onnx(done.path).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["prompts"])[0] == "itap of a {}." and facts["checkpoint"] == "x"
+
+
+def test_text_towers_that_are_not_written(tmp_path: Path) -> None:
+    need(*BUNDLED)
+    bert = BertTextEncoder(weights="bundled", pooling="mean")
+    with pytest.raises(EncoderError, match="BertTextEncoder is none of OpenClipTextEncoder, Sent"):
+        export_text(tmp_path, bert, ProjectionLayer(384, 16), {})
+    text = OpenClipTextEncoder("ViT-S-32-alt", "random")
+    psi = CLIPLastLayer.from_text_encoder(text, 16)
+    with pytest.raises(EncoderError, match="CLIPLastLayer reads second_last_tokens"):
+        export_text(tmp_path, text, psi, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_projection_with_an_image_side_per_patch(tmp_path: Path) -> None:
@@ -71,7 +161,7 @@ def test_a_projection_with_an_image_side_per_patch(tmp_path: Path) -> None:
     projection = DoubleMLP(8, vision.embed_dim).eval()
     rows, classes = sorted_rows(F.normalize(torch.randn(4, vision.embed_dim), dim=-1), [1, 0, 1, 2])
     assert classes.tolist() == [0, 1, 1, 2]
-    done = export_dense(
+    (done,) = export_dense(
         tmp_path / "x.onnx", vision, projection, rows, classes, {}, size=48, full_size=False
     )
     assert done.deviation < 1e-4
@@ -104,8 +194,8 @@ def test_the_exported_module_is_the_segmenter() -> None:
 def test_a_deviation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("onnx", "onnxscript", "onnxruntime")
     projection = ProjectionLayer(8, 16).eval()
-    true = onnx_export._run
-    monkeypatch.setattr(onnx_export, "_run", lambda *given: true(*given) + 0.01)
+    true = onnx_files.run_file
+    monkeypatch.setattr(onnx_files, "run_file", lambda *given: true(*given) + 0.01)
     with pytest.raises(ConfigError, match=r"x\.onnx is 1.0e-02 away from PyTorch"):
         export_projection(tmp_path / "x.onnx", projection, {})
     assert list(tmp_path.iterdir()) == []
@@ -130,9 +220,11 @@ def test_errors_are_one_line(
     assert "make quickstart" in fails(capfd, "export", there)
     said = fails(capfd, "export", there, "checkpoint=x", "output=x.onnx")
     assert "a single file is the dense path, which needs classes=" in said
+    given = ["checkpoint=x", "output=x.onnx", "classes=[cat]", "text_tower=true"]
+    assert "the text tower name a folder" in fails(capfd, "export", there, *given)
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name)
     )
     with pytest.raises(EncoderError, match=r"needs onnxscript; install .* 'talk2dino\[export\]'"):
-        onnx_export.require_packages()
+        onnx_files.require_packages()

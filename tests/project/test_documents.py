@@ -114,6 +114,16 @@ def test_blocks_run_on_the_hub(
             run_here(line)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", chosen("torchless", "python"))
+def test_python_block_runs_without_torch(block: Block, quickstart: Path) -> None:
+    """What exported files need: neither PyTorch nor this package can be imported."""
+    absent = "import sys\nsys.modules.update(dict.fromkeys(('torch', 'talk2dino')))\n"
+    command = [sys.executable, "-c", absent + block.code]
+    done = subprocess.run(command, cwd=quickstart.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("block", chosen("compose", "bash"))
 def test_command_composes(block: Block) -> None:
     register_schemas()
@@ -147,7 +157,7 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 def test_every_block_has_a_mode() -> None:
     """A block without a mode may hold nothing but `make`, which CI itself runs."""
     for block in blocks():
-        if block.mode not in ("run", "compose", "hub"):
+        if block.mode not in ("run", "torchless", "compose", "hub"):
             for line in filter(None, block.code.splitlines()):
                 known = ("make ", "python benchmarks/")
                 assert line.startswith(known), f"{block.where}: nobody runs `{line}`"
