@@ -110,7 +110,8 @@ def answer(
         return replace(view, request=request, result=result.with_threshold(request.threshold))
     threshold = request.threshold if request.background else None
     classes = request.classes
-    wanted = kept.select(list(classes)) if kept else classes
+    every = [word for words in classes.values() for word in words]
+    wanted = kept.select(every) if kept else classes
     result = model.segment(view.picture, wanted, threshold, request.pamr)
     return replace(view, request=request, result=result)
 

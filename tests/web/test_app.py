@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from talk2dino.datasets.mosaic import MosaicScenes
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import Request, answer, open_picture, python_call, scores_at
 from tests.helpers.pipeline import fails, need
@@ -143,6 +144,27 @@ def test_only_what_changed_is_computed(
     compile(call, "call", "exec")
     assert scores_at(moved.result, 0, 0)[0] == ["background", "0.750"]
     assert scores_at(moved.result, 500, 0) == []
+
+
+def test_names_of_kept_class_embeddings(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
+    """A visitor chooses among the file's names; the Python call gives the same labels."""
+    made = model.embed_classes(["cat", ["grass", "lawn"], "sky"], negatives=["soil"])
+    kept = ClassEmbeddings.load(made.save(tmp_path / "classes.safetensors"))
+    view = open_picture(model, photo, SHORT_SIDE)
+    request = Request("grass, cat", True, 0.5)
+    done = answer(model, view, request, kept)
+    want = model.segment(view.picture, [["grass", "lawn"], "cat"], 0.5, True, negatives=["soil"])
+    assert done.result is not None and done.result.classes == want.classes
+    assert (done.result.labels == want.labels).all()
+    call = python_call("run", done, kept=kept).splitlines()
+    assert call[0] == "from talk2dino import ClassEmbeddings, Talk2DINO"
+    wanted = (
+        f"ClassEmbeddings.load({str(tmp_path / 'classes.safetensors')!r}).select(['grass', 'cat'])"
+    )
+    assert wanted in call[3]
+    for words in ("dog", "cat; kitten"):
+        with pytest.raises(ConfigError, match="is not in it; its classes are cat, grass, sky"):
+            answer(model, view, Request(words), kept)
 
 
 @pytest.mark.parametrize("words", ["", " , ", "cat, cat"])
