@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,7 +15,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import export_dense, export_projection, sorted_rows
 from talk2dino.inference.onnx_files import ExportedFile, require_packages
-from talk2dino.inference.onnx_text import export_text
+from talk2dino.inference.onnx_text import check_text, export_text
 
 
 def require_all(config: DictConfig) -> None:
@@ -46,7 +45,10 @@ def export(config: DictConfig) -> None:
     classes = class_words(config.classes) if config.classes is not None else None
     command.require_output_folder(output.parent if single else output, "output")
     model = load_model(config, "cpu", classes)
-    facts, psi = _facts(model), model.projection
+    psi = model.projection
+    if config.text_tower:
+        check_text(model.text, psi)
+    facts = _facts(model, config.templates)
     dense = partial(
         export_dense,
         vision=model.vision,
@@ -67,19 +69,19 @@ def export(config: DictConfig) -> None:
         named = {**facts, "class_names": names}
         _say(*dense(path, rows=rows, row_classes=row_classes, metadata=named))
     if config.text_tower:
-        _say(export_text(output, model.text, psi, facts, config.tolerance))
-        rows = model.embed_classes(["cat", "sofa", "grass"]).rows  # an example
+        _say(export_text(output, model.text, facts["templates"], facts, config.tolerance))
+        rows = model.open_vocabulary(["cat", "sofa", "grass"]).rows  # an example
         path, numbers = output / "open_vocabulary.onnx", torch.arange(len(rows))
         _say(*dense(path, rows=rows, row_classes=numbers, metadata=facts, open_vocabulary=True))
 
 
-def _facts(model: Talk2DINO) -> dict[str, Any]:
+def _facts(model: Talk2DINO, templates: str | None) -> dict[str, str]:
     """What a file says of the model it came from."""
     text = model.text_spec or {}  # nothing, if the checkpoint names no text encoder
     return {
         "vision": model.vision.name,
         "text": str(text.get("name", "")),
-        "templates": str(text.get("templates", "")),
+        "templates": templates or str(text.get("templates", "")),
         "checkpoint": model.source.name if model.source else "",
     }
 

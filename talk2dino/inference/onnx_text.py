@@ -50,25 +50,12 @@ class SentenceGraph(nn.Module):
         return embedding
 
 
-def export_text(
-    folder: Path,
-    text: TextEncoder,
-    projection: Projection,
-    metadata: Mapping[str, Any],
-    tolerance: float = 1e-4,
-) -> ExportedFile:
-    """Write `text.onnx` and `tokenizer.json`: sentences to what `text.encode` gives.
-
-    Args:
-        folder: of both files.
-        text: encoder.
-        projection: takes the embedding.
-        metadata: JSON values for the file's `metadata_props`, besides those of the encoder.
-        tolerance: largest difference from PyTorch that is accepted.
+def check_text(text: TextEncoder, projection: Projection) -> None:
+    """Refuse what `export_text` cannot write, before anything is written.
 
     Raises:
-        EncoderError: packages are absent, or this encoder cannot be exported.
-        ConfigError: too many weights, or a deviation beyond the tolerance.
+        EncoderError: another encoder, or a projection that reads more than its pooled embedding.
+        ConfigError: too many weights.
     """
     if type(text) not in _PARTS:
         known = ", ".join(kind.__name__ for kind in _PARTS)
@@ -79,13 +66,35 @@ def export_text(
             "the graph gives the pooled embedding"
         )
     check_weights("text", text)  # type: ignore[arg-type]  # those of the table are modules
+
+
+def export_text(
+    folder: Path,
+    text: TextEncoder,
+    template_set: str,
+    metadata: Mapping[str, Any],
+    tolerance: float = 1e-4,
+) -> ExportedFile:
+    """Write `text.onnx` and `tokenizer.json`: sentences to what `text.encode` gives.
+
+    Args:
+        folder: of both files.
+        text: encoder that `check_text` takes.
+        template_set: name of the prompt templates, whose sentences the metadata lists.
+        metadata: JSON values for the file's `metadata_props`, besides those of the encoder.
+        tolerance: largest difference from PyTorch that is accepted.
+
+    Raises:
+        EncoderError: packages are absent, or this encoder cannot be exported.
+        ConfigError: a deviation beyond the tolerance.
+    """
     module, tokenizer, free = _PARTS[type(text)](text)
     encoded = tokenizer.encode_batch(list(SENTENCES))
     ids = torch.tensor([one.ids for one in encoded])
     masks = torch.tensor([one.attention_mask for one in encoded])
     inputs = {"input_ids": ids, "attention_mask": masks}
     inputs = {name: inputs[name] for name in free}
-    patterns = [template("{}") for template in templates(text.templates)]
+    patterns = [template("{}") for template in templates(template_set)]
     facts = {
         "tokenizer": "tokenizer.json",
         "prompts": patterns,  # means over these are what ψ takes
