@@ -213,18 +213,17 @@ def measure_onnx(args: argparse.Namespace, folder: Path, classes: Path) -> Table
 
     out = folder / "onnx"
     given = [f"checkpoint={folder}", f"classes={classes.resolve()}", f"output={out}", "int8=true"]
-    run("export", *given, f"hydra.run.dir={folder / 'export'}")
+    run("export", *given, f"image_size={args.window}", f"hydra.run.dir={folder / 'export'}")
     benchmark = coco100(args, classes)
     count, options = len(benchmark.class_list.names), onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     files = [out / "segmenter.onnx", out / "segmenter-int8.onnx"]
     networks = [onnxruntime.InferenceSession(str(file), options) for file in files]
-    side = int(networks[0].get_modelmeta().custom_metadata_map["window"])
     seconds: list[list[float]] = [[], []]
     metrics = [{v: mean_iou_metric(count) for v in ("full", "present")} for _ in files]
     for index in range(len(benchmark)):
         sample = benchmark.sample(index)
-        pixels = squashed(sample.image, side).numpy()
+        pixels = squashed(sample.image, args.window).numpy()
         hidden = {"full": torch.zeros(count).bool(), "present": torch.ones(count).bool()}
         hidden["present"][present_classes(sample.target, benchmark.ignore_index)] = False
         for network, times, counted in zip(networks, seconds, metrics, strict=True):
@@ -261,6 +260,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="of extraction: 32 or bf16")
     parser.add_argument("--no-miou", action="store_true", help="skip the two segmentations")
     parser.add_argument("--onnx", action="store_true", help="also compare the exported files")
+    parser.add_argument("--window", type=int, default=448, help="of the exported files, pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.data / "flickr8k").is_dir():
