@@ -18,6 +18,8 @@ from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, require
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
+from talk2dino.files import file_digest
+from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.outputs import Job, plan, refuse_foreign, write
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
@@ -34,6 +36,8 @@ def segment(config: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     settings = deciding(plain, "segment")  # kept with each result, for resume=true
     settings["weights"] = checkpoint_digest(config.checkpoint)
+    if isinstance(classes, ClassEmbeddings):
+        settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
     maps = list(classes) if config.heatmaps else []
     left = [job for job in jobs if not (config.resume and job.done_with(settings, maps))]
     if not config.overwrite:

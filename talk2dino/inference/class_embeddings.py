@@ -15,7 +15,7 @@ A safetensors file holds `rows` `[N, D]` float32, one per word, and as metadata 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
@@ -139,6 +139,10 @@ class ClassEmbeddings:
         with replacing(target) as temporary:
             save_file({"rows": self.rows.contiguous()}, temporary, {KEY: json.dumps(entry)})
         return target
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, as of a mapping of names to words."""
+        return iter(self.words.names)
 
     def select(self, names: Sequence[str]) -> ClassEmbeddings:
         """Only these classes, in this order; negative words stay.

@@ -162,6 +162,9 @@ def test_the_command_and_what_takes_its_file(
     run("segment", *given, *image, f"classes={file}", f"output={tmp_path / 'file.png'}")
     one, other = (tmp_path / f"{name}_labels.png" for name in ("words", "file"))
     assert one.read_bytes() == other.read_bytes()
+    again = [f"classes={file}", f"output={tmp_path / 'file.png'}", "resume=true"]
+    run("segment", *given, *image, *again)
+    assert "1 of 1 pictures were done before" in capfd.readouterr().out
     said = fails(capfd, "segment", *given, *image, f"classes={file}", "negatives=[sky]")
     assert "negatives and prompts are settled" in said
     said = fails(capfd, "segment", *given, *image, f"classes={file}", "text=clip_vitb16")
