@@ -224,6 +224,7 @@ class ExportConfig:
     text_tower: bool
     int8: bool
     int8_tolerance: float
+    overwrite: bool
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.inference.class_embeddings import Classes
-from talk2dino.inference.model_card import write_card
+from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.text_side import TextSide
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
@@ -142,8 +142,10 @@ class Talk2DINO(TextSide):
 
         Raises:
             DataError: a results file that is none.
+            ConfigError: a `README.md` or `config.json` there is somebody else's.
         """
         path = Path(folder) / WEIGHTS
+        refuse_foreign_card(path.parent)
         text = self.text_spec or self.text.describe()["spec"]
         specs = {"vision": self.vision.spec, "text": dict(text)}
         save_projection(self.projection, path, specs)
@@ -310,8 +312,9 @@ class Talk2DINO(TextSide):
         Raises:
             ConfigError: `short_side` is not positive.
         """
-        if short_side is not None and short_side < 1:
-            raise ConfigError(f"short_side={short_side}: give pixels, for instance 448")
+        given: Any = short_side  # whatever a caller without types may give
+        if given is not None and (not hasattr(given, "__index__") or given < 1):
+            raise ConfigError(f"short_side={given!r}: give pixels, for instance 448")
         patch = self.vision.patch_size
         side = max(patch, round((short_side or 448) / patch) * patch)
         return Segmenter(

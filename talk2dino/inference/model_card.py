@@ -5,22 +5,23 @@ This file collects the values; `templates/model_card.md.j2` is the text around t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import talk2dino
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.projection import Projection
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
 from talk2dino.evaluation.settings import flatten
 from talk2dino.files import read_json, replacing, write_json
 from talk2dino.tables import markdown_table, percent
 
+LIBRARY = "talk2dino"
 LICENSE = "other"  # the owner of the weights decides; the card says so
 # what of a run's config says how it was trained, and nothing of the machine it was trained on
 _SETTINGS = {
@@ -57,7 +58,7 @@ def write_card(
         DataError: a results file that is none.
     """
     spec = describe_projection(projection)
-    content = {"library_name": "talk2dino", "talk2dino_version": talk2dino.__version__}
+    content = {"library_name": LIBRARY, "talk2dino_version": talk2dino.__version__}
     write_json(folder / "config.json", {**content, "projection": spec, **encoders})
     run = _run_folder(source)
     beside = [run / RESULTS] if run and (run / RESULTS).is_file() else []
@@ -73,6 +74,27 @@ def write_card(
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def refuse_foreign_card(folder: Path) -> None:
+    """Refuse to replace a `README.md` or `config.json` that `write_card` did not write.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    readers: dict[str, Callable[[Path], Any]] = {
+        "README.md": lambda path: ModelCard.load(path).data.library_name,
+        "config.json": lambda path: read_json(path, dict, "a model's config").get("library_name"),
+    }
+    for name, read in readers.items():
+        try:
+            ours = not (folder / name).exists() or read(folder / name) == LIBRARY
+        except Exception:  # somebody's, of whatever kind
+            ours = False
+        if not ours:
+            raise ConfigError(
+                f"{folder / name}: is there and was not written by talk2dino; use another folder"
+            )
 
 
 def _template() -> Template:
@@ -122,7 +144,7 @@ def _head(name: str, results: Sequence[Mapping[str, Any]]) -> str:
     ]
     data = ModelCardData(
         license=LICENSE,
-        library_name="talk2dino",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         tags=["open-vocabulary-segmentation", "talk2dino", "dinov2", "vision-language"],
         model_name=name if found else None,

@@ -85,6 +85,17 @@ def check_weights(key: str, encoder: nn.Module) -> None:
         )
 
 
+def is_our_file(path: Path) -> bool:
+    """Whether `write_graph` or `write_int8` wrote a file: by the metadata, which no other has."""
+    import onnx
+
+    try:
+        entries = onnx.load(path, load_external_data=False).metadata_props
+    except Exception:  # somebody's, of whatever kind
+        return False
+    return {"vision", "text", "templates", "checkpoint"} <= {entry.key for entry in entries}
+
+
 def write_graph(path: Path, graph: Graph, tolerance: float) -> ExportedFile:
     """Trace, add the metadata, compare with `want`, and only then give the file its name.
 

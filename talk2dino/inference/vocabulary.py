@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def read_words(
 
 def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
     """Names and their synonyms, in order."""
-    if isinstance(classes, str):
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise ConfigError(
             f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
             "class embeddings"
@@ -91,7 +91,7 @@ def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
         pairs = [(name, _words(words)) for name, words in classes.items()]
     else:
         pairs = [(words[0] if words else "", words) for words in map(_words, classes)]
-    if not pairs or not all(name.strip() and words for name, words in pairs):
+    if not pairs or not all(isinstance(n, str) and n.strip() and words for n, words in pairs):
         raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -101,7 +101,8 @@ def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
 
 
 def _words(given: str | Sequence[str]) -> tuple[str, ...]:
-    words = (given,) if isinstance(given, str) else tuple(given)
+    single = isinstance(given, str) or not isinstance(given, Iterable)
+    words: tuple[Any, ...] = (given,) if single else tuple(given)
     for word in words:
         if not isinstance(word, str) or not word.strip():
             raise ConfigError(

@@ -213,6 +213,28 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
             )
 
 
+def test_nothing_of_the_user_is_overwritten(
+    trained_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    need("onnx", "onnxscript", "onnxruntime")
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    given = [f"checkpoint={trained_run}", f"output={folder}", f"hydra.run.dir={tmp_path}"]
+    (folder / "projection.onnx").write_bytes(b"mine")
+    said = fails(capfd, "export", *given)
+    assert "projection.onnx: is there and was not written by talk2dino.export" in said
+    (folder / "tokenizer.json").write_bytes(b"mine")
+    (folder / "projection.onnx").unlink()
+    assert "tokenizer.json: is there" in fails(capfd, "export", *given, "text_tower=true")
+    run("export", *given)
+    run("export", *given)  # its own file
+    before = (folder / "projection.onnx").read_bytes()
+    (folder / "projection.onnx").write_bytes(b"mine")
+    run("export", *given, "overwrite=true")
+    assert (folder / "projection.onnx").read_bytes() == before
+    assert (folder / "tokenizer.json").read_bytes() == b"mine"
+
+
 def test_errors_are_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,12 +159,24 @@ def test_wrong_input_is_one_line(model: Talk2DINO, pixels: torch.Tensor, tmp_pat
         model.encode_image([])
     with pytest.raises(DataError, match="addresses are not opened"):
         model.segment("https://example.org/cat.jpg", ["cat"])
-    for classes in ([], ["cat", " "], {"cat": []}, [["cat", ""]]):
+    for classes in (
+        [],
+        ["cat", " "],
+        {"cat": []},
+        [["cat", ""]],
+        [1, 2],
+        {1: "cat"},
+        ["cat", None],
+    ):
         with pytest.raises(ConfigError, match="classes: the list is empty or has an empty name"):
             model.segment(pixels, classes)
     cases: list[tuple[str, dict[str, Any]]] = [
         ("'cat' is named twice", {"classes": ["cat", "dog", "cat"]}),
         ("give a list of names", {"classes": "cat"}),
+        ("classes=None: give a list of names", {"classes": None}),
+        ("classes=7: give a list of names", {"classes": 7}),
+        ("short_side='56': give pixels", {"classes": ["cat"], "short_side": "56"}),
+        ("short_side=56.5: give pixels", {"classes": ["cat"], "short_side": 56.5}),
         ("has no {} for the name", {"classes": ["cat"], "templates": ["a cat"]}),
         ("templates='poetic' is unknown", {"classes": ["cat"], "templates": "poetic"}),
         ("'dog' is none of the classes", {"classes": ["cat"], "prompts": {"dog": "a dog"}}),

@@ -14,7 +14,7 @@ import yaml
 from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, DataError
+from talk2dino.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.encoders import HashText
 from tests.helpers.hub import COMMIT, Hub
 
@@ -114,3 +114,18 @@ def test_results_that_are_none(model: Talk2DINO, tmp_path: Path) -> None:
             model.save_pretrained(tmp_path / "out", results=results)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"results: miou and pixel_accuracy are .*give numbers"):
         model.save_pretrained(tmp_path / "out", results=[{**RESULT, "miou": "high"}])
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+@pytest.mark.parametrize("content", ["", "# Mine\n", "---\nlibrary_name: timm\n---\n", "{}"])
+def test_a_card_of_somebody_else_stays(
+    model: Talk2DINO, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name}: is there and was not written by talk2dino"):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+    (tmp_path / name).unlink()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # its own
