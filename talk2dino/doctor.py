@@ -20,7 +20,7 @@ from rich.table import Table
 
 import talk2dino
 from talk2dino.config.checks import config_folder
-from talk2dino.encoders.hub import cached_names, find_weights
+from talk2dino.encoders.hub import cache_dir, cached_names, find_weights
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),
@@ -109,7 +109,7 @@ def diagnose() -> Diagnosis:
         for name, modules, extra in TASKS
     ]
     disk = free_disk()
-    problems = [*_wrong_versions(), *trouble, *_full(disk)]
+    problems = [*_wrong_versions(), *trouble, *_full(disk), *_unwritable()]
     for group in ("vision", "text"):
         if not any(one.offline for one in weights if one.group == group):
             problems.append(
@@ -198,20 +198,40 @@ def find_devices() -> tuple[list[str], list[str]]:
     return found, trouble
 
 
-def free_disk() -> dict[str, float]:
-    """Free space in GB where data and caches go, by folder."""
-    cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
-    folders = {
+def _folders() -> dict[str, Path]:
+    """Where data and caches go; of a folder that is not there the nearest one above it."""
+    wanted = {
         "working folder": Path.cwd(),
-        "cache": cache,
+        "cache": Path(os.environ.get("HF_HOME", "~/.cache")).expanduser(),
+        "cache of this package": cache_dir(),
         "temporary": Path(tempfile.gettempdir()),
     }
-    free = {}
-    for name, path in folders.items():
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        free[f"{name} {path}"] = round(shutil.disk_usage(path).free / 1e9, 1)
-    return free
+    return {
+        name: next(part for part in (path, *path.absolute().parents) if part.is_dir())
+        for name, path in wanted.items()
+    }
+
+
+def free_disk() -> dict[str, float]:
+    """Free space in GB where data and caches go, by folder."""
+    return {
+        f"{name} {path}": round(shutil.disk_usage(path).free / 1e9, 1)
+        for name, path in _folders().items()
+    }
+
+
+def _unwritable() -> list[str]:
+    """Folders in which no file can be made, which is tried."""
+    problems = []
+    for name, path in _folders().items():
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            problems.append(
+                f"{name} {path}: cannot be written ({error.strerror}); use another folder, see "
+                "hydra.run.dir=DIR, HF_HOME and TALK2DINO_CACHE"
+            )
+    return problems
 
 
 def _full(disk: dict[str, float]) -> list[str]:

@@ -8,12 +8,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from talk2dino.errors import DataError, StoreError
+from talk2dino.errors import ConfigError, DataError, StoreError
 
 T = TypeVar("T")
 
@@ -80,6 +80,24 @@ def read_json(file: Path, kind: type[T], what: str) -> T:
     if not isinstance(content, kind):
         raise DataError(f"{file}: holds {type(content).__name__}, not {what}")
     return content
+
+
+def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[str]) -> None:
+    """Refuse a run folder in which files of other origin have the names of a run's results.
+
+    Args:
+        folder: where a run is about to write.
+        ours: whether an earlier run of this command has written there.
+        names: of the results.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there and not ours():
+        raise ConfigError(
+            f"{there[0]}: is there and was not written by this command; use another folder"
+        )
 
 
 def create_json(target: Path, data: object) -> bool:

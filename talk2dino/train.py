@@ -24,7 +24,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.sweeps.study import PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
-from talk2dino.training.results import close_loggers
+from talk2dino.training.results import close_loggers, refuse_foreign_files
 from talk2dino.training.resume import (
     AtomicCheckpointIO,
     checkpoint_to_resume,
@@ -39,6 +39,7 @@ def train(config: DictConfig) -> None:
     command.refuse_ddp_in_sweep(config)
     check_sweep(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    refuse_foreign_files(folder)
     L.seed_everything(config.seed, verbose=False)
     store = FeatureStore(config.store)
     module = build_module(config, store)

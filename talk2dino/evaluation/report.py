@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ from talk2dino.evaluation.runs import (
     read_runs,
     summarize,
 )
-from talk2dino.files import read_json, replacing
+from talk2dino.files import read_json, refuse_foreign_run, replacing
 from talk2dino.tables import percent
 
 Counts = npt.NDArray[np.int64]
@@ -206,10 +207,19 @@ def compare(runs: Sequence[Run], folder: Path | None) -> None:
             print(f"{run.folder}: {run.error}")
     if folder is None:
         return
+    names = ("summary.md", "summary.csv", NAME)
+    refuse_foreign_run(folder, lambda: _is_summary(folder / "summary.md"), names)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "summary.md", as_markdown(summary))
     _replace(folder / "summary.csv", as_csv(summary))
     print(f"report: {write_sweep_report(runs, folder)}")
+
+
+def _is_summary(file: Path) -> bool:
+    """Whether `compare` wrote a file: by the first line of its table."""
+    with suppress(OSError, ValueError):
+        return file.read_text(encoding="utf-8").startswith("| mIoU | PAMR |")
+    return False
 
 
 def write_sweep_report(runs: Sequence[Run], folder: Path) -> Path:

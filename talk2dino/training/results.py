@@ -28,12 +28,30 @@ from talk2dino.alignment.inputs import projected_text, projected_visual
 from talk2dino.alignment.module import AlignmentModule, gather_rows
 from talk2dino.alignment.similarity import Similarity, head_choice
 from talk2dino.errors import ConfigError
-from talk2dino.files import replacing, write_json
+from talk2dino.evaluation.runs import read_config
+from talk2dino.files import refuse_foreign_run, replacing, write_json
 from talk2dino.tables import markdown_table
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
 RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
 METRICS = [direction + name for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT) for name in RETRIEVAL]
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Refuse to overwrite what no training wrote; one is known by its `config.yaml`.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    known = {"projection", "similarity", "loss", "optimizer", "store"}
+    refuse_foreign_run(
+        folder,
+        lambda: known <= read_config(folder / "config.yaml").keys(),
+        (
+            *("config.yaml", "projection.safetensors", "metrics.json", "retrieval.md"),
+            *("loss.png", "heads.json", "heads.png", "checkpoints", "logs"),
+        ),
+    )
 
 
 class SaveProjection(L.Callback):

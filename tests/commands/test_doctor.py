@@ -123,3 +123,11 @@ def test_the_doctor_is_not_a_hydra_command() -> None:
     tree = ast.parse((PACKAGE / "doctor.py").read_text())
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert not any(name and name.startswith(("hydra", "omegaconf")) for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_folders_that_cannot_be_written_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALK2DINO_CACHE", "/proc/talk2dino")
+    [problem] = [line for line in diagnose().problems if "cannot be written" in line]
+    assert problem.startswith("cache of this package /proc: cannot be written (")
+    assert "TALK2DINO_CACHE" in problem

@@ -50,6 +50,17 @@ def test_conversion_is_complete_and_cached(cache: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_without_a_writable_cache_it_is_converted_every_time(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    want = hub.dinov2_vits14_weights()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TALK2DINO_CACHE", str(tmp_path / "file" / "cache"))
+    found = hub.dinov2_vits14_weights()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_shapes_and_positions_are_those_of_dinov2(cache: Path) -> None:
     weights = hub.dinov2_vits14_weights()
     assert weights["blocks.0.mlp.fc1.weight"].shape == (1536, 384)

@@ -318,6 +318,15 @@ def test_cache_computes_again_what_it_cannot_read(tmp_path: Path) -> None:
     assert encoder.calls == 1
 
 
+def test_without_a_writable_folder_everything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    inside = Counting("a")
+    cached = CachedTextEncoder(inside, tmp_path / "file" / "text")
+    assert torch.equal(cached.encode(["one", "two"]), cached.encode(["one", "two"]))
+    assert inside.calls == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_cache_is_exact_for_a_real_encoder(tmp_path: Path) -> None:
     cached = CachedTextEncoder(clip(), tmp_path)
     cached.encode(TEXTS)

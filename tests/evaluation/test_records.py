@@ -188,3 +188,20 @@ def test_records_are_exact_and_small(tmp_path: Path) -> None:
         records.claim({"pamr": True})
     records.claim({"pamr": True}, resume=False)
     assert not records.read()
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html", "records/mine.txt"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_files_of_the_user_is_refused(
+    tmp_path: Path, name: str, resume: bool
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="is there and was not written by this command"):
+        Records(tmp_path / "records").claim({"a": 1}, resume)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    (tmp_path / name).unlink()
+    if "/" in name:
+        (tmp_path / "records").rmdir()
+    for again in (True, resume):
+        Records(tmp_path / "records").claim({"a": 1}, again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.metrics import extremes, read_ious, score_image, write_scores
 from talk2dino.evaluation.records import Record
 from talk2dino.evaluation.report import (
+    compare,
     heat_map,
     histogram,
     templates,
@@ -322,3 +324,14 @@ def test_a_sweep_ends_with_one_table(
 
     run("compare", tmp_path / "sweep", tmp_path / "sweep" / "0", "--output", tmp_path / "both")
     assert "12.5" in (tmp_path / "both" / "summary.csv").read_text()
+
+
+def test_a_summary_replaces_only_a_summary(tmp_path: Path) -> None:
+    runs = [dataclasses.replace(a_run("voc", 80.0), results={}, error="stopped")]
+    (tmp_path / "summary.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"summary\.md: is there and was not written"):
+        compare(runs, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.md"]
+    (tmp_path / "summary.md").unlink()
+    compare(runs, tmp_path)
+    compare(runs, tmp_path)

@@ -375,3 +375,14 @@ def test_nothing_to_tell_apart_is_refused(
         capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={tmp_path}", free, change
     )
     assert message in line
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "loss.png", "checkpoints"])
+def test_a_folder_with_files_of_the_user_is_refused(
+    name: str, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("store: mine\n")
+    line = fails(capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={tmp_path}")
+    assert f"{tmp_path / name}: is there and was not written by this command" in line
+    assert [path.name for path in files_of_run(tmp_path)] == [name]
+    assert (tmp_path / name).read_text() == "store: mine\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, StoreError
 from talk2dino.files import replacing
 
 
@@ -159,8 +160,8 @@ class CachedTextEncoder(nn.Module):
 
     A file's name is the digest of the encoder (class, name, weights, pooling) and of the sentences
     in their order, so another encoder or another list of classes never finds a wrong entry. An
-    unreadable file is computed again. The encoder's spec and manifest are those of the encoder
-    inside: a checkpoint does not depend on the cache.
+    unreadable file is computed again, and where none can be written, all are. The encoder's spec
+    and manifest are those of the encoder inside: a checkpoint does not depend on the cache.
 
     Args:
         encoder: does the work.
@@ -182,9 +183,10 @@ class CachedTextEncoder(nn.Module):
         if stored is not None:
             return stored
         embeddings = self.encoder.encode(texts)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as temporary:
-            save_file({"embedding": embeddings.contiguous()}, temporary)
+        with suppress(OSError, StoreError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path, shared=True) as temporary:
+                save_file({"embedding": embeddings.contiguous()}, temporary)
         return embeddings
 
     def describe(self) -> dict[str, Any]:
