@@ -39,7 +39,7 @@ def train(config: DictConfig) -> None:
     command.refuse_ddp_in_sweep(config)
     check_sweep(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    refuse_foreign_files(folder)
+    refuse_foreign_files(folder, config.resume)
     L.seed_everything(config.seed, verbose=False)
     store = FeatureStore(config.store)
     module = build_module(config, store)

@@ -10,6 +10,8 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import talk2dino
 from talk2dino.datasets.pictures import is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError
@@ -69,14 +71,20 @@ class Job:
 
     def done_with(self, settings: Mapping[str, Any], heatmaps: Sequence[str] = ()) -> bool:
         """Whether these results exist, all of them, made with the same settings."""
-        there = all(file.is_file() for file in self.files(heatmaps))
-        return there and _figures_of(self.figures).get("settings") == dict(settings)
+        if not all(file.is_file() for file in self.files(heatmaps)):
+            return False
+        old = _figures_of(self.figures).get("settings")
+        if isinstance(old, dict) and "weights" not in old:  # of version 0.1, which noted less
+            return old == {key: value for key, value in settings.items() if key in old}
+        return bool(old == dict(settings))
 
     def foreign(self, heatmaps: Sequence[str] = ()) -> Path | None:
         """The first file that is in the way and was not written by this program."""
         figures = _figures_of(self.figures) if self.figures.is_file() else {}
         ours = figures.keys() >= _FIGURES
         named = {figures["overlay"], figures["label_map"], self.figures.name} if ours else set()
+        if is_our_picture(self.labels) and _has_legend(self.overlay, self.labels):
+            named.add(self.overlay.name)  # of version 0.1, killed before it wrote the figures
         for file in self.files(heatmaps):
             if file.exists() and file.name not in named and not is_our_picture(file):
                 return file
@@ -197,6 +205,15 @@ def refuse_foreign(jobs: Sequence[Job], heatmaps: Sequence[str] = ()) -> None:
                 f"output={file.parent}: {file.name} is there and was not written by "
                 "talk2dino.segment; use another output, or overwrite=true"
             )
+
+
+def _has_legend(overlay: Path, labels: Path) -> bool:
+    """Whether a picture is as large as a label map with a strip below."""
+    try:
+        with Image.open(overlay) as one, Image.open(labels) as other:
+            return one.width >= other.width and one.height > other.height
+    except Exception:  # somebody's, of whatever kind
+        return False
 
 
 def _figures_of(path: Path) -> dict[str, Any]:

@@ -239,10 +239,12 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def is_our_picture(path: Path) -> bool:
-    """Whether `save_picture` wrote a file."""
+    """Whether `save_picture` wrote a file; label maps of version 0.1 are known by their palette."""
     try:
         with Image.open(path) as picture:
-            return picture.info.get("Software") == MARK
+            palette = picture.getpalette() if picture.mode == "P" else None
+            known = [channel for color in default_palette(255) for channel in color]
+            return picture.info.get("Software") == MARK or (palette or [])[:765] == known
     except Exception:  # somebody's, of whatever kind
         return False
 

@@ -37,8 +37,10 @@ RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
 METRICS = [direction + name for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT) for name in RETRIEVAL]
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def refuse_foreign_files(folder: Path, resume: bool) -> None:
     """Refuse to overwrite what no training wrote; one is known by its `config.yaml`.
+
+    A checkpoint to go on from may lie there alone.
 
     Raises:
         ConfigError: the first such file.
@@ -49,7 +51,8 @@ def refuse_foreign_files(folder: Path) -> None:
         lambda: known <= read_config(folder / "config.yaml").keys(),
         (
             *("config.yaml", "projection.safetensors", "metrics.json", "retrieval.md"),
-            *("loss.png", "heads.json", "heads.png", "checkpoints", "logs"),
+            *("loss.png", "heads.json", "heads.png"),
+            *(() if resume else ("checkpoints/last.ckpt",)),
         ),
     )
 

@@ -366,6 +366,7 @@ def test_from_tars_to_a_trained_projection(mosaic_store: Path, tmp_path: Path) -
         "experiment=quickstart",
         f"store={tmp_path / 'store'}",
         "data.batch_size=8",
+        "data.val_fraction=0.25",
         "trainer.max_epochs=1",
         *TRAIN,
         f"hydra.run.dir={tmp_path / 'train'}",

@@ -305,6 +305,7 @@ def test_dense_training_takes_a_subset_of_patches(pictures: Path, tmp_path: Path
         "projection.vision_dim=64",
         "projection.text_dim=256",
         "data.batch_size=8",
+        "data.val_fraction=0.25",
         "trainer.max_epochs=1",
         *TRAIN,
         f"hydra.run.dir={tmp_path / 'run'}",

@@ -242,7 +242,9 @@ def test_training_goes_on(here: Path, name: str) -> None:
     assert len(metrics["validation"]) == len(wanted["validation"])
     for got, want in zip(metrics["validation"], wanted["validation"], strict=True):
         assert got == pytest.approx(want, rel=1e-3)
-    assert metrics["seconds"] > before["seconds"]
+    kept = torch.load(HERE / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+    [curve] = [state for key, state in kept["callbacks"].items() if key.startswith("LossCurve")]
+    assert metrics["seconds"] >= round(curve["seconds"], 2)  # the time before counts
     steps = [int(row["step"]) for row in rows(folder / "logs" / "metrics.csv")]
     assert min(steps) >= before["steps"] - 1  # nothing was trained again
     logs = rows(folder / "logs" / "metrics.1.csv")
@@ -453,7 +455,8 @@ def test_segmenting_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         got, want = (np.asarray(Image.open(p / f"{name}_labels.png")) for p in (folder, stored))
         assert (got != want).mean() < 0.01
         figures = [json.loads((p / f"{name}.json").read_text()) for p in (folder, stored)]
-        assert figures[0].keys() == figures[1].keys()
-        assert figures[0]["settings"] == figures[1]["settings"]
+        assert figures[0].keys() - figures[1].keys() <= {"written_by"}
+        assert figures[1].keys() <= figures[0].keys()
+        assert figures[1]["settings"].items() <= figures[0]["settings"].items()
         shares = [{c["name"]: c["share"] for c in one["classes"]} for one in figures]
         assert shares[0] == pytest.approx(shares[1], abs=0.01)

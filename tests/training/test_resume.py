@@ -377,12 +377,16 @@ def test_nothing_to_tell_apart_is_refused(
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "loss.png", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.json", "loss.png", "checkpoints/last.ckpt"]
+)
 def test_a_folder_with_files_of_the_user_is_refused(
     name: str, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("store: mine\n")
-    line = fails(capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={tmp_path}")
+    options = (*SMALL, "resume=false", f"store={store}", f"hydra.run.dir={tmp_path}")
+    line = fails(capfd, "train", *options)
     assert f"{tmp_path / name}: is there and was not written by this command" in line
-    assert [path.name for path in files_of_run(tmp_path)] == [name]
+    assert files_of_run(tmp_path) == [tmp_path / name]
     assert (tmp_path / name).read_text() == "store: mine\n"
