@@ -320,12 +320,24 @@ def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
         given = parse_words(given, "classes")
     if isinstance(given, Mapping):
-        return {str(name): tuple(listed(words)) for name, words in given.items()}
+        return {str(name): _texts(words) for name, words in given.items()}
     parts = given.split(",") if isinstance(given, str) else listed(given)
-    named = ["; ".join(part) if isinstance(part, list) else str(part).strip() for part in parts]
+    named = ["; ".join(_texts(part)).strip() for part in parts]
     if not any(named):
         raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
     return typed_classes([name for name in named if name])
+
+
+def _texts(words: object) -> tuple[str, ...]:
+    """A word, or the words of a list, which hold nothing deeper."""
+    found = listed(words) if isinstance(words, (list, ListConfig)) else [words]
+    if not all(isinstance(word, str) for word in found):
+        shown = f"{found!r:.60}"
+        raise ConfigError(
+            f"classes: {shown} is no list of words; a list inside the list is a name and its "
+            "synonyms: [cat,[sofa,couch]]"
+        )
+    return tuple(found)
 
 
 def _is_file(given: str) -> bool:

@@ -313,8 +313,8 @@ class Talk2DINO(TextSide):
             ConfigError: `short_side` is not positive.
         """
         given: Any = short_side  # whatever a caller without types may give
-        if given is not None and (not hasattr(given, "__index__") or given < 1):
-            raise ConfigError(f"short_side={given!r}: give pixels, for instance 448")
+        if given is not None and (not hasattr(given, "__index__") or not 1 <= given <= 8192):
+            raise ConfigError(f"short_side={given!r}: give pixels up to 8192, for instance 448")
         patch = self.vision.patch_size
         side = max(patch, round((short_side or 448) / patch) * patch)
         return Segmenter(
