@@ -63,3 +63,16 @@ def test_runs_are_told_apart_by_what_decides_them() -> None:
     knn = config(refinement={"_target_": "x.KNN", "k": "${oops}"}, benchmark=None)
     assert compared(knn)["refinement._target_"] == "x.KNN"
     assert "refinement.k" not in compared(knn)
+
+
+def test_runs_that_differ_in_their_encoders_alone() -> None:
+    """Batch sizes change no figure; an encoder that the checkpoint names is not in the config."""
+    small = {"_target_": "talk2dino.encoders.bert_text.BertTextEncoder", "name": "small"}
+    found = [
+        compared(config(text=small | {"name": name, "batch_size": size}, vision=None))
+        for name, size in (("small", 8), ("large", 16))
+    ]
+    assert found[0]["text._target_"] == "talk2dino.encoders.text.BertTextEncoder"
+    differing = {key for key in found[0] if found[0][key] != found[1][key]}
+    assert differing == {"text.name"}
+    assert found[0].keys() - compared(config()).keys() == {"text._target_", "text.name"}
