@@ -8,7 +8,7 @@ which they differ. All other keys decide how fast a command is, or what it write
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError
-from talk2dino.renamed import with_current_names
+from talk2dino.renamed import flatten, with_current_names
 
 # Config keys that decide a result, by command. The weights that an evaluation's figures depend on
 # are described by their digests instead, whatever the path of the checkpoint: `describe_run`.
@@ -64,18 +64,18 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     chosen = deciding(config, "evaluate") | encoders | {"seed": config.get("seed")}
     return {
         key: value
-        for key, value in flatten(with_current_names(chosen))
+        for key, value in settled(with_current_names(chosen)).items()
         if not any(f"{key}.".startswith(f"{other}.") for other in _NOT_COMPARED)
     }
 
 
-def flatten(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config, without those that point elsewhere."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{path}{key}.")
-        elif "${" not in str(value):  # a failed job's config is not resolved
-            yield f"{path}{key}", value
+def settled(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a config by dotted keys, without empty nodes and those that point elsewhere.
+
+    The config of a failed job is not resolved.
+    """
+    flat = flatten(node)
+    return {key: value for key, value in flat.items() if value != {} and "${" not in str(value)}
 
 
 def describe_run(

@@ -17,7 +17,7 @@ from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.projection import Projection
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
-from talk2dino.evaluation.settings import flatten
+from talk2dino.evaluation.settings import settled
 from talk2dino.files import read_json, replacing, write_json
 from talk2dino.tables import markdown_table, percent
 
@@ -176,7 +176,7 @@ def _last_validation(run: Path | None) -> dict[str, str]:
 
 
 def _settings(run: Path | None) -> dict[str, Any]:
-    config = dict(flatten(read_config(run / "config.yaml"))) if run else {}
+    config = settled(read_config(run / "config.yaml")) if run else {}
     return {label: config.get(key) for label, key in _SETTINGS.items()}
 
 
