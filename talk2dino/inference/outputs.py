@@ -80,15 +80,15 @@ class Job:
 
     def foreign(self, heatmaps: Sequence[str] = ()) -> Path | None:
         """The first file that is in the way and was not written by this program."""
+        there = [file for file in self.files(heatmaps) if file.exists()]
+        if not there:
+            return None
         figures = _figures_of(self.figures) if self.figures.is_file() else {}
         ours = figures.keys() >= _FIGURES
         named = {figures["overlay"], figures["label_map"], self.figures.name} if ours else set()
         if is_our_picture(self.labels) and _has_legend(self.overlay, self.labels):
             named.add(self.overlay.name)  # of version 0.1, killed before it wrote the figures
-        for file in self.files(heatmaps):
-            if file.exists() and file.name not in named and not is_our_picture(file):
-                return file
-        return None
+        return next((f for f in there if f.name not in named and not is_our_picture(f)), None)
 
 
 def plan(image: str, output: Path) -> list[Job]:

@@ -242,9 +242,10 @@ def is_our_picture(path: Path) -> bool:
     """Whether `save_picture` wrote a file; label maps of version 0.1 are known by their palette."""
     try:
         with Image.open(path) as picture:
+            if picture.info.get("Software") == MARK:
+                return True
             palette = picture.getpalette() if picture.mode == "P" else None
-            known = [channel for color in default_palette(255) for channel in color]
-            return picture.info.get("Software") == MARK or (palette or [])[:765] == known
+            return (palette or [])[:765] == [part for one in default_palette(255) for part in one]
     except Exception:  # somebody's, of whatever kind
         return False
 
