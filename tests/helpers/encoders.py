@@ -23,7 +23,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from talk2dino.alignment.projection import Projection
+from talk2dino import Talk2DINO
+from talk2dino.alignment.projection import Projection, ProjectionLayer
+from talk2dino.encoders.vision import TimmVisionEncoder
 from tests.helpers.shared import once
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
@@ -298,3 +300,16 @@ def picture(size: int) -> Image.Image:
     """A square picture of noise."""
     values = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(values)
+
+
+def hash_model() -> Talk2DINO:
+    """A random ViT of width 64, the hash text encoder and a random ψ between them."""
+    torch.manual_seed(0)
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    return Talk2DINO(vision, HashText(), ProjectionLayer(8, vision.embed_dim))
+
+
+def noise_pixels() -> torch.Tensor:
+    """A picture, `[3, 40, 64]` uint8."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 40, 64), generator=random, dtype=torch.uint8)

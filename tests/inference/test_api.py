@@ -20,7 +20,7 @@ from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.vocabulary import TextCache
-from tests.helpers.encoders import HashText
+from tests.helpers.encoders import HashText, hash_model, noise_pixels
 
 
 class CountingText(HashText):
@@ -37,16 +37,12 @@ class CountingText(HashText):
 
 @pytest.fixture(scope="module")
 def model() -> Talk2DINO:
-    """A random ViT of width 64 and the hash text encoder."""
-    torch.manual_seed(0)
-    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
-    return Talk2DINO(vision, HashText(), ProjectionLayer(8, vision.embed_dim))
+    return hash_model()
 
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    random = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 40, 64), generator=random, dtype=torch.uint8)
+    return noise_pixels()
 
 
 def test_encode_text(model: Talk2DINO) -> None:

@@ -21,7 +21,7 @@ from talk2dino.encoders.text import OpenClipTextEncoder, SentenceTransformerText
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.class_embeddings import KEY
-from tests.helpers.encoders import HashText
+from tests.helpers.encoders import HashText, hash_model, noise_pixels
 from tests.helpers.pipeline import fails, run
 
 CLASSES = {"cat": ["cat", "kitten"], "sofa": ["sofa", "couch"], "dog": ["dog"]}
@@ -29,15 +29,12 @@ CLASSES = {"cat": ["cat", "kitten"], "sofa": ["sofa", "couch"], "dog": ["dog"]}
 
 @pytest.fixture(scope="module")
 def model() -> Talk2DINO:
-    torch.manual_seed(0)
-    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
-    return Talk2DINO(vision, HashText(), ProjectionLayer(8, vision.embed_dim))
+    return hash_model()
 
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    random = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 40, 64), generator=random, dtype=torch.uint8)
+    return noise_pixels()
 
 
 @pytest.fixture
