@@ -1,4 +1,4 @@
-"""Everything that only a machine with a GPU can tell, in one command of under eight minutes.
+"""Everything that only a machine with a GPU can tell, in one command, within eight minutes.
 
     python benchmarks/gpu.py                     # prints a table, writes gpu-DATE-TIME.json
     python benchmarks/gpu.py --device cpu --tiny # the same code at tiny sizes: no measurement

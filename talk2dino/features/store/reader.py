@@ -31,7 +31,7 @@ _OTHER_FILES = 512
 # process that reads a large store then looks no larger than one that reads a small store. How much
 # is mapped is asked, not estimated: around a touched page the system maps 64 KB or megabytes.
 MAX_MAPPED_BYTES = 1 << 28
-_CHECK_BYTES = 1 << 26  # asking costs ten microseconds, so once for so many bytes
+_CHECK_BYTES = 1 << 26  # asking costs twenty microseconds, so once for so many bytes
 _FAULT_BYTES = 1 << 17  # a row counts as this much at least
 
 
