@@ -34,6 +34,7 @@ TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("PAMR compiled for the CPU", ("numba",), "fast"),
     ("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "export"),
     ("web page", ("gradio",), "app"),
+    ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),
     (
         "search with pruning, sweeps side by side",
         ("optuna", "hydra_plugins.hydra_joblib_launcher"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     temporary = temporary_name(target)
     if shared:
         temporary = temporary.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with _said_in_one_line(target), _removed_on_error(temporary):
         temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask says; some libraries write files as 600
@@ -40,9 +41,62 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, target)  # noqa: PTH105 (tests interrupt exactly here)
         sync(target.parent)
-    except BaseException as error:
+
+
+@contextmanager
+def replacing_folder(target: Path, whole: bool) -> Iterator[Path]:
+    """Give an empty folder beside `target`; on success it takes that place.
+
+    A restarted run removes what a killed one left. The files directly in it are flushed to the
+    disk, those in folders below are not.
+
+    Args:
+        target: the folder, whose parents are made.
+        whole: take the place of all that is there; else of files of the same names only.
+
+    Raises:
+        StoreError: the disk is full, or the folder cannot be written.
+    """
+    temporary, old = temporary_name(target), target.with_name(f".{target.name}.old")
+    with _said_in_one_line(target), _removed_on_error(temporary):
+        for left in (temporary, old):
+            if left.exists():
+                shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = [path for path in temporary.iterdir() if path.is_file()]
+        for path in files:
+            sync(path)
+        if whole and target.exists():
+            target.rename(old)
+        if not target.exists():
+            temporary.rename(target)
+        for where, _, names in os.walk(temporary):  # not there any more, unless others stay
+            place = target / Path(where).relative_to(temporary)
+            place.mkdir(exist_ok=True)
+            for name in names:
+                Path(where, name).replace(place / name)
+        sync(target.parent)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _said_in_one_line(target: Path) -> Iterator[None]:
+    """A failed write (disk full, quota, permissions) becomes a StoreError."""
+    try:
+        yield
+    except BaseException as error:
         code = _error_code(error)
         if code is None:
             raise

@@ -14,13 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from talk2dino.alignment.checkpoint import checkpoint_digest
+from talk2dino.annotations.base import Options
+from talk2dino.annotations.data_sets import check_formats, refuse_changed
 from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, require
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest
 from talk2dino.inference.class_embeddings import ClassEmbeddings
-from talk2dino.inference.outputs import Job, plan, refuse_foreign, write
+from talk2dino.inference.outputs import (
+    Job,
+    annotations_folder,
+    plan,
+    refuse_foreign,
+    write,
+    write_annotations,
+)
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.segmentation.overlay import legend_colors
@@ -30,6 +39,15 @@ def segment(config: DictConfig) -> None:
     """Segment the picture, or all pictures of the folder or pattern, that the config names."""
     classes = class_words(config.classes)
     background_threshold(config.background)  # refuses it before the model is loaded
+    formats = listed(config.formats)
+    options = Options(
+        config.instances,
+        config.minimum_area,
+        config.tolerance,
+        config.polygons,
+        config.image_root_url,
+    )
+    check_formats(formats)
     output = Path(config.output).expanduser()
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")
@@ -39,11 +57,15 @@ def segment(config: DictConfig) -> None:
     if isinstance(classes, ClassEmbeddings):
         settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
     maps = list(classes) if config.heatmaps else []
-    left = [job for job in jobs if not (config.resume and job.done_with(settings, maps))]
+    cut = options.cut if formats else None
+    left = [job for job in jobs if not (config.resume and job.done_with(settings, maps, cut))]
+    folder = annotations_folder(jobs, str(config.image))
     if not config.overwrite:
         refuse_foreign(left, maps)
+        refuse_changed(folder, formats)
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} pictures were done before")
+    broken: dict[Job, str] = {}
     if left:
         vocabulary = load_model(config, classes=classes).open_vocabulary(
             classes,
@@ -53,7 +75,19 @@ def segment(config: DictConfig) -> None:
             config.templates,
             negatives=listed(config.negatives),
         )
-        _segment(left, vocabulary, settings, bool(config.heatmaps), single=len(jobs) == 1)
+        heatmaps, single = bool(config.heatmaps), len(jobs) == 1
+        broken = _segment(
+            left, vocabulary, settings, heatmaps, options if formats else None, single
+        )
+    done = [job for job in jobs if job not in broken]
+    if formats and done:
+        words = classes.words.synonyms if isinstance(classes, ClassEmbeddings) else classes
+        made = write_annotations(done, words, folder, formats, options, config.overwrite)
+        print(f"annotations: {', '.join(map(str, made))}")
+    if broken:
+        print(f"{len(broken)} of {len(left)} pictures could not be read:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in broken.values()), file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _segment(
@@ -61,31 +95,29 @@ def _segment(
     vocabulary: OpenVocabulary,
     settings: dict[str, Any],
     heatmaps: bool,
+    options: Options | None,
     single: bool,
-) -> None:
-    """Write every result; broken pictures of a folder are named at the end (exit status 1)."""
+) -> dict[Job, str]:
+    """Write every result; gives the broken pictures of a folder with what is wrong."""
     console = Console()
     totals: dict[str, list[float]] = {}
-    broken: list[str] = []
+    broken: dict[Job, str] = {}
     for job in track(jobs, "segment", console=console, disable=single):
         try:
             result = vocabulary(job.image)
         except DataError as error:
             if single:
                 raise
-            broken.append(str(error))
+            broken[job] = str(error)
             continue
-        write(result, job, heatmaps, settings)
+        write(result, job, heatmaps, settings, options)
         for name, share in result.areas().items():
             totals.setdefault(name, []).append(share)
     if totals:
         console.print(_table(result, None) if single else _table(result, totals))
         print(f"overlay: {jobs[0].overlay if single else jobs[0].overlay.parent}")
         print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")
-    if broken:
-        print(f"{len(broken)} of {len(jobs)} pictures could not be read:", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in broken), file=sys.stderr)
-        raise SystemExit(1)
+    return broken
 
 
 def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Table:

@@ -173,6 +173,12 @@ class SegmentConfig:
     pamr: bool
     short_side: int
     heatmaps: bool
+    formats: list[str]
+    instances: bool
+    minimum_area: int
+    tolerance: float
+    polygons: bool
+    image_root_url: str
     resume: bool
     overwrite: bool
     accelerator: str

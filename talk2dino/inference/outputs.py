@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.progress import track
 
 import talk2dino
+from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
+from talk2dino.annotations.data_sets import write_data_sets
+from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.pictures import is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import read_json, write_json
@@ -69,11 +74,27 @@ class Job:
     def _beside(self, ending: str) -> Path:
         return self.overlay.with_name(self.overlay.stem + ending)
 
-    def done_with(self, settings: Mapping[str, Any], heatmaps: Sequence[str] = ()) -> bool:
-        """Whether these results exist, all of them, made with the same settings."""
+    def done_with(
+        self,
+        settings: Mapping[str, Any],
+        heatmaps: Sequence[str] = (),
+        cut: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Whether these results exist, all of them, made with the same settings.
+
+        Args:
+            settings: as `write` noted them.
+            heatmaps: classes whose maps are wanted.
+            cut: of `Options`, if annotations are wanted.
+        """
         if not all(file.is_file() for file in self.files(heatmaps)):
             return False
-        old = _figures_of(self.figures).get("settings")
+        figures = _figures_of(self.figures)
+        if cut is not None:
+            noted = figures.get("annotations")
+            if not isinstance(noted, dict) or not cut.items() <= noted.items():
+                return False
+        old = figures.get("settings")
         if isinstance(old, dict) and "weights" not in old:  # of version 0.1, which noted less
             return old == {key: value for key, value in settings.items() if key in old}
         return bool(old == dict(settings))
@@ -150,7 +171,11 @@ def _check_collisions(jobs: list[Job], image: str) -> None:
 
 
 def write(
-    result: SegmentedImage, job: Job, heatmaps: bool = False, settings: Mapping[str, Any] = {}
+    result: SegmentedImage,
+    job: Job,
+    heatmaps: bool = False,
+    settings: Mapping[str, Any] = {},
+    options: Options | None = None,
 ) -> None:
     """Write overlay, label map, heat maps if wanted, and last the JSON with areas.
 
@@ -159,13 +184,14 @@ def write(
         job: names the files.
         heatmaps: one picture per class besides the background.
         settings: plain values for the JSON; what `Job.done_with` compares.
+        options: of the annotations that the JSON keeps for `write_annotations`; None for none.
     """
     save_picture(result.overlay(), job.overlay)
     result.save_labels(job.labels)
     maps = job.heatmaps(result.names) if heatmaps else {}
     for name, path in maps.items():
         save_picture(result.heatmap(name), path)
-    content = {
+    content: dict[str, Any] = {
         "written_by": f"talk2dino.segment {talk2dino.__version__}",
         "image": str(job.image),
         "size": list(result.labels.shape),  # rows, columns
@@ -175,7 +201,68 @@ def write(
         "heatmaps": {name: path.name for name, path in maps.items()},
         "settings": dict(settings),
     }
+    if options is not None:
+        masks = [one.as_dict() for one in result.annotations(options)]
+        content["annotations"] = {**options.cut, "masks": masks}
     write_json(job.figures, content)
+
+
+def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
+    """Where the data sets of several pictures, or of one that is named alone, go."""
+    overlay = jobs[0].overlay
+    alone = Path(image).expanduser().is_file()
+    return overlay.with_name(f"{overlay.stem}_annotations" if alone else "annotations")
+
+
+def annotated(jobs: Iterable[Job], root: Path) -> Iterator[AnnotatedPicture]:
+    """The pictures of jobs that are done, with the masks that their JSON keeps.
+
+    Args:
+        jobs: written with `options`.
+        root: folder from which a data set names the pictures.
+    """
+    for job in jobs:
+        noted = read_json(job.figures, dict, "figures of talk2dino.segment")
+        masks = noted["annotations"]["masks"]
+        height, width = noted["size"]
+        yield AnnotatedPicture(
+            job.image.absolute().relative_to(root).as_posix(),
+            height,
+            width,
+            [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
+            job.image,
+        )
+
+
+def write_annotations(
+    jobs: Sequence[Job],
+    synonyms: Mapping[str, Sequence[str]],
+    folder: Path,
+    formats: Sequence[str],
+    options: Options,
+    overwrite: bool,
+) -> list[Path]:
+    """Gather the masks of all jobs into a data set per format.
+
+    Args:
+        jobs: one or more, all done with `options`.
+        synonyms: words of each class.
+        folder: gets a folder for each format.
+        formats: names of `annotations.data_sets.FORMATS`.
+        options: of the formats.
+        overwrite: replace files that this program did not write, too.
+
+    Raises:
+        ConfigError: such files.
+    """
+    first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
+    categories = [
+        Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
+        for one in first["classes"][first["classes"][0]["name"] == BACKGROUND :]
+    ]
+    root = Path(os.path.commonpath([job.image.absolute().parent for job in jobs]))
+    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), root)
+    return write_data_sets(pictures, categories, folder, formats, options, overwrite)
 
 
 def figures(result: SegmentedImage) -> list[dict[str, Any]]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options, annotate
+from talk2dino.annotations.data_sets import check_formats, write_data_sets
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError
 from talk2dino.segmentation.labels import label_map
-from talk2dino.segmentation.overlay import heat_overlay, ignored_label, overlay, save_label_map
+from talk2dino.segmentation.overlay import (
+    heat_overlay,
+    ignored_label,
+    legend_colors,
+    overlay,
+    save_label_map,
+)
 from talk2dino.segmentation.scores import resize_scores, score_at
 
 
@@ -32,6 +43,7 @@ class SegmentedImage:
             enlarged from it when asked for, since a large picture holds K times its pixels.
         negative_scores: `[1, h, w]`, the best of the negatives, or None without negatives.
         threshold: score of the background, or None.
+        synonyms: words that stood for each class, where they are known.
     """
 
     labels: Tensor = field(repr=False)
@@ -40,6 +52,7 @@ class SegmentedImage:
     class_scores: Tensor = field(repr=False)
     negative_scores: Tensor | None = field(default=None, repr=False)
     threshold: float | None = None
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_scores(
@@ -49,6 +62,7 @@ class SegmentedImage:
         class_scores: Tensor,
         negative_scores: Tensor | None,
         threshold: float | None,
+        synonyms: Mapping[str, tuple[str, ...]] = {},
     ) -> SegmentedImage:
         """The best class wins; where that is a negative or the threshold, it is background.
 
@@ -58,6 +72,7 @@ class SegmentedImage:
             class_scores: `[K, h, w]`.
             negative_scores: `[1, h, w]`, or None.
             threshold: score of the background, or None.
+            synonyms: words that stood for each class.
         """
         back = threshold is not None or negative_scores is not None
         stacked = (
@@ -74,6 +89,7 @@ class SegmentedImage:
             class_scores.cpu(),
             None if negative_scores is None else negative_scores.cpu(),
             threshold,
+            synonyms,
         )
 
     @cached_property
@@ -103,7 +119,12 @@ class SegmentedImage:
         Cleaning by attention stays as it was when the picture was segmented.
         """
         return self.from_scores(
-            self.image, self.names, self.class_scores, self.negative_scores, _checked(threshold)
+            self.image,
+            self.names,
+            self.class_scores,
+            self.negative_scores,
+            _checked(threshold),
+            self.synonyms,
         )
 
     def overlay(
@@ -180,6 +201,83 @@ class SegmentedImage:
         It is indexed, with colors; more than 255 classes make it one of 16 bits, without.
         """
         save_label_map(self.labels, path, classes=len(self.classes))
+
+    def annotations(self, options: Options | None = None) -> list[Annotation]:
+        """The masks of the classes with their mean scores; the background is no annotation.
+
+        Args:
+            options: whether connected areas count one by one, and from which size.
+        """
+        first = int(self.classes[0] == BACKGROUND)
+        size = self.image.shape[-2:]
+        return annotate(
+            self.labels.numpy(),
+            {index + first: index for index in range(len(self.names))},
+            lambda index: resize_scores(self.class_scores[index : index + 1], *size)[0].numpy(),
+            options or Options(),
+        )
+
+    def save_annotations(
+        self,
+        folder: str | Path,
+        formats: Sequence[str],
+        file_name: str = "image.png",
+        **options: Any,
+    ) -> list[Path]:
+        """Write one data set of this picture per format.
+
+        Args:
+            folder: gets a folder for each format.
+            formats: of `coco`, `yolo`, `labelstudio`, `cvat`, `geojson`.
+            file_name: of the picture, as the data sets name it.
+            **options: of `talk2dino.annotations.base.Options`.
+
+        Returns:
+            The folders.
+
+        Raises:
+            ConfigError: an unknown format or a wrong option, a library that is missing, or files
+                in the way that were not written by this program.
+        """
+        chosen = Options(**options)
+        height, width = self.labels.shape
+        check_formats(formats)
+        picture = AnnotatedPicture(file_name, height, width, self.annotations(chosen))
+        colors = dict(zip(self.classes, legend_colors(self.classes), strict=True))
+        categories = [Category(n, self.synonyms.get(n, (n,)), colors[n]) for n in self.names]
+        return write_data_sets([picture], categories, Path(folder), formats, chosen)
+
+    def to_coco(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+        """A COCO data set of this picture; `polygons=True` in place of run lengths.
+
+        Args and errors as in `save_annotations`.
+        """
+        return dict(json.loads(self._written("coco/instances.json", file_name, options)))
+
+    def to_yolo(self, file_name: str = "image.png", **options: Any) -> str:
+        """The label file of this picture, a line per connected area: class and polygon."""
+        name = PurePosixPath(file_name).with_suffix(".txt")
+        return self._written(f"yolo/labels/{name}", file_name, options)
+
+    def to_labelstudio(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+        """A Label Studio task with brush masks as its prediction."""
+        text = self._written("labelstudio/tasks.json", file_name, options)
+        return dict(json.loads(text)[0])
+
+    def to_cvat(self, file_name: str = "image.png", **options: Any) -> str:
+        """CVAT's XML for images, 1.1, with masks."""
+        return self._written("cvat/annotations.xml", file_name, options)
+
+    def to_geojson(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+        """A GeoJSON FeatureCollection of polygons in pixels, y downward."""
+        text = self._written("geojson/annotations.geojson", file_name, options)
+        return dict(json.loads(text))
+
+    def _written(self, path: str, file_name: str, options: Mapping[str, Any]) -> str:
+        """The text of one file of `save_annotations`."""
+        with TemporaryDirectory() as folder:
+            self.save_annotations(folder, [path.partition("/")[0]], file_name, **options)
+            return Path(folder, path).read_text(encoding="utf-8")
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""

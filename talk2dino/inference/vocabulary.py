@@ -39,6 +39,15 @@ class Words:
     has_negatives: bool
     row_words: tuple[str, ...]
 
+    @property
+    def synonyms(self) -> dict[str, tuple[str, ...]]:
+        """The words that stand for each class."""
+        rows = list(zip(self.row_classes, self.row_words, strict=True))
+        return {
+            name: tuple(word for number, word in rows if number == index)
+            for index, name in enumerate(self.names, start=int(self.has_negatives))
+        }
+
 
 def read_words(
     classes: Classes,
@@ -243,7 +252,12 @@ class OpenVocabulary:
         scores = self.segmenter.scores(picture.windows, rows, classes)  # [K (+ 1), h, w]
         negative, scores = (scores[:1], scores[1:]) if self.words.has_negatives else (None, scores)
         return SegmentedImage.from_scores(
-            picture.pixels, self.words.names, scores, negative, self.threshold
+            picture.pixels,
+            self.words.names,
+            scores,
+            negative,
+            self.threshold,
+            self.words.synonyms,
         )
 
 

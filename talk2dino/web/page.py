@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -16,6 +17,7 @@ from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import (
     Request,
     View,
+    annotation_files,
     answer,
     areas,
     open_picture,
@@ -47,6 +49,7 @@ class Page:
     ) -> None:
         self.model, self.checkpoint, self.kept = model, checkpoint, kept
         self.words, self.short_side = words, short_side
+        self.folder = TemporaryDirectory()  # of annotations to be fetched
 
     def build(self) -> gr.Blocks:
         """Lay the page out and connect its parts."""
@@ -87,11 +90,20 @@ class Page:
                     )  # fmt: skip
                     shown = gr.CheckboxGroup([], label="Show", elem_id="shown", visible=False)
                     with gr.Row():
+                        instances = gr.Checkbox(
+                            label="Connected areas one by one", elem_id="instances"
+                        )
+                        annotate = gr.Button("Annotations as files", elem_id="annotate")
+                    files = gr.File(
+                        label="Annotations", elem_id="files", file_count="multiple",
+                        interactive=False, visible=False,
+                    )  # fmt: skip
+                    with gr.Row():
                         shares = gr.HTML(elem_id="shares")
                         scores = gr.HTML(elem_id="scores")
                     code = gr.Code(language="python", label="The same in Python", elem_id="code")
             request = [words, background, threshold, pamr]
-            results = [view, overlay, shown, shares, code]
+            results = [view, overlay, shown, shares, code, files]
             picture.upload(_user_errors(self.open), picture, view, **quiet).success(
                 _user_errors(self.segment), [view, *request], results, **quiet
             )
@@ -110,6 +122,7 @@ class Page:
                 show_progress="hidden",
                 **quiet,
             )
+            annotate.click(_user_errors(self.annotate), [view, instances], files, **quiet)
             overlay.select(self.click, view, scores, show_progress="hidden", **quiet)
         return page  # type: ignore[no-any-return]
 
@@ -120,16 +133,16 @@ class Page:
     def segment(
         self, view: View | None, words: str, background: bool, threshold: float, pamr: bool
     ) -> Sequence[Any]:
-        """New request: state, overlay, switches, shares and code; nothing without a picture."""
+        """New request: state and what is seen of it, no files; nothing without a picture."""
         if view is None or not words.strip():
-            return [gr.skip()] * 5
+            return [gr.skip()] * 6
         view = answer(self.model, view, Request(words, background, threshold, pamr), self.kept)
         assert view.result is not None
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
         code = python_call(self.checkpoint, view, kept=self.kept)
         table = as_table("Share of the picture", areas(view.result))
-        return view, view.result.overlay(), switches, table, code
+        return view, view.result.overlay(), switches, table, code, gr.update(visible=False)
 
     def show(self, view: View | None, shown: Sequence[str]) -> Sequence[Any]:
         """Switches: the overlay without the classes that are off."""
@@ -140,6 +153,14 @@ class Page:
             self.checkpoint, view, hidden, self.kept
         )
 
+    def annotate(self, view: View | None, instances: bool) -> Any:
+        """The button: a file per format of annotations."""
+        if view is None or view.result is None:
+            return gr.skip()
+        folder = Path(mkdtemp(dir=self.folder.name))
+        made = [str(path) for path in annotation_files(view, folder, instances)]
+        return gr.update(value=made, visible=True)
+
     def click(self, view: View | None, event: gr.SelectData) -> str:
         """A click on the overlay: the scores there."""
         if view is None or view.result is None:
@@ -149,7 +170,8 @@ class Page:
 
     def forget(self) -> Sequence[Any]:
         """The picture was taken away."""
-        return None, None, gr.update(choices=[], visible=False), "", "", ""
+        hidden = gr.update(visible=False)
+        return None, None, gr.update(choices=[], visible=False), "", "", hidden, ""
 
 
 def uploaded_file(upload: Any) -> str | None:

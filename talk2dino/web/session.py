@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
+from talk2dino.annotations.data_sets import FORMATS, MARK
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
@@ -156,3 +158,27 @@ def python_call(
             f'seg.overlay({hide}).save("overlay.png")',
         ]
     )
+
+
+def annotation_files(view: View, folder: Path, instances: bool) -> list[Path]:
+    """Write the annotations of the latest result: a file per format, a ZIP where it has several.
+
+    Args:
+        view: the visitor's, with a result.
+        folder: an empty one.
+        instances: an annotation per connected area, not one per class.
+
+    Raises:
+        ConfigError: a library is missing.
+    """
+    assert view.result is not None
+    files = []
+    for made in view.result.save_annotations(folder, [*FORMATS], view.name, instances=instances):
+        (made / MARK).unlink()
+        inside = [path for path in made.rglob("*") if path.is_file()]
+        target = folder / f"{Path(view.name).stem}_{made.name}"
+        if len(inside) == 1:
+            files.append(inside[0].rename(target.with_name(target.name + inside[0].suffix)))
+        else:
+            files.append(Path(shutil.make_archive(str(target), "zip", made)))
+    return files

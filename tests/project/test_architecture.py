@@ -19,6 +19,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "alignment",
     "segmentation",
     "evaluation",
+    "annotations",
     "inference",
     "config",
     "sweeps",
@@ -38,8 +39,11 @@ HYDRA = {  # what composes a config or builds from it
 ONLY_IN = {
     "hydra": HYDRA,
     "omegaconf": HYDRA,
+    "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
     "jinja2": {"evaluation/report.py", "inference/model_card.py"},
+    "pycocotools": {"annotations/base.py"},
+    "shapely": {"annotations/outlines.py", "annotations/geojson.py"},
     "numba": {source for source in SOURCES if source.startswith("segmentation/")},
     "optuna": {"sweeps/study.py"},
     "lightning": {

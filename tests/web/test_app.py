@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +18,14 @@ from talk2dino.datasets.mosaic import MosaicScenes
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.web.session import Request, answer, open_picture, python_call, scores_at
+from talk2dino.web.session import (
+    Request,
+    annotation_files,
+    answer,
+    open_picture,
+    python_call,
+    scores_at,
+)
 from tests.helpers.pipeline import fails, need
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -109,6 +118,12 @@ def test_a_visit(tab: Any, page: str, model: Talk2DINO, photo: Path) -> None:
     wait_for_another(tab, address)
     np.testing.assert_array_equal(shown(tab), np.asarray(plain.overlay(hide=["grass"])))
 
+    tab.click("#annotate")
+    tab.wait_for_selector("#files a")
+    links = [link.get_attribute("href") for link in tab.locator("#files a").all()]
+    (coco,) = {link for link in links if link.endswith("scene_coco.json")}
+    assert tab.request.get(coco).json() == plain.to_coco("scene.png")
+
     tab.locator("#overlay img").click(position={"x": 30, "y": 30})
     tab.wait_for_selector("#scores td:has-text('grass')")
     assert {url.split("/")[2] for url in tab.asked} == {page.split("/")[2]}  # nobody else is asked
@@ -165,6 +180,23 @@ def test_names_of_kept_class_embeddings(model: Talk2DINO, photo: Path, tmp_path:
     for words in ("dog", "cat; kitten"):
         with pytest.raises(ConfigError, match="is not in it; its classes are cat, grass, sky"):
             answer(model, view, Request(words), kept)
+
+
+def test_annotations_to_take_away(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
+    """A file per format, whatever the picture is called; several of one format are packed."""
+    view = answer(model, open_picture(model, photo, SHORT_SIDE), Request("cat, grass; lawn"))
+    assert view.result is not None
+    made = {path.name: path for path in annotation_files(view, tmp_path, instances=True)}
+    assert sorted(made) == sorted(
+        f"scene_{name}"
+        for name in ("coco.json", "cvat.xml", "geojson.geojson", "labelstudio.zip", "yolo.zip")
+    )
+    wanted = view.result.to_coco("scene.png", instances=True)
+    assert json.loads(made["scene_coco.json"].read_text()) == wanted
+    assert wanted["categories"][1]["synonyms"] == ["grass", "lawn"]
+    with zipfile.ZipFile(made["scene_yolo.zip"]) as packed:
+        assert {"data.yaml", "labels/scene.txt"} <= set(packed.namelist())
+        assert packed.read("labels/scene.txt").decode() == view.result.to_yolo(instances=True)
 
 
 @pytest.mark.parametrize("words", ["", " , ", "cat, cat"])

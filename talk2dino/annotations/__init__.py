@@ -1,0 +1,1 @@
+"""Label maps as annotations for labeling tools and trainers; one file per format."""

@@ -1,0 +1,118 @@
+"""Label Studio: `tasks.json` with brush masks as predictions, and the labeling setup."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+import numpy.typing as npt
+
+from talk2dino.annotations.base import WRITTEN_BY, AnnotatedPicture, Category, Mask, Options
+
+LENGTHS = (3, 4, 8, 16)  # bits that a run's length may take
+
+
+class LabelStudio:
+    """Writes a task per picture and, for a new project, `label_config.xml`.
+
+    Args:
+        options: `image_root_url`.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def open(self, folder: Path, categories: Sequence[Category]) -> None:
+        """Write the labeling setup."""
+        self.categories = categories
+        labels = "".join(
+            f"    <Label value={quoteattr(one.name)} background={quoteattr(one.hex_color)}/>\n"
+            for one in categories
+        )
+        (folder / "label_config.xml").write_text(
+            '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
+            f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n</View>\n',
+            encoding="utf-8",
+        )
+        self.file = (folder / "tasks.json").open("w", encoding="utf-8")
+        self.file.write("[")
+        self.first = True
+
+    def add(self, picture: AnnotatedPicture) -> None:
+        """Write its task."""
+        self.file.write(("" if self.first else ",") + "\n" + json.dumps(self._task(picture)))
+        self.first = False
+
+    def _task(self, picture: AnnotatedPicture) -> dict[str, Any]:
+        result = []
+        for number, one in enumerate(picture.annotations, 1):
+            value = {"format": "rle", "rle": list(brush(picture.mask(one)))}
+            result.append(
+                {
+                    "id": f"a{number}",
+                    "type": "brushlabels",
+                    "from_name": "label",
+                    "to_name": "image",
+                    "original_width": picture.width,
+                    "original_height": picture.height,
+                    "image_rotation": 0,
+                    "value": value | {"brushlabels": [self.categories[one.category].name]},
+                    "score": one.score,
+                }
+            )
+        prediction: dict[str, Any] = {"model_version": WRITTEN_BY, "result": result}
+        areas = [picture.area(one) for one in picture.annotations]
+        if areas:
+            scores = [one.score for one in picture.annotations]
+            prediction["score"] = round(float(np.average(scores, weights=areas)), 6)
+        address = self.options.image_root_url + picture.file_name
+        return {"data": {"image": address}, "predictions": [prediction]}
+
+    def close(self) -> None:
+        """End the list."""
+        with self.file:
+            self.file.write("\n]\n")
+
+
+def brush(mask: Mask) -> bytes:
+    """A mask as Label Studio's brush has it: RGBA pixels of 0 or 255, row by row, in packed runs.
+
+    Bits, most significant first: 32 for the number of values, 5 for the bits of a value less one,
+    4 each for the four sizes of a length, less one. Then for every run 1, two bits that choose the
+    size, the length less one, and the value.
+
+    Args:
+        mask: `[H, W]` of 0 and 1.
+    """
+    flat = mask.ravel()
+    starts = np.flatnonzero(np.diff(flat.astype(np.int16), prepend=-1))
+    lengths = 4 * np.diff(starts, append=flat.size)
+    values = flat[starts].astype(np.int64) * 255
+    longest = 1 << LENGTHS[-1]
+    pieces = -(-lengths // longest)
+    values = values.repeat(pieces)
+    rest = lengths - (pieces - 1) * longest
+    lengths = np.full(len(values), longest)
+    lengths[np.cumsum(pieces) - 1] = rest
+    choice = np.searchsorted(1 << np.array(LENGTHS), lengths)
+    size = np.array(LENGTHS)[choice]
+    # flag, choice, length and value of a run as one number of 3 + size + 8 bits
+    codes = (((4 + choice) << size) + lengths - 1 << 8) + values
+    head = [_bits(np.array([4 * flat.size]), 32), _bits(np.array([7]), 5)]
+    head += [_bits(np.array([one - 1]), 4) for one in LENGTHS]
+    return np.packbits(np.concatenate([*head, _bits(codes, size + 11)])).tobytes()
+
+
+def _bits(
+    numbers: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64] | int
+) -> npt.NDArray[np.int64]:
+    """The last `sizes` bits of each number, most significant first, one after the other."""
+    sizes = np.broadcast_to(sizes, numbers.shape)
+    place = np.arange(int(sizes.max()))[::-1]
+    table = numbers[:, None] >> place & 1
+    found: npt.NDArray[np.int64] = table[place < sizes[:, None]]
+    return found

@@ -1,0 +1,141 @@
+"""`python -m talk2dino.segment formats=[…]`: one data set per format, resumed, never replacing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from talk2dino import Talk2DINO
+from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.annotations.data_sets import FORMATS
+from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from talk2dino.inference.outputs import Job, annotations_folder
+from tests.helpers.pipeline import fails, files_below, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
+ALL = f"formats=[{','.join(FORMATS)}]"
+
+
+@pytest.fixture(scope="module")
+def psi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose encoders are small and have random weights; class embeddings beside it."""
+    vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    model = Talk2DINO(vision, text, ProjectionLayer(text.embed_dim, vision.embed_dim))
+    folder = tmp_path_factory.mktemp("psi")
+    specs = {"vision": vision.spec, "text": text.describe()["spec"]}
+    save_projection(model.projection, folder / "psi.safetensors", specs)
+    model.embed_classes(["cat", ["sofa", "couch"], "grass"]).save(folder / "classes.safetensors")
+    return folder
+
+
+@pytest.fixture
+def given(psi: Path, tmp_path: Path) -> list[str]:
+    """A command line for a folder of three pictures."""
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("a.png", (50, 70)), ("b.jpg", (64, 48)), ("c.png", (30, 30))):
+        pixels = random.integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+    return [
+        *(f"checkpoint={psi / 'psi.safetensors'}", f"classes={psi / 'classes.safetensors'}"),
+        *(f"image={tmp_path / 'photos'}", f"output={tmp_path / 'out'}"),
+        *("short_side=32", "pamr=false", "accelerator=cpu"),
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+
+
+def coco(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "annotations" / "coco" / "instances.json").read_text()))
+
+
+def test_a_folder_is_one_data_set(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken pictures are left out; a second run takes up what is done and gives the same files."""
+    broken, out = tmp_path / "photos" / "b2.png", tmp_path / "out"
+    broken.write_bytes(b"\x89PNG nothing more")
+    with pytest.raises(SystemExit) as stopped:
+        run("segment", *given, ALL)
+    assert stopped.value.code == 1
+    assert "1 of 4 pictures could not be read" in capsys.readouterr().err
+    assert {path.name for path in (out / "annotations").iterdir()} == set(FORMATS)
+    read = COCO(str(out / "annotations" / "coco" / "instances.json"))
+    assert [one["file_name"] for one in read.imgs.values()] == ["a.png", "b.jpg", "c.png"]
+    assert read.cats[2]["synonyms"] == ["sofa", "couch"]
+    for image in read.imgs.values():
+        labels = np.asarray(Image.open(out / f"{Path(image['file_name']).stem}_labels.png"))
+        masks = {one["category_id"]: read.annToMask(one) for one in read.imgToAnns[image["id"]]}
+        assert masks.keys() == set(np.unique(labels) + 1)
+        for number, mask in masks.items():
+            np.testing.assert_array_equal(mask == 1, labels == number - 1)
+    linked = out / "annotations" / "yolo" / "images" / "b.jpg"
+    assert linked.resolve() == (tmp_path / "photos" / "b.jpg").resolve()
+    before = files_below(out / "annotations")
+    broken.unlink()
+    (out / "b.json").unlink()
+    run("segment", *given, ALL, "resume=true")
+    assert "2 of 3 pictures were done before" in capsys.readouterr().out
+    assert files_below(out / "annotations") == before
+
+
+def test_more_formats_need_no_model(
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pictures that were done without masks are done again, and then only for other masks."""
+    run("segment", *given)
+    again = [*given, "resume=true", "instances=true"]
+    run("segment", *again, "formats=[coco]")
+    assert "done before" not in capsys.readouterr().out
+    whole = coco(tmp_path / "out")
+    assert len(whole["images"]) == 3
+    monkeypatch.setattr("talk2dino.config.command.load_model", None)
+    run("segment", *again, "formats=[coco,geojson]", "polygons=true", "tolerance=0")
+    assert "3 of 3 pictures were done before" in capsys.readouterr().out
+    as_polygons = coco(tmp_path / "out")
+    assert [one["area"] for one in as_polygons["annotations"]] == [
+        one["area"] for one in whole["annotations"]
+    ]
+    for other in ("instances=false", "minimum_area=9"):
+        with pytest.raises(TypeError, match="NoneType"):
+            run("segment", *again, "formats=[coco]", other)
+    assert coco(tmp_path / "out") == as_polygons
+
+
+def test_where_they_go(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png")]
+    one = annotations_folder(jobs, str(tmp_path / "a.png"))
+    assert one == tmp_path / "out" / "x_annotations"
+    assert annotations_folder(jobs, str(tmp_path)) == tmp_path / "out" / "annotations"
+
+
+def test_errors_are_one_line(
+    given: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "out" / "annotations" / "coco" / "instances.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("{}")
+    said = fails(capfd, "segment", *given, "formats=[coco]")
+    assert said.startswith(f"{foreign.parent}: is there and holds other files")
+    assert foreign.read_text() == "{}"
+    given = [*given, "checkpoint=none.pth"]  # found out later than all of these
+    for value, said in {
+        "formats=[coca]": "formats=[coca]: no such format; choose among coco, yolo, labelstudio",
+        "formats=coco": "formats=coco",
+        "tolerance=-1": "tolerance=-1.0: a distance in pixels, 0 or more",
+        "tolerance=nan": "tolerance=nan: a distance in pixels",
+        "tolerance=far": "tolerance=far",
+        "minimum_area=-1": "minimum_area=-1: a number of pixels, 0 or more",
+    }.items():
+        assert said in fails(capfd, "segment", *given, "formats=[coco]", value), value
