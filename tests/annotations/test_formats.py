@@ -260,6 +260,8 @@ def test_cvat(segmented: SegmentedImage) -> None:
 def test_cvat_in_datumaro(segmented: SegmentedImage, tmp_path: Path) -> None:
     datumaro = pytest.importorskip("datumaro")
     segmented.save_annotations(tmp_path, ["cvat"], "a.png")
+    (tmp_path / "cvat" / "images").mkdir()  # where it wants the pictures
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cvat" / "images" / "a.png")
     read = datumaro.Dataset.import_from(str(tmp_path / "cvat" / "annotations.xml"), "cvat")
     names = [one.name for one in read.categories()[datumaro.AnnotationType.label]]
     assert names == NAMES
