@@ -18,8 +18,6 @@ from talk2dino.alignment.inputs import caption_fields, check_combination, image_
 from talk2dino.alignment.module import AlignmentModule
 from talk2dino.alignment.projection import Projection
 from talk2dino.config import command
-from talk2dino.encoders.build import build_text
-from talk2dino.encoders.text import TextEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.sweeps.study import PruneTrial
@@ -32,6 +30,7 @@ from talk2dino.training.resume import (
     keep_logs,
     refuse_other_settings,
 )
+from talk2dino.training.texts import stored_text_encoder
 
 
 def train(config: DictConfig) -> None:
@@ -44,6 +43,15 @@ def train(config: DictConfig) -> None:
     store = FeatureStore(config.store)
     module = build_module(config, store)
     data = build_data(config, store, module)
+    if config.words:
+        module.words = command.build(
+            config.words,
+            store=store,
+            caption_rows=data.train_rows,
+            projection=module.projection,
+            similarity=module.similarity,
+            seed=config.seed,
+        )
     plain: Any = OmegaConf.to_container(config, resolve=True)
     checkpoint = checkpoint_to_resume(folder, config.resume, config.ckpt_path)
     if checkpoint is not None:
@@ -129,30 +137,10 @@ def build_projection(config: DictConfig, store: FeatureStore) -> Projection:
     """Build ψ; one that starts from the text encoder's weights gets the store's encoder."""
     target = get_object(config.projection._target_)
     needs_text = "text" in inspect.signature(target).parameters
-    arguments = {"text": stored_text_encoder(store)} if needs_text else {}
+    purpose = "whose weights this projection starts from; extract with features=clip_last_layer"
+    arguments = {"text": stored_text_encoder(store, purpose)} if needs_text else {}
     projection: Projection = command.build(config.projection, **arguments)
     return projection
-
-
-def stored_text_encoder(store: FeatureStore) -> TextEncoder:
-    """The text encoder that the store's features come from.
-
-    Raises:
-        ConfigError: the store does not name it, or its weights are others now.
-    """
-    info = store.text
-    if info is None or not info.spec:
-        raise ConfigError(
-            f"store={store.path}: does not name its text encoder, whose weights this projection "
-            "starts from; extract with features=clip_last_layer"
-        )
-    encoder = build_text(info.spec)
-    if encoder.describe()["weights_sha256"] != info.weights_sha256:
-        raise ConfigError(
-            f"store={store.path}: its text encoder {info.name} has other weights now than at "
-            "extraction; extract again"
-        )
-    return encoder
 
 
 def build_optimizer(config: DictConfig) -> Any:

@@ -17,6 +17,8 @@ from talk2dino.alignment.inputs import projected_text, projected_visual
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.retrieval import retrieval_metrics
 from talk2dino.alignment.similarity import Similarity
+from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.errors import ConfigError
 
 Optimizer = torch.optim.Optimizer
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -39,6 +41,7 @@ class AlignmentModule(L.LightningModule):
             `steps_per_epoch`, stepped once per optimizer step; None leaves the rate constant.
         val_similarity: how they are compared in validation (recall).
         encoders: specs of the encoders, `{"vision": …, "text": …}`, stored in every checkpoint.
+        words: a second loss, of the words of the captions; None has only that of whole captions.
     """
 
     def __init__(
@@ -50,32 +53,66 @@ class AlignmentModule(L.LightningModule):
         scheduler: Callable[..., Scheduler] | None,
         val_similarity: Similarity,
         encoders: dict[str, Any],
+        words: WordLoss | None = None,
     ) -> None:
         super().__init__()
         self.projection, self.similarity, self.loss = projection, similarity, loss
-        self.val_similarity = val_similarity
+        self.val_similarity, self.words = val_similarity, words
         self._optimizer, self._scheduler, self.encoders = optimizer, scheduler, encoders
         self._val_batches: list[dict[str, Tensor]] = []
         self._steps, self._of_one_image = 0, torch.tensor(0)  # of this epoch
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the score matrix [text, image] over all ranks, and the image id of each row."""
+        text, mask, chosen = self._texts_and_images(batch)
+        return self._caption_scores(text, mask, chosen), gather_rows(batch["image_id"])
+
+    def _texts_and_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Captions of this rank with their token mask, and what stands for their images."""
         text, mask = projected_text(batch, self.projection, self.similarity)
         visual = projected_visual(batch, self.projection, self.similarity)
-        chosen = self.similarity.select(text, visual)
+        return text, mask, self.similarity.select(text, visual)
+
+    def _caption_scores(self, text: Tensor, mask: Tensor | None, chosen: Tensor) -> Tensor:
         columns = self.similarity.scores(
             gather_rows(text), chosen, None if mask is None else gather_rows(mask)
         )  # [B·W, B]
-        return gather_rows(columns.T.contiguous()).T, gather_rows(batch["image_id"])
+        return gather_rows(columns.T.contiguous()).T
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one batch."""
-        scores, image_ids = self.scores(batch)
+        text, mask, chosen = self._texts_and_images(batch)
+        scores, image_ids = self._caption_scores(text, mask, chosen), gather_rows(batch["image_id"])
         loss: Tensor = self.loss(scores, image_ids)
         self._steps += 1
         self._of_one_image = self._of_one_image + (image_ids == image_ids[0]).all()  # no sync
+        if self.words is not None:
+            found = self._word_loss(self.words, chosen, batch["image_row"], batch_index)
+            self.log("train/word_loss", found, batch_size=len(image_ids))
+            loss = self.words.caption_weight * loss + self.words.weight * found
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image_ids))
         return loss
+
+    def _word_loss(
+        self, words: WordLoss, chosen: Tensor, image_row: Tensor, batch_index: int
+    ) -> Tensor:
+        """Every rank compares the same words with its own images and shares the columns."""
+        step = words.choose(gather_rows(image_row), (self.global_step, batch_index))
+        text = self.projection.project_text(words.embeddings[step.index])
+        columns = words.similarity.scores(text, chosen)  # [K, B]
+        loss: Tensor = words(gather_rows(columns.T.contiguous()).T, step)
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Refuse ranks that found different words: they would draw different ones."""
+        if self.words is not None:
+            own = torch.tensor([list(self.words.digest.encode())], device=self.device)
+            digests = gather_rows(own)  # [W, 64]
+            if (digests != digests[0]).any():
+                raise ConfigError(
+                    "words: the ranks found different words in their captions; give all ranks the "
+                    "same store and the same version of talk2dino"
+                )
 
     def on_train_epoch_end(self) -> None:
         """Say of how many steps nothing could be learned."""

@@ -115,6 +115,7 @@ class TrainConfig:
     similarity: Any
     val_similarity: Any
     loss: Any
+    words: Any = None
     optimizer: Any
     scheduler: Any = None
     trainer: Any

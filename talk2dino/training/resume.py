@@ -32,7 +32,7 @@ STOPPED, SETTINGS = "stopped_early", "settings"  # keys of a checkpoint
 # Config keys that decide the weights. Not here: how long a run is, and the order of the batches,
 # which `EpochBatchSampler` compares.
 DECIDING = (
-    *("projection", "similarity", "loss", "optimizer", "scheduler", "seed", "ema"),
+    *("projection", "similarity", "loss", "words", "optimizer", "scheduler", "seed", "ema"),
     *("data.captions", "data.val_fraction"),
     *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.overfit_batches"),
@@ -59,7 +59,7 @@ def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[st
     chosen = {
         key: value
         for key, value in flat.items()
-        if any(f"{key}.".startswith(f"{one}.") for one in DECIDING)
+        if any(f"{key}.".startswith(f"{one}.") for one in DECIDING) and value != {}  # words=none
     }
     shards = [shard.sha256 for shard in store.manifest.shards]
     encoders = {

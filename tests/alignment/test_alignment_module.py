@@ -32,6 +32,7 @@ from talk2dino.alignment.similarity import (
     SoftHead,
     WeightedAverage,
 )
+from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.training.callbacks import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
@@ -51,6 +52,7 @@ def case(
     similarity: Similarity,
     loss: torch.nn.Module,
     kind: type[Projection] = ProjectionLayer,
+    words: WordLoss | None = None,
 ) -> AlignmentModule:
     torch.manual_seed(1)
     return AlignmentModule(
@@ -61,7 +63,16 @@ def case(
         scheduler=None,
         val_similarity=DotProduct(),
         encoders={"vision": None, "text": None},
+        words=words,
     ).double()
+
+
+def words(similarity: Similarity) -> WordLoss:
+    """Eight words, of which image i has i, i + 1 and 3; six of them a step."""
+    embeddings = torch.randn(8, TEXT, generator=torch.Generator().manual_seed(2))
+    of_image = torch.tensor([sorted({i % 8, (i + 1) % 8, 3}) for i in range(10) if i not in (2, 3)])
+    of_image = torch.cat([of_image[:2], torch.tensor([[2, 3, 8]] * 2), of_image[2:]])
+    return WordLoss(embeddings, of_image, similarity, per_step=6, near_synonym=0.6)
 
 
 def cases() -> dict[str, AlignmentModule]:
@@ -82,6 +93,8 @@ def cases() -> dict[str, AlignmentModule]:
         "soft_head, triplet": case(SoftHead(), TripletLoss()),
         "visual projection": case(MaxScore(), InfoNCE(), DoubleMLP),
         "tokens": case(MaxRowSum(), InfoNCE(), TokenProjection),
+        "dense, words": case(Dense(), InfoNCE(), words=words(Dense(0.2))),
+        "max_score, words": case(MaxScore(), InfoNCE(), words=words(MaxScore())),
     }
 
 
@@ -100,6 +113,7 @@ def whole_batch() -> dict[str, Tensor]:
         "disentangled_self_attn": normal(HEADS, WIDTH),
         "patch_tokens": normal(PATCHES, WIDTH),
         "image_id": torch.tensor([2, 5, 7, 2, 9, 5, 4, 2]),
+        "image_row": torch.tensor([2, 5, 7, 2, 9, 5, 4, 2]),
     }
 
 

@@ -35,6 +35,7 @@ USED = {  # groups of each command
         "similarity",
         "val_similarity",
         "loss",
+        "words",
         "optimizer",
         "scheduler",
         "trainer",
@@ -144,7 +145,8 @@ def test_every_experiment_trains(experiment: str, stores: Any, tmp_path: Path) -
     text, vision = widths(experiment)
     cosine = compose("train", f"experiment={experiment}", "store=s").scheduler._target_
     warmup = ["scheduler.warmup_steps=1"] if "cosine" in cosine else []
-    two_steps(stores(text, vision), tmp_path, f"experiment={experiment}", *warmup)
+    words = ["words=none"] if experiment.endswith("_words") else []  # tests/training/test_words.py
+    two_steps(stores(text, vision), tmp_path, f"experiment={experiment}", *warmup, *words)
     projection = load_projection(tmp_path / "projection.safetensors")
     assert (projection.text_dim, projection.vision_dim) == (text, vision)
     saved = OmegaConf.load(tmp_path / "config.yaml")

@@ -17,6 +17,7 @@ from talk2dino.alignment.module import AlignmentModule
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
+from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.features import FeatureDataModule
 from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import LossCurve
@@ -72,7 +73,15 @@ class Copies(LastCheckpoint):
         trainer.save_checkpoint = numbered  # type: ignore[method-assign,assignment]
 
 
-def parts(store: Path, **data: Any) -> tuple[AlignmentModule, FeatureDataModule]:
+def some_words() -> WordLoss:
+    """Six words, two of each image; three of them a step."""
+    of_image = torch.arange(2 * IMAGES).view(IMAGES, 2) % 6
+    return WordLoss(torch.randn(6, 5), of_image, Dense(), per_step=3, seed=3)
+
+
+def parts(
+    store: Path, words: bool = False, **data: Any
+) -> tuple[AlignmentModule, FeatureDataModule]:
     torch.manual_seed(0)
     module = AlignmentModule(
         projection=ProjectionLayer(text_dim=5, vision_dim=8),
@@ -82,6 +91,7 @@ def parts(store: Path, **data: Any) -> tuple[AlignmentModule, FeatureDataModule]
         scheduler=partial(cosine_with_warmup, warmup_steps=3),
         val_similarity=DotProduct(),
         encoders={"vision": None, "text": None},
+        words=some_words() if words else None,
     )
     options = {"batch_size": BATCH, "val_fraction": 2 / IMAGES, "seed": 3, **data}
     return module, FeatureDataModule(store, ("patch_tokens",), **options)
@@ -94,9 +104,10 @@ def fit(
     keep: bool = False,
     data: dict[str, Any] | None = None,
     ema: bool = False,
+    words: bool = False,
     **trainer: Any,
 ) -> tuple[AlignmentModule, Record, LossCurve]:
-    module, source = parts(store, **(data or {}))
+    module, source = parts(store, words, **(data or {}))
     record, curve = Record(), LossCurve(folder)
     last = (Copies if keep else LastCheckpoint)(folder / "last.ckpt", every_n_steps=1)
     callbacks = [SeedSteps(3), *([AverageWeights(0.9)] if ema else []), record, curve, last]
@@ -122,6 +133,7 @@ def assert_same_weights(module: AlignmentModule, want: AlignmentModule, note: st
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation and ema": {"accumulate_grad_batches": 2, "ema": True},
+    "words": {"accumulate_grad_batches": 2, "words": True},
     "validation within the epoch": {"val_check_interval": 0.5, "accumulate_grad_batches": 2},
     "early stopping": {"stop_early": True, "max_epochs": 3},
     "steps": {"max_epochs": -1, "max_steps": 9},

@@ -1,0 +1,143 @@
+"""The text encoder of a store in training, and the words of its captions as a loss of their own."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.similarity import Dense, Similarity
+from talk2dino.alignment.similarity.base import check_positive
+from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.encoders.build import build_text
+from talk2dino.encoders.hub import cache_dir
+from talk2dino.encoders.text import TextEncoder
+from talk2dino.encoders.text.base import CachedTextEncoder
+from talk2dino.encoders.text.prompts import prompts
+from talk2dino.errors import ConfigError
+from talk2dino.features import FeatureStore
+from talk2dino.features.caption_words import caption_words
+
+
+def stored_text_encoder(store: FeatureStore, purpose: str) -> TextEncoder:
+    """The text encoder that the store's features come from.
+
+    Args:
+        store: names it.
+        purpose: what it is needed for and what else to do, for the error's one line.
+
+    Raises:
+        ConfigError: the store does not name it, or its weights are others now.
+    """
+    info = store.text
+    if info is None or not info.spec:
+        raise ConfigError(f"store={store.path}: does not name its text encoder, {purpose}")
+    encoder = build_text(info.spec)
+    if encoder.describe()["weights_sha256"] != info.weights_sha256:
+        raise ConfigError(
+            f"store={store.path}: its text encoder {info.name} has other weights now than at "
+            "extraction; extract again"
+        )
+    return encoder
+
+
+def caption_word_loss(
+    store: FeatureStore,
+    caption_rows: NDArray[np.int64],
+    projection: Projection,
+    similarity: Similarity,
+    seed: int,
+    min_count: int = 30,
+    templates: str = "plain",
+    temperature: float | None = None,
+    weight: float = 1.0,
+    caption_weight: float = 1.0,
+    per_step: int = 160,
+    logit_scale: float = 30.0,
+    near_synonym: float | None = None,
+) -> WordLoss:
+    """The loss of the words that a store's captions contain (`conf/words/captions.yaml`).
+
+    Args:
+        store: holds the captions' texts, and names its text encoder.
+        caption_rows: `[n]` int64, the captions to train on; others give no words.
+        projection: ψ.
+        similarity: of the run.
+        seed: of the run.
+        min_count: captions that a word or a pair of words must occur in.
+        templates: prompts of a word, see `encoders.prompts`; their embeddings are averaged.
+        temperature: with which a word pools patches; None takes that of the similarity.
+        weight: of the words' loss; this and what follows as in `WordLoss`.
+        caption_weight: of the captions' loss.
+        per_step: words of a step at most.
+        logit_scale: factor on the scores.
+        near_synonym: cosine from which on two words may mean the same; None for never.
+
+    Raises:
+        ConfigError: no word is frequent enough, the store has no texts or does not name its text
+            encoder, or the projection reads more than one embedding of a text.
+    """
+    if projection.text_fields != ("embedding",):
+        raise ConfigError(
+            f"words=captions: {type(projection).__name__} changes the embeddings of texts in "
+            "training, and those of words are computed once; use projection=mlp, or words=none"
+        )
+    texts = store.captions["text"][caption_rows].tolist() if "text" in store.captions else []
+    if not any(texts):
+        raise ConfigError(
+            f"words=captions: store={store.path} holds no texts of its captions; extract again, "
+            "or use words=none"
+        )
+    similarity = at_temperature(similarity, temperature)
+    found = caption_words(
+        texts,
+        store.captions["image_row"][caption_rows],
+        len(store.images),
+        min_count,
+    )
+    return WordLoss(
+        embeddings=embed_words(found.words, store, templates),
+        of_image=from_numpy(found.of_image),
+        similarity=similarity,
+        weight=weight,
+        caption_weight=caption_weight,
+        per_step=per_step,
+        logit_scale=logit_scale,
+        near_synonym=near_synonym,
+        seed=seed,
+        digest=found.digest,
+    )
+
+
+def embed_words(words: tuple[str, ...], store: FeatureStore, templates: str) -> Tensor:
+    """`[V, C]` mean over the prompts of each word, by the store's text encoder or from the cache.
+
+    The cache is the folder `text` of `encoders.hub.cache_dir`, as in an evaluation.
+    """
+    groups = prompts(words, templates)
+    encoder = stored_text_encoder(store, "which words=captions needs; extract again")
+    cached = CachedTextEncoder(encoder, cache_dir() / "text")
+    embeddings = cached.encode([prompt for group in groups for prompt in group])
+    return embeddings.view(len(words), -1, embeddings.shape[-1]).mean(dim=1)
+
+
+def at_temperature(similarity: Similarity, temperature: float | None) -> Similarity:
+    """A dense similarity with another temperature.
+
+    Raises:
+        ConfigError: it has none, or the temperature is not positive.
+    """
+    if temperature is None:
+        return similarity
+    check_positive("words.temperature", temperature)
+    if not isinstance(similarity, Dense):
+        raise ConfigError(
+            f"words.temperature={temperature}: {type(similarity).__name__} pools no patches; use "
+            "similarity=dense, or words.temperature=null"
+        )
+    other = copy.copy(similarity)
+    other.temperature = temperature
+    return other
