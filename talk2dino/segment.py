@@ -32,6 +32,7 @@ from talk2dino.inference.outputs import (
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
 
 
@@ -102,7 +103,15 @@ def _segment(
     console = Console()
     totals: dict[str, list[float]] = {}
     broken: dict[Job, str] = {}
+    said = LARGE
     for job in track(jobs, "segment", console=console, disable=single):
+        needed = vocabulary.memory(job.image)
+        if needed is not None and needed.total > said:
+            said = needed.total
+            console.print(
+                f"{job.image.name}: takes about {said / GB:.1f} GB of working memory",
+                highlight=False,
+            )
         try:
             result = vocabulary(job.image)
         except DataError as error:

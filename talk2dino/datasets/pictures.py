@@ -71,8 +71,8 @@ def is_picture(path: Path) -> bool:
 def read_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
 
-    Pillow warns of more than 89 million pixels and refuses twice as many: large photographs are
-    read without the warning, those that it refuses stay refused.
+    Pillow warns of more than 89 million pixels and refuses twice as many before it decodes any:
+    large photographs are read without the warning, those that it refuses stay refused.
 
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
@@ -82,8 +82,17 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
         raise OSError(unread([ending]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
-            return upright_rgb(image)
+        try:
+            with Image.open(file) as image:
+                return upright_rgb(image)
+        except Image.DecompressionBombError as error:
+            fix = "scale it down, or cut it into tiles"
+            raise Image.DecompressionBombError(f"{too_large()}; {fix}") from error
+
+
+def too_large() -> str:
+    """What pictures are never opened, in words."""
+    return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, which Pillow does not open"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -222,11 +231,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise DataError(
-            f"{path}: more than {most} pixels, which Pillow does not open; scale the image and "
-            "its label map down"
-        ) from error
+        raise DataError(f"{path}: {too_large()}; scale the image and its label map down") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
@@ -263,6 +268,27 @@ def to_pixels(image: ImageLike) -> Tensor:
         f"image: {type(image).__name__} {shape}; give a PIL image, a path, bytes of a file, "
         "a tensor [3, H, W] or an array [H, W, 3]"
     )
+
+
+def size_of(image: ImageLike) -> tuple[int, int] | None:
+    """Rows and columns of what `to_pixels` takes, without decoding it.
+
+    None for what it refuses: its message says why.
+    """
+    try:
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            with Image.open(BytesIO(image)) as opened:
+                return opened.height, opened.width
+        if isinstance(image, (str, Path)):
+            return picture_size(Path(image).expanduser())
+    except Exception:  # broken files make decoders raise anything
+        return None
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) not in (2, 3) or not all(shape):
+        return None
+    return (shape[-2], shape[-1]) if isinstance(image, Tensor) else (shape[0], shape[1])
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -44,6 +45,16 @@ def mean_iou_metric(
     return MulticlassJaccardIndex(
         num_classes, average=average, ignore_index=ignore_index, validate_args=False
     )
+
+
+STRIP = 1 << 23  # pixels counted at once: torchmetrics copies them several times
+
+
+def count_pixels(metric: MulticlassJaccardIndex, labels: Tensor, target: Tensor) -> None:
+    """Add a picture to the metric: `[H, W]` int64 each."""
+    height = max(1, STRIP // labels.shape[1])
+    for some, wanted in zip(torch.split(labels, height), torch.split(target, height), strict=True):
+        metric.update(some[None], wanted[None])
 
 
 def per_class_iou(confusion: Tensor) -> list[float | None]:

@@ -23,6 +23,7 @@ from talk2dino.evaluation.datamodule import SampleBatch, shared_groups
 from talk2dino.evaluation.images import ImageFiles, write_examples
 from talk2dino.evaluation.metrics import (
     FILE,
+    count_pixels,
     mean_iou,
     mean_iou_metric,
     per_class_iou,
@@ -166,7 +167,7 @@ class SegmentationModule(L.LightningModule):
                 continue
             labels = self._label(sample, one)
             before = self.metric.confmat.clone()
-            self.metric.update(labels[None], sample.target[None])
+            count_pixels(self.metric, labels, sample.target)
             self.files.write(index, sample, labels)
             counts = self.metric.confmat - before
             seconds = time.perf_counter() - self._started

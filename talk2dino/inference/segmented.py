@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from talk2dino.annotations.data_sets import check_formats, write_data_sets
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError
+from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.overlay import (
     heat_overlay,
@@ -40,7 +42,8 @@ class SegmentedImage:
         classes: names; the first is "background" if there is a background.
         image: `[3, H, W]` uint8, the picture.
         class_scores: `[K, h, w]` float32 at working size, without the background; scores are
-            enlarged from it when asked for, since a large picture holds K times its pixels.
+            enlarged from it when asked for, since a large picture holds K times its pixels. More
+            than a gigabyte is not held, either, but computed in blocks of classes.
         negative_scores: `[1, h, w]`, the best of the negatives, or None without negatives.
         threshold: score of the background, or None.
         synonyms: words that stood for each class, where they are known.
@@ -49,7 +52,7 @@ class SegmentedImage:
     labels: Tensor = field(repr=False)
     classes: list[str]
     image: Tensor = field(repr=False)
-    class_scores: Tensor = field(repr=False)
+    class_scores: ClassMaps = field(repr=False)
     negative_scores: Tensor | None = field(default=None, repr=False)
     threshold: float | None = None
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
@@ -59,7 +62,7 @@ class SegmentedImage:
         cls,
         image: Tensor,
         names: Sequence[str],
-        class_scores: Tensor,
+        class_scores: ClassMaps | Tensor,
         negative_scores: Tensor | None,
         threshold: float | None,
         synonyms: Mapping[str, tuple[str, ...]] = {},
@@ -75,18 +78,17 @@ class SegmentedImage:
             synonyms: words that stood for each class.
         """
         back = threshold is not None or negative_scores is not None
-        stacked = (
-            class_scores if negative_scores is None else torch.cat([negative_scores, class_scores])
-        )
+        maps = ClassMaps.of(class_scores) if isinstance(class_scores, Tensor) else class_scores
+        before = [] if negative_scores is None else [negative_scores]
         height, width = image.shape[-2:]
-        labels = label_map(stacked, height, width, threshold).cpu()
+        labels = label_map(chain(before, maps.blocks()), height, width, threshold).cpu()
         if threshold is not None and negative_scores is not None:  # 0 and 1 are both background
             labels = (labels - 1).clamp_min_(0)
         return cls(
             labels,
             [BACKGROUND, *names] if back else list(names),
             image,
-            class_scores.cpu(),
+            maps.cpu(),
             None if negative_scores is None else negative_scores.cpu(),
             threshold,
             synonyms,
@@ -99,7 +101,7 @@ class SegmentedImage:
         That of the background is the threshold, or the best negative where that is higher.
         """
         size = self.image.shape[-2:]
-        full = resize_scores(self.class_scores, *size)
+        full = resize_scores(self.class_scores[:], *size)
         if self.classes[0] != BACKGROUND:
             return full
         floor = float("-inf") if self.threshold is None else self.threshold
@@ -168,7 +170,7 @@ class SegmentedImage:
         index = self.index(name) - (self.classes[0] == BACKGROUND)
         if index < 0:
             raise ConfigError(f"heatmap={name!r}: the background has no map; name a class")
-        low, high = limits or tuple(float(x) for x in self.class_scores.aminmax())
+        low, high = limits or self.class_scores.limits
         one = resize_scores(self.class_scores[index : index + 1], *self.image.shape[-2:])[0]
         return heat_overlay(to_picture(self.image), one, low, high, alpha)
 
@@ -186,7 +188,8 @@ class SegmentedImage:
         height, width = self.labels.shape
         if not (0 <= row < height and 0 <= column < width):
             raise ConfigError(f"pixel ({row}, {column}): the picture has {height}x{width} pixels")
-        values = [score_at(self.class_scores, row, column, height, width)]
+        at = partial(score_at, row=row, column=column, height=height, width=width)
+        values = list(map(at, self.class_scores.blocks()))
         if self.classes[0] == BACKGROUND:
             back = torch.tensor([float("-inf") if self.threshold is None else self.threshold])
             if self.negative_scores is not None:

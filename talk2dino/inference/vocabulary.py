@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import RLock
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from talk2dino.datasets.pictures import ImageLike, as_list
+from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
 from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.segmentation.memory import WorkingMemory
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
 Classes: TypeAlias = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
@@ -227,14 +229,28 @@ class OpenVocabulary:
                 counts then. Pictures of a list may differ in size.
 
         Raises:
-            DataError: not a picture.
+            DataError: not a picture, or one that takes more memory than there is.
         """
         if isinstance(image, EncodedPicture):
+            self._require_memory(image)
             return self._score(image)
         several = as_list(image)  # type: ignore[arg-type]
+        for one in several or [image]:  # type: ignore[list-item]
+            self._require_memory(one)
         if several is None:
             return self._score(self.encode([image])[0])  # type: ignore[list-item]
         return [one for batch in _batches(several) for one in self._segment(batch)]
+
+    def memory(self, image: ImageLike | EncodedPicture) -> WorkingMemory | None:
+        """What segmenting a picture takes, before it is decoded; None if it is no picture."""
+        size = size_of(image.pixels if isinstance(image, EncodedPicture) else image)
+        return None if size is None else WorkingMemory.of(self.segmenter, size, len(self.rows))
+
+    def _require_memory(self, image: ImageLike | EncodedPicture) -> None:
+        needed = self.memory(image)
+        if needed is not None:
+            shown = f"image={image}" if isinstance(image, (str, Path)) else "image"
+            needed.require(f"{shown} with {len(self.rows)} class prompts")
 
     def _segment(self, batch: Sequence[ImageLike | EncodedPicture]) -> list[SegmentedImage]:
         """A few pictures, of which some may be encoded already; their windows fill batches."""
@@ -249,8 +265,10 @@ class OpenVocabulary:
     def _score(self, picture: EncodedPicture) -> SegmentedImage:
         rows = self.rows.to(picture.windows.features.patch_tokens.device)
         classes = torch.tensor(self.words.row_classes, device=rows.device)
-        scores = self.segmenter.scores(picture.windows, rows, classes)  # [K (+ 1), h, w]
-        negative, scores = (scores[:1], scores[1:]) if self.words.has_negatives else (None, scores)
+        scores = self.segmenter.class_maps(picture.windows, rows, classes)  # [K (+ 1), h, w]
+        negative = None
+        if self.words.has_negatives:
+            negative, scores = scores.split(1)
         return SegmentedImage.from_scores(
             picture.pixels,
             self.words.names,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import ceil
 
 import torch
 from torch import Tensor
 
+from talk2dino.errors import DataError
 from talk2dino.segmentation.scores import resize_scores
 
 MAPS = 1 << 25  # scores at the size of the picture held at once: 134 MB
@@ -16,7 +17,7 @@ CHUNK = 4  # classes resized at once: they stay in the cache until they are comp
 
 
 def label_map(
-    scores: Tensor,
+    scores: Tensor | Iterable[Tensor],
     height: int,
     width: int,
     background_threshold: float | None = None,
@@ -28,7 +29,7 @@ def label_map(
     softmax first, which changes no argmax.)
 
     Args:
-        scores: `[K, h, w]`.
+        scores: `[K, h, w]`, or blocks of classes `[n, h, w]` one after the other.
         height: rows of the label map.
         width: columns of the label map.
         background_threshold: score of the background, which becomes label 0 and shifts the
@@ -37,8 +38,14 @@ def label_map(
     Returns:
         `[height, width]` int64.
     """
-    best = BestClass(height, width, background_threshold, scores.device)
-    best.add(scores, range(len(scores)))
+    best, added = None, 0
+    for block in [scores] if isinstance(scores, Tensor) else scores:
+        best = best or BestClass(height, width, background_threshold, block.device)
+        best.add(block, range(added, added + len(block)))
+        added += len(block)
+        del block  # the next one is computed when this one is gone
+    if best is None:
+        raise DataError("no scores: give at least one class")
     return best.labels
 
 

@@ -18,7 +18,7 @@ from talk2dino.files import replacing
 
 MARK = "talk2dino"  # in the PNG field `Software`
 FIRST = (230, 70, 60)
-STRIP = 1 << 20  # pixels of an overlay that are mixed at once: 100 MB
+STRIP = 1 << 20  # pixels that are mixed at once: 100 MB
 HEAT = ((20, 20, 70), (110, 30, 120), (210, 60, 80), (250, 150, 50), (252, 245, 150))
 PAPER, INK, FAINT, SWATCH = (255, 255, 255), (33, 37, 41), (134, 142, 150), (222, 226, 230)
 
@@ -99,31 +99,39 @@ def overlay(
     Raises:
         DataError: sizes differ, a label has no class, or the palette is too short.
     """
-    index = labels.cpu().numpy().astype(np.int64)
+    index = labels.cpu().numpy().astype(np.int64, copy=False)
     if index.shape != (image.height, image.width):
         raise DataError(
             f"labels {index.shape} do not fit the image of {image.height}x{image.width} pixels"
         )
     ignored = ignored_label(len(classes))
-    shown = [int(k) for k in np.unique(index) if k != ignored]
-    if shown and not 0 <= shown[0] <= shown[-1] < len(classes):
-        raise DataError(f"labels {shown[0]}..{shown[-1]} need more than {len(classes)} class names")
+    low = int(index.min(initial=0))
+    high = int(index.max(where=index != ignored, initial=0))
+    if not 0 <= low <= high < max(len(classes), 1):
+        raise DataError(f"labels {low}..{high} need more than {len(classes)} class names")
+    counts = np.bincount(index.ravel())[: len(classes)]
+    shown = [int(k) for k in counts.nonzero()[0]]
     colors = np.array(legend_colors(classes, palette))
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     plain = [ignored]
     if palette is None and BACKGROUND in classes:
         plain.append(list(classes).index(BACKGROUND))
     edge = _outline(index, max(1, min(index.shape) // 400)) & (alpha > 0)
-    for part in np.array_split(np.arange(len(index)), -(-index.size // STRIP)):
-        rows = slice(part[0], part[-1] + 1)
+    for rows in _strips(index.shape):
         pixels[rows] = _mixed(pixels[rows], index[rows], edge[rows], plain, colors, alpha)
     picture = Image.fromarray(pixels)
     if not legend or not shown:
         return picture
-    shares = [(k, float((index == k).mean())) for k in shown]
+    shares = [(k, float(counts[k] / index.size)) for k in shown]
     shares.sort(key=lambda pair: -pair[1])
     entries = [(classes[k], share, tuple(colors[k].tolist())) for k, share in shares]
     return _add_legend(picture, entries)
+
+
+def _strips(shape: tuple[int, ...]) -> list[slice]:
+    """Rows of a picture, about `STRIP` pixels at a time."""
+    height = max(1, STRIP // shape[1])
+    return [slice(top, top + height) for top in range(0, shape[0], height)]
 
 
 def _mixed(
@@ -165,11 +173,14 @@ def heat_overlay(
         raise DataError(
             f"scores {values.shape} do not fit the image of {image.height}x{image.width} pixels"
         )
-    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    gray = np.asarray(image.convert("L"))[..., None]
+    mixed = np.empty((*values.shape, 3), np.uint8)
     stops = np.linspace(0, 1, len(HEAT))
-    colors = np.stack([np.interp(place, stops, channel) for channel in zip(*HEAT, strict=True)], 2)
-    gray = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
-    return Image.fromarray(((1 - alpha) * gray + alpha * colors).round().astype(np.uint8))
+    for rows in _strips(values.shape):
+        place = np.clip((values[rows] - low) / max(high - low, 1e-12), 0, 1)
+        colors = [np.interp(place, stops, channel) for channel in zip(*HEAT, strict=True)]
+        mixed[rows] = ((1 - alpha) * gray[rows] + alpha * np.stack(colors, 2)).round()
+    return Image.fromarray(mixed)
 
 
 def legend_colors(classes: Sequence[str], palette: Sequence[Color] | None = None) -> list[Color]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.labels import contender_labels
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
@@ -290,9 +291,23 @@ class Segmenter(nn.Module):
         self, encoded: EncodedImage, text: Tensor, row_classes: Tensor | None = None
     ) -> Tensor:
         """Average the refined windows: `[K, h, w]` float32 at working size."""
+        return self.class_maps(encoded, text, row_classes)[:]
+
+    @torch.no_grad()
+    def class_maps(
+        self, encoded: EncodedImage, text: Tensor, row_classes: Tensor | None = None
+    ) -> ClassMaps:
+        """The same scores, of which no more than the working memory are held at once."""
         tokens = self.token_scores(encoded.features, text, row_classes)
         with _full_precision(tokens):
-            return self._at_working_size(encoded)(tokens)
+            enlarge = self._at_working_size(encoded)
+
+            def in_full_precision(some: Tensor) -> Tensor:
+                with torch.no_grad(), _full_precision(some):
+                    return enlarge(some)
+
+            size = (encoded.image.shape[-2], encoded.image.shape[-1])
+            return ClassMaps(tokens, in_full_precision, size)
 
     def _at_working_size(self, encoded: EncodedImage) -> Callable[[Tensor], Tensor]:
         """From token scores `[B, n, r, c]` to averaged, refined scores `[n, h, w]`, for any n."""
