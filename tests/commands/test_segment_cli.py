@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def options(trained_run: Path, tmp_path: Path) -> list[str]:
 
 
 def test_one_picture(
-    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("talk2dino.segmentation.memory.LARGE", 1000)
     out = tmp_path / "new" / "a.png"
     given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", f"output={out}"]
     run("segment", *given, "heatmaps=true", "negatives=[sky]")
@@ -64,6 +70,7 @@ def test_one_picture(
     printed = capsys.readouterr().out
     for name in ("cat", "grass", "brick wall", "██", str(out)):
         assert name in printed.replace("\n", "")
+    assert re.match(r"a\.png: takes about \d\.\d GB of working memory", printed)
 
 
 def test_a_folder_with_a_broken_picture(
