@@ -36,7 +36,9 @@ def app(config: DictConfig) -> None:
         kept = None
         words = ", ".join("; ".join(synonyms) for synonyms in classes.values())
         model.encode_text([])  # builds the text encoder: its errors come before the page
-    page = Page(model, str(config.checkpoint), words, config.short_side, kept).build()
+    page = Page(
+        model, str(config.checkpoint), words, config.short_side, kept, config.calibration
+    ).build()
     address = serve(page, config.host, config.port, config.max_upload_mb, config.browser)
     print(f"{address}  (Ctrl+C ends it)", flush=True)
     page.block_thread()

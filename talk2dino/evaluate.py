@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.calibration.calibration import Calibration
 from talk2dino.config import command
 from talk2dino.config.command import load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
@@ -52,6 +54,8 @@ def evaluate(config: DictConfig) -> None:
     published(benchmark.reference)  # refuses what could not be printed in the end
     check_files(benchmark)
     model = load_model(config, "cpu")  # the trainer moves it
+    calibration = model.calibration
+    config.calibration = calibration.origin if calibration else None  # what `auto` has found
     plain = OmegaConf.to_container(config, resolve=True)
     columns: dict[str, Any] = {}
     if config.compare_untrained:
@@ -62,9 +66,11 @@ def evaluate(config: DictConfig) -> None:
             write_json(file, baseline | {"config": plain})
             columns["untrained"] = baseline
     file = folder / "results.json"
-    results = predict(config, model, model.projection, benchmark, folder, file)
+    results = predict(config, model, model.projection, benchmark, folder, file, calibration)
     if not results:
         return  # another rank reports
+    if calibration is not None:
+        results |= {"calibration": calibration.describe()}
     write_json(file, results | {"config": plain})
     columns["trained" if columns else "IoU"] = results
     Console().print(class_table(columns, benchmark.reference))
@@ -104,6 +110,7 @@ def predict(
     benchmark: Benchmark,
     folder: Path,
     file: Path,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Run the predict loop and write the results; empty on all ranks but the first.
 
@@ -117,14 +124,18 @@ def predict(
         projection,
         benchmark.templates,
     )
+    if calibration is not None:
+        names = [benchmark.class_list.prompted[number].name for number in row_classes.tolist()]
+        text = calibration.score_rows(text, names, projection)
     module = SegmentationModule(
-        build_segmenter(config, model.vision, projection, benchmark),
+        build_segmenter(config, model.vision, projection, benchmark, calibration),
         benchmark,
         text,
         row_classes,
         folder,
         OutputOptions(
-            describe_run(plain, model.vision, model.text, projection, benchmark),
+            describe_run(plain, model.vision, model.text, projection, benchmark)
+            | ({"calibration": calibration.digest} if calibration else {}),
             config.resume,
             config.pictures,
             config.label_maps,
@@ -161,18 +172,24 @@ def cached_text(text: TextEncoder, projection: Projection) -> TextEncoder:
 
 
 def build_segmenter(
-    config: DictConfig, vision: nn.Module, projection: Projection, benchmark: Benchmark
+    config: DictConfig,
+    vision: nn.Module,
+    projection: Projection,
+    benchmark: Benchmark,
+    calibration: Calibration | None = None,
 ) -> Segmenter:
     """The segmenter of a benchmark's protocol, with the refinements of the config.
 
-    What is no PAMR refines token scores as `KNN` does, a class of the user's own too.
+    What is no PAMR refines token scores as `KNN` does, a class of the user's own too. Background
+    thresholds by model size are those of scores without calibration, which brings its own; a
+    single number was chosen by somebody and stays.
     """
     chosen = command.build(config.refinement) if config.refinement else None
     own = isinstance(chosen, PAMR)
     pamr: PAMR | None = chosen if own else PAMR() if config.pamr else None
     if pamr is not None:
         pamr.whole_image = pamr.whole_image or config.pamr_whole_image
-    return Segmenter(
+    segmenter = Segmenter(
         vision,
         benchmark,
         pamr=pamr,
@@ -180,6 +197,12 @@ def build_segmenter(
         project_patches=visual_side(projection),
         window_batch_size=config.window_batch_size,
     )
+    by_size = isinstance(benchmark.background_threshold, Mapping)
+    if calibration is not None and by_size and segmenter.background_threshold is not None:
+        chosen = calibration.background_score(benchmark.background_cleaning, benchmark.lambda_bg)
+        if chosen is not None:
+            segmenter.background_threshold = chosen
+    return segmenter
 
 
 def name_refinement(config: DictConfig) -> None:

@@ -61,7 +61,8 @@ def export(config: DictConfig) -> None:
         int8_tolerance=config.int8_tolerance if config.int8 else None,
     )
     if not single:
-        _say(export_projection(output / "projection.onnx", psi, facts, config.tolerance))
+        path = output / "projection.onnx"
+        _say(export_projection(path, psi, facts, config.tolerance, model.calibration))
     if classes is not None:
         vocabulary = model.open_vocabulary(classes, templates=config.templates)
         words = vocabulary.words
@@ -107,6 +108,7 @@ def _facts(model: Talk2DINO, templates: str | None) -> dict[str, str]:
         "text": str(text.get("name", "")),
         "templates": templates or str(text.get("templates", "")),
         "checkpoint": model.source.name if model.source else "",
+        **({"calibration": model.calibration.digest} if model.calibration else {}),
     }
 
 

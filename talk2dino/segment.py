@@ -16,6 +16,7 @@ from rich.text import Text
 from talk2dino.alignment.checkpoint import checkpoint_digest
 from talk2dino.annotations.base import Options
 from talk2dino.annotations.data_sets import check_formats, refuse_changed
+from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, require
 from talk2dino.errors import DataError
@@ -55,6 +56,9 @@ def segment(config: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     settings = deciding(plain, "segment")  # kept with each result, for resume=true
     settings["weights"] = checkpoint_digest(config.checkpoint)
+    calibration = find_calibration(config.calibration, config.checkpoint)
+    if calibration is not None:
+        settings["calibration"] = calibration.digest
     if isinstance(classes, ClassEmbeddings):
         settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
     maps = list(classes) if config.heatmaps else []

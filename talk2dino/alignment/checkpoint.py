@@ -33,6 +33,7 @@ from talk2dino.alignment.projection import (
 )
 from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.encoders.original import OriginalRepository, find_original
+from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import file_digest, replacing
 from talk2dino.renamed import current
@@ -168,6 +169,12 @@ def describe_projection(projection: Projection) -> dict[str, Any]:
     """`{"_target_": class path, arguments}`: plain values, also a valid Hydra node."""
     kind = type(projection)
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **projection.hyperparameters}
+
+
+def identify_projection(projection: Projection) -> dict[str, Any]:
+    """`spec` and `weights_sha256`, by which files made with a projection know it again."""
+    spec = json.loads(json.dumps(describe_projection(projection)))  # as a file gives it back
+    return {"spec": spec, "weights_sha256": state_dict_digest(projection)}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -296,6 +296,7 @@ def load_model(config: DictConfig, device: str | None = None, classes: object = 
         device=device or choose_device(config.accelerator),
         vision=build(config.vision) if config.vision else None,
         text=text,
+        calibration=config.get("calibration"),
     )
 
 

@@ -147,6 +147,7 @@ class EvaluateConfig:
     refinement: Any = None
     pamr: bool
     pamr_whole_image: bool
+    calibration: str | None
     compare_untrained: bool
     pictures: int
     label_maps: bool
@@ -170,7 +171,8 @@ class SegmentConfig:
     text: Any = None
     negatives: list[str]
     templates: str | None
-    background: float | None
+    calibration: str | None
+    background: Any  # a score, true, or null
     pamr: bool
     short_side: int
     heatmaps: bool
@@ -182,6 +184,24 @@ class SegmentConfig:
     image_root_url: str
     resume: bool
     overwrite: bool
+    accelerator: str
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """calibrate.yaml."""
+
+    checkpoint: str | None
+    rule: Any
+    vision: Any = None
+    text: Any = None
+    store: str | None
+    images: str | None
+    output: str | None
+    tokens: int
+    templates: str | None
+    short_side: int
+    seed: int
     accelerator: str
 
 
@@ -207,6 +227,7 @@ class AppConfig:
     classes: Any
     vision: Any = None
     text: Any = None
+    calibration: str | None
     short_side: int
     host: str
     port: int | None
@@ -225,6 +246,7 @@ class ExportConfig:
     templates: str | None
     vision: Any = None
     text: Any = None
+    calibration: str | None
     image_size: int
     upsample: bool
     tolerance: float
@@ -257,6 +279,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "segment": SegmentConfig,
+    "calibrate": CalibrateConfig,
     "embed": EmbedConfig,
     "app": AppConfig,
     "export": ExportConfig,

@@ -61,7 +61,8 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     The seed is one of them: it decides a freshly initialized projection.
     """
     encoders = {side: config[side] for side in ("vision", "text") if config.get(side)}
-    chosen = deciding(config, "evaluate") | encoders | {"seed": config.get("seed")}
+    chosen = deciding(config, "evaluate") | encoders
+    chosen |= {key: config.get(key) for key in ("calibration", "seed")}
     return {
         key: value
         for key, value in settled(with_current_names(chosen)).items()

@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection
-from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import Classes as ClassWords
@@ -193,7 +192,7 @@ class ClassEmbeddings:
             theirs = self.made_with[part]["spec"]
             if spec is not None and _identity(theirs) != _identity(spec):
                 wrong = f"{part} encoder ({theirs.get('name')}, not {spec.get('name')})"
-        if not wrong and self.made_with["projection"] != _of_projection(projection):
+        if not wrong and self.made_with["projection"] != identify_projection(projection):
             wrong = "projection"
         if wrong:
             raise CheckpointError(
@@ -232,12 +231,7 @@ def describe_model(
     encoders = {"vision": vision, "text": text}
     kept = ("spec", "weights_sha256")
     described = {part: {key: told[key] for key in kept} for part, told in encoders.items()}
-    return described | {"projection": _of_projection(projection)}
-
-
-def _of_projection(projection: Projection) -> dict[str, Any]:
-    spec = json.loads(json.dumps(describe_projection(projection)))  # as a file gives it back
-    return {"spec": spec, "weights_sha256": state_dict_digest(projection)}
+    return described | {"projection": identify_projection(projection)}
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.calibration.calibration import AUTO, FILE, find_calibration
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.captions.base import crop_square
 from talk2dino.datasets.pictures import ImageLike, as_list, to_picture, to_pixels
@@ -87,6 +88,7 @@ class Talk2DINO(TextSide):
         dtype: torch.dtype = torch.float32,
         vision: TimmVisionEncoder | None = None,
         text: TextEncoder | Mapping[str, Any] | None = None,
+        calibration: str | Path | None = AUTO,
     ) -> Talk2DINO:
         """Load from a folder, a checkpoint file of any format, or a Hub id.
 
@@ -101,9 +103,12 @@ class Talk2DINO(TextSide):
             vision: needed for an original `.pth`, which does not name its encoders.
             text: likewise; an encoder or the spec of one. What the checkpoint names is built when
                 it is first needed: never, if classes come as `ClassEmbeddings`.
+            calibration: `auto` takes `calibration.safetensors` beside the checkpoint if there is
+                one; None or `none` goes without; or a file.
 
         Raises:
-            CheckpointError: nothing there, unreadable, or without encoders.
+            CheckpointError: nothing there, unreadable, or without encoders; a calibration of
+                another model.
             ConfigError: a device that is not here.
         """
         checkpoint = read_checkpoint(location, whole=vision is None or text is None)
@@ -118,6 +123,9 @@ class Talk2DINO(TextSide):
             text = checkpoint.text
         model = cls(vision, text, checkpoint.projection, dtype)
         model.source = checkpoint.path
+        model.calibration = find_calibration(calibration, location)
+        if model.calibration is not None:
+            model.calibration.check(vision, checkpoint.projection)
         try:
             return model.to(choose_device() if device is None else torch.device(device))
         except (RuntimeError, AssertionError) as error:
@@ -128,6 +136,8 @@ class Talk2DINO(TextSide):
         self, folder: str | Path, results: Sequence[str | Path | Mapping[str, Any]] = ()
     ) -> Path:
         """Write `projection.safetensors`, `config.json` and the model card `README.md`.
+
+        A calibration goes with them.
 
         The weights file alone is enough to load the model: it names the encoders, which are not
         written. `config.json` says the same for people and for the Hub's counts.
@@ -142,14 +152,20 @@ class Talk2DINO(TextSide):
 
         Raises:
             DataError: a results file that is none.
-            ConfigError: a `README.md` or `config.json` there is somebody else's.
+            ConfigError: a `README.md`, `config.json` or `calibration.safetensors` there is
+                somebody else's.
         """
         path = Path(folder) / WEIGHTS
         refuse_foreign_card(path.parent)
+        calibrated = {}
+        if self.calibration is not None:
+            self.calibration.check(self.vision, self.projection)
+            self.calibration.save(path.with_name(FILE))
+            calibrated = self.calibration.describe()
         text = self.text_spec or self.text.describe()["spec"]
         specs = {"vision": self.vision.spec, "text": dict(text)}
         save_projection(self.projection, path, specs)
-        write_card(path.parent, self.projection, specs, self.source, results)
+        write_card(path.parent, self.projection, specs, self.source, results, calibrated)
         return path
 
     def push_to_hub(
@@ -295,13 +311,14 @@ class Talk2DINO(TextSide):
 
         Arguments and errors as `segment`, which does the same for a single call.
         """
-        threshold = background_threshold(background)
+        threshold = background_threshold(background, self.background)
         words, rows = self._rows(classes, templates, negatives, prompts)
         if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
             raise ConfigError(
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
             )
         segmenter = self.segmenter(threshold, pamr, short_side)
+        rows = self._calibrated(words, rows)
         return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))
 
     def segmenter(

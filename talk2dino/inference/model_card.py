@@ -43,6 +43,7 @@ def write_card(
     encoders: Mapping[str, Mapping[str, Any]],
     source: Path | None = None,
     results: Sequence[str | Path | Mapping[str, Any]] = (),
+    calibration: Mapping[str, Any] = {},
 ) -> None:
     """Write `config.json` and `README.md` into `folder`.
 
@@ -53,6 +54,7 @@ def write_card(
         source: the checkpoint it came from; `results.json`, `metrics.json` and `config.yaml` of
             that folder go into the card.
         results: more results, files or content.
+        calibration: what `Calibration.describe` says, or nothing.
 
     Raises:
         DataError: a results file that is none.
@@ -67,7 +69,7 @@ def write_card(
     text = _template().render(
         name=name,
         head=_head(name, measured),
-        parts=_rows(_parts(spec, encoders)),
+        parts=_rows(_parts(spec, encoders, calibration)),
         settings=_rows(_settings(run)),
         results=[_figures(result) for result in measured],
         validation=_rows(_last_validation(run)),
@@ -109,7 +111,9 @@ def _template() -> Template:
 
 
 def _parts(
-    projection: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]]
+    projection: Mapping[str, Any],
+    encoders: Mapping[str, Mapping[str, Any]],
+    calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
     vision, text = encoders["vision"], encoders["text"]
     return {
@@ -119,6 +123,7 @@ def _parts(
         "text weights": text.get("weights"),
         "prompt templates": text.get("templates"),
         **{f"projection: {key}": value for key, value in projection.items()},
+        **{f"calibration: {key}": value for key, value in calibration.items()},
     }
 
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.calibration.calibration import Calibration
+from talk2dino.calibration.rules import Reference
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import quiet
 from talk2dino.errors import ConfigError
@@ -27,7 +29,7 @@ from talk2dino.inference.onnx_files import (
     write_graph,
     write_int8,
 )
-from talk2dino.segmentation.scores import class_scores, upsample
+from talk2dino.segmentation.scores import class_scores, upsample, with_offsets
 from talk2dino.segmentation.segmenter import Segmenter
 
 
@@ -89,15 +91,29 @@ class DensePath(nn.Module):
 
 
 class UnitProjection(nn.Module):
-    """ψ and unit length: the mean of a class's text embeddings to its row."""
+    """ψ and unit length: the mean of a class's text embeddings to its row.
 
-    def __init__(self, projection: Projection) -> None:
+    With a calibration, whose reference goes into the graph, rows come with their offsets.
+    """
+
+    tokens: Tensor  # [R, D] of a calibration
+    vocabulary: Tensor  # [V, D] of a calibration
+
+    def __init__(self, projection: Projection, calibration: Calibration | None = None) -> None:
         super().__init__()
         self.projection = copy.deepcopy(projection).cpu()
+        self.rule = calibration.rule if calibration else None
+        if calibration is not None:
+            reference = calibration.reference(self.projection)
+            self.register_buffer("tokens", reference.tokens.detach())
+            self.register_buffer("vocabulary", reference.vocabulary.detach())
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """`[N, C]` to `[N, D]` of unit length."""
-        return F.normalize(self.projection.project_embedding(embedding), dim=-1, eps=1e-6)
+        """`[N, C]` to `[N, D]` of unit length, or calibrated `[N, D + 1]`."""
+        rows = F.normalize(self.projection.project_embedding(embedding), dim=-1, eps=1e-6)
+        if self.rule is None:
+            return rows
+        return with_offsets(*self.rule(rows, Reference(self.tokens, self.vocabulary)))
 
 
 def export_dense(
@@ -119,7 +135,7 @@ def export_dense(
         path: `.onnx` file.
         vision: encoder.
         projection: whose image side, if it has one, goes into the graph.
-        rows: `[N, D]` unit text rows, those of a class side by side.
+        rows: `[N, D]` unit text rows or `[N, D + 1]` with offsets, those of a class side by side.
         row_classes: `[N]` int64.
         metadata: JSON values for the file's `metadata_props`, besides those of the encoder.
         size: side of the window in pixels, a multiple of the patch size.
@@ -152,13 +168,13 @@ def export_dense(
         "mean": vision.mean.flatten().tolist(),
         "std": vision.std.flatten().tolist(),
         "input": "image: float32 [1, 3, window, window], RGB, 0..1; mean and std are in the graph",
-        "output": "scores: float32 [1, classes, h, w], sigmoid of the cosine",
+        "output": "scores: float32 [1, classes, h, w], sigmoid of the cosine minus the offset",
     }
     given, free = {"image": image}, None
     if open_vocabulary:
         given["class_embeddings"] = rows.cpu()
         free = {"class_embeddings": {0: "classes"}}
-        facts["class_embeddings"] = f"float32 [classes, {rows.shape[1]}], unit length"
+        facts["class_embeddings"] = f"float32 [classes, {rows.shape[1]}], of projection.onnx"
     graph = Graph(module, given, "scores", want, facts | dict(metadata), free)
     done = [write_graph(path, graph, tolerance)]
     if int8_tolerance is not None:
@@ -168,21 +184,29 @@ def export_dense(
 
 
 def export_projection(
-    path: Path, projection: Projection, metadata: Mapping[str, Any], tolerance: float = 1e-4
+    path: Path,
+    projection: Projection,
+    metadata: Mapping[str, Any],
+    tolerance: float = 1e-4,
+    calibration: Calibration | None = None,
 ) -> ExportedFile:
     """Write ψ with unit length: input `embedding` [N, C], output `class_embedding` [N, D].
 
-    Arguments and errors as `export_dense`.
+    With a calibration the output is [N, D + 1], the offset in the last column. Other arguments and
+    errors as `export_dense`.
     """
-    module = UnitProjection(projection).eval()
+    module = UnitProjection(projection, calibration).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         embedding = torch.randn(3, projection.text_dim)
     with torch.no_grad():
         want = F.normalize(module.projection.project_embedding(embedding), dim=-1, eps=1e-6)
+        if calibration is not None:
+            want = calibration.score_rows(want, [None] * len(want), module.projection)
+    kind = "unit length and, in the last column, the offset" if calibration else "unit length"
     facts = {
         "input": f"embedding: float32 [N, {projection.text_dim}], mean over a class's sentences",
-        "output": f"class_embedding: float32 [N, {projection.vision_dim}], unit length",
+        "output": f"class_embedding: float32 [N, {want.shape[1]}], {kind}",
     }
     free = {"embedding": {0: "rows"}}
     graph = Graph(

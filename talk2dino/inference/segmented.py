@@ -305,16 +305,26 @@ def _checked(threshold: float | None) -> float | None:
     return threshold
 
 
-def background_threshold(background: bool | float | None, default: float = 0.55) -> float | None:
+BACKGROUND_SCORE = 0.55  # the original's for ViT-B (evaluation configs)
+
+
+def background_threshold(
+    background: bool | float | None, default: float = BACKGROUND_SCORE
+) -> float | None:
     """The threshold that an argument `background` stands for.
 
     Args:
         background: None or False for none, True for `default`, or the threshold itself.
-        default: 0.55, the original's for ViT-B (evaluation configs).
+        default: what a calibration chose, or the original's.
 
     Raises:
-        ConfigError: outside 0..1, where every score lies.
+        ConfigError: outside 0..1, where every score lies, or no number.
     """
     if background is None or background is False:
         return None
-    return default if background is True else _checked(float(background))
+    if background is True:
+        return default
+    try:
+        return _checked(float(background))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"background={background!r}: give a score 0..1, or true") from error

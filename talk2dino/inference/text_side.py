@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from talk2dino.alignment.inputs import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection
+from talk2dino.calibration.calibration import Calibration
+from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.encoders.build import build_text, check_spec
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model
+from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import Sentences, TextCache, Words, read_words
 
 EncoderT = TypeVar("EncoderT")
@@ -44,6 +47,7 @@ class TextSide(nn.Module):
         super().__init__()
         self.vision = fitting("vision", vision, projection.vision_dim)
         self.source: Path | None = None  # the file that from_pretrained read
+        self.calibration: Calibration | None = None
         self._text: TextEncoder | None = None
         self._text_spec: Mapping[str, Any] | None = None
         if isinstance(text, Mapping):
@@ -85,6 +89,14 @@ class TextSide(nn.Module):
     def device(self) -> torch.device:
         """Where the model runs."""
         return next(self.projection.parameters()).device
+
+    @property
+    def background(self) -> float:
+        """Score of the background in `segment` where none is named: a calibration's, or 0.55."""
+        if self.calibration is None:
+            return BACKGROUND_SCORE
+        chosen = self.calibration.background_score(True, Protocol.lambda_bg)
+        return BACKGROUND_SCORE if chosen is None else chosen
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -138,6 +150,15 @@ class TextSide(nn.Module):
         named: Any = classes
         words = read_words(named, negatives, prompts, templates or self.text.templates)
         return words, self._embed(words.rows)
+
+    def _calibrated(self, words: Words, rows: Tensor) -> Tensor:
+        """Rows `[N, D]` as the segmenter takes them: with offsets, if there is a calibration."""
+        if self.calibration is None:
+            return rows
+        names = [None, *words.names] if words.has_negatives else words.names
+        return self.calibration.score_rows(
+            rows, [names[number] for number in words.row_classes], self.projection
+        )
 
     def _embed(self, rows: Sequence[Sentences]) -> Tensor:
         """`[N, D]` unit rows; those of earlier calls are not computed again."""

@@ -199,7 +199,7 @@ class OpenVocabulary:
 
     Attributes:
         words: names, synonyms and negatives.
-        rows: `[N, D]` unit text rows.
+        rows: `[N, D]` unit text rows, or calibrated ones `[N, D + 1]`.
         threshold: score of the background, or None.
         segmenter: scores windows with the options of this vocabulary.
         encode: from pictures to encoded pictures, at the working size of this vocabulary.

@@ -9,15 +9,32 @@ from torch import Tensor
 from talk2dino.errors import DataError
 
 
+def with_offsets(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Text rows `[K, D]` and what is subtracted from their cosines `[K]`, together `[K, D + 1]`.
+
+    A calibration gives every row its offset; as a further column it stays with its row wherever
+    rows are chosen or cut into blocks.
+    """
+    return torch.cat([rows, offsets.to(rows)[:, None]], dim=1)
+
+
+def split_offsets(text: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """Rows `[K, width]` and their offsets `[K]`, or None if `text` holds rows alone."""
+    if text.shape[-1] != width + 1:
+        return text, None
+    return text[:, :width].contiguous(), text[:, width]
+
+
 def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Sigmoid of the cosine between every patch and every class.
+    """Sigmoid of the cosine between every patch and every class, minus the class's offset.
 
     Only the image side is normalized here (eps 1e-6); the text counts as given, so pass unit
-    vectors, which keep the scores within 0.269..0.731. Source: the original's `DINOTextMasker`.
+    vectors, which keep the scores within 0.269..0.731. Source: the original's `DINOTextMasker`,
+    which has no offsets.
 
     Args:
         patch_tokens: `[B, P, D]`.
-        text: `[K, D]` class embeddings of unit length.
+        text: `[K, D]` class embeddings of unit length, or `[K, D + 1]` of `with_offsets`.
         grid: patch rows and columns, `rows * columns == P`.
 
     Returns:
@@ -27,7 +44,8 @@ def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> T
         DataError: the grid does not have P cells, or the widths differ.
     """
     batch, patches, width = patch_tokens.shape
-    if text.shape[-1] != width:
+    rows, offsets = split_offsets(text, width)
+    if rows.shape[-1] != width:
         raise DataError(
             f"patch tokens {tuple(patch_tokens.shape)} and text {tuple(text.shape)} differ in "
             "width: the checkpoint belongs to another vision encoder (config key `vision`)"
@@ -35,7 +53,9 @@ def class_scores(patch_tokens: Tensor, text: Tensor, grid: tuple[int, int]) -> T
     if grid[0] * grid[1] != patches:
         raise DataError(f"a grid of {grid[0]}x{grid[1]} cannot hold {patches} patch tokens")
     tokens = F.normalize(patch_tokens.float(), dim=-1, eps=1e-6)
-    cosine = text.to(tokens) @ tokens.transpose(1, 2)  # [B, K, P]
+    cosine = rows.to(tokens) @ tokens.transpose(1, 2)  # [B, K, P]
+    if offsets is not None:
+        cosine = cosine - offsets.to(tokens)[:, None]
     return cosine.sigmoid().view(batch, -1, *grid)
 
 

@@ -27,6 +27,7 @@ from talk2dino.segmentation.scores import (
     clean_background,
     merge_synonyms,
     resize_scores,
+    split_offsets,
     with_background,
 )
 from talk2dino.segmentation.windows import (
@@ -89,8 +90,8 @@ class Segmenter(nn.Module):
 
     Per window: sigmoid of the cosine between patch tokens and class embeddings → background
     cleaning [→ kNN] → bilinear to the window [→ PAMR]; windows are averaged, resized to the
-    picture, and the best class wins. Text embeddings come with every call and are taken as given
-    (unit rows).
+    picture, and the best class wins. Text embeddings come with every call and are taken as given:
+    unit rows, or calibrated ones with their offsets (`scores.with_offsets`).
 
     Args:
         vision: `vision(images [B, 3, h, w] float 0..1 RGB)` returns an object with
@@ -279,7 +280,8 @@ class Segmenter(nn.Module):
                 tokens = self.project_patches(tokens)
             scores = class_scores(tokens, text, features.grid)
             if self.protocol.background_cleaning:
-                scores = clean_background(scores, tokens, maps, text, self.protocol.lambda_bg)
+                rows, _ = split_offsets(text, tokens.shape[-1])
+                scores = clean_background(scores, tokens, maps, rows, self.protocol.lambda_bg)
             if row_classes is not None:
                 scores = merge_synonyms(scores, row_classes)
             if self.knn is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from talk2dino.calibration.calibration import AUTO
 from talk2dino.errors import ConfigError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
@@ -37,6 +38,7 @@ class Page:
         words: classes to begin with.
         short_side: working size in pixels.
         kept: class embeddings; a visitor then chooses among their names.
+        calibration: as the visitor would write it in Python.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Page:
         words: str = "",
         short_side: int = 448,
         kept: ClassEmbeddings | None = None,
+        calibration: str | None = AUTO,
     ) -> None:
         self.model, self.checkpoint, self.kept = model, checkpoint, kept
+        self.calibration = calibration
         self.words, self.short_side = words, short_side
         self.folder = TemporaryDirectory()  # of annotations to be fetched
 
@@ -55,6 +59,7 @@ class Page:
         """Lay the page out and connect its parts."""
         # None of the events is an API of its own: they need a visitor's picture.
         quiet: Any = {"api_visibility": "private"}
+        start = round(self.model.background, 3) if self.model.calibration else 0.5
         with gr.Blocks(title="talk2dino", analytics_enabled=False) as page:
             gr.Markdown(
                 "# talk2dino\nDrop a picture, name what to look for, and see where it is. "
@@ -79,7 +84,7 @@ class Page:
                         label="Background: pixels that no class fits", elem_id="background"
                     )
                     threshold = gr.Slider(
-                        0.25, 0.75, 0.5, step=0.005, label="Background threshold",
+                        0.25, 0.75, start, step=0.005, label="Background threshold",
                         elem_id="threshold", visible=False,
                     )  # fmt: skip
                     pamr = gr.Checkbox(True, label="Refine the edges (PAMR)", elem_id="pamr")
@@ -140,7 +145,7 @@ class Page:
         assert view.result is not None
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
-        code = python_call(self.checkpoint, view, kept=self.kept)
+        code = python_call(self.checkpoint, view, kept=self.kept, calibration=self.calibration)
         table = as_table("Share of the picture", areas(view.result))
         return view, view.result.overlay(), switches, table, code, gr.update(visible=False)
 
@@ -150,7 +155,7 @@ class Page:
             return [gr.skip()] * 2
         hidden = [name for name in view.result.classes if name not in shown]
         return view.result.overlay(hide=hidden), python_call(
-            self.checkpoint, view, hidden, self.kept
+            self.checkpoint, view, hidden, self.kept, self.calibration
         )
 
     def annotate(self, view: View | None, instances: bool) -> Any:

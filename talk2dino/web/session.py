@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from talk2dino.annotations.data_sets import FORMATS, MARK
+from talk2dino.calibration.calibration import AUTO
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
@@ -138,6 +139,7 @@ def python_call(
     view: View,
     hidden: Sequence[str] = (),
     kept: ClassEmbeddings | None = None,
+    calibration: str | None = AUTO,
 ) -> str:
     """The lines of Python that give the same overlay."""
     request = view.request or Request("")
@@ -149,11 +151,12 @@ def python_call(
         words = f"ClassEmbeddings.load({kept.origin!r}).select({list(classes)!r})"
     background = f", background={request.threshold:g}" if request.background else ""
     hide = f"hide={list(hidden)!r}" if hidden else ""
+    other = "" if calibration == AUTO else f", calibration={calibration!r}"
     return "\n".join(
         [
             f"from talk2dino import {'ClassEmbeddings, ' if kept else ''}Talk2DINO",
             "",
-            f"model = Talk2DINO.from_pretrained({checkpoint!r})",
+            f"model = Talk2DINO.from_pretrained({checkpoint!r}{other})",
             f"seg = model.segment({view.name!r}, {words}{background}, pamr={request.pamr})",
             f'seg.overlay({hide}).save("overlay.png")',
         ]

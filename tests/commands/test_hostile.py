@@ -56,6 +56,10 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             **{"background": NUMBERS, "output": ("p.png", "/proc/x/y.png"), "templates": PATHS[:4]},
         },
     ),
+    "calibrate": (
+        ("checkpoint=psi.safetensors", "images=photos", "output=new.safetensors"),
+        {"images": PATHS, "output": ("p.png", "", LONG), "tokens": NUMBERS, "seed": NUMBERS},
+    ),
     "embed": (
         ("checkpoint=psi.pth", "classes=[cat]", "output=new.safetensors"),
         {"classes": WORDS, "output": ("p.png", "", LONG), "negatives": WORDS},

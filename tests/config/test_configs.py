@@ -26,7 +26,7 @@ from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
 
-COMMANDS = ("extract", "train", "evaluate", "segment", "embed")
+COMMANDS = ("extract", "train", "evaluate", "segment", "calibrate", "embed")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
     "extract": ("source", "vision", "text", "features", "launcher"),
@@ -46,6 +46,7 @@ USED = {  # groups of each command
     ),
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
     "segment": ("vision", "text", "launcher"),
+    "calibrate": ("rule", "vision", "text", "launcher"),
     "embed": ("vision", "text", "launcher"),
 }
 OPTIONS = [

@@ -20,6 +20,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "segmentation",
     "evaluation",
     "annotations",
+    "calibration",
     "inference",
     "config",
     "sweeps",

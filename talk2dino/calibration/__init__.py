@@ -1,0 +1,1 @@
+"""Scores of different words made comparable: reference patches, rules, background, few labels."""

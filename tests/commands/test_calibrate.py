@@ -1,0 +1,116 @@
+"""`python -m talk2dino.calibrate`, and every command that finds what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from talk2dino import Talk2DINO
+from talk2dino.calibration.calibration import Calibration
+from talk2dino.datasets.mosaic import MosaicBenchmark
+from talk2dino.datasets.pictures import to_picture
+from tests.helpers.evaluations import evaluate_mosaic
+from tests.helpers.pipeline import fails, run
+
+FILE = "calibration.safetensors"
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    trained_run: Path, mosaic_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of the trained projection, calibrated with the store of its training."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    weights = (trained_run / "projection.safetensors").read_bytes()
+    (folder / "projection.safetensors").write_bytes(weights)
+    run("calibrate", f"checkpoint={folder}", f"store={mosaic_store}", "tokens=500")
+    return folder
+
+
+def test_all_give_the_same_labels(
+    calibrated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluation, segmentation and Python; and without the calibration, those of before."""
+    made = Calibration.load(calibrated / FILE)
+    assert made.tokens.shape == (500, 384) and made.facts["pictures"] == 24
+    assert made.background is not None and 0.3 < made.background.threshold < 0.8
+    bench = MosaicBenchmark(name="scenes", count=1, height=112, width=112)
+    sample, names = bench.sample(0), [c.name for c in bench.class_list.prompted]
+    to_picture(sample.image).save(tmp_path / "scene.png")
+    maps = {}
+    for setting in ("auto", "none"):
+        evaluation = [
+            *evaluate_mosaic(calibrated, tmp_path / setting, "benchmark.count=1"),
+            *("label_maps=true", "benchmark.short_side=112", f"calibration={setting}"),
+        ]
+        run(*evaluation)
+        results = json.loads((tmp_path / setting / "results.json").read_text())
+        if setting == "auto":
+            assert results["calibration"]["sha256"] == made.digest
+            assert results["config"]["calibration"] == str(calibrated / FILE)
+        else:
+            assert "calibration" not in results and results["config"]["calibration"] is None
+        segmentation = [
+            *("segment", f"checkpoint={calibrated}", f"image={tmp_path / 'scene.png'}"),
+            *(f"output={tmp_path / f'{setting}.png'}", f"classes=[{','.join(names)}]"),
+            *("short_side=112", "pamr=false", "resume=true", "overwrite=true"),
+            f"calibration={setting}",
+        ]
+        run(*segmentation)
+        settings = json.loads((tmp_path / f"{setting}.json").read_text())["settings"]
+        assert settings.get("calibration") == (made.digest if setting == "auto" else None)
+        capfd.readouterr()
+        run(*segmentation)
+        assert "1 of 1 pictures were done before" in capfd.readouterr().out
+        model = Talk2DINO.from_pretrained(calibrated, "cpu", calibration=setting)
+        seg = model.segment(sample.image, names, short_side=112)
+        shown = np.asarray(Image.open(tmp_path / f"{setting}_labels.png"))
+        np.testing.assert_array_equal(shown, seg.labels.numpy())
+        [evaluated] = (tmp_path / setting / "label_maps").rglob("*labels*.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(evaluated)), seg.labels.numpy())
+        maps[setting] = seg.labels
+    assert not (maps["auto"] == maps["none"]).all()
+    other = fails(capfd, *evaluate_mosaic(calibrated, tmp_path / "auto", "calibration=none"))
+    assert "began with calibration=" in other or "benchmark.count" in other
+    (tmp_path / "none.json").write_text((tmp_path / "auto.json").read_text())
+    run(*segmentation)  # what was made with a calibration is not what is asked for
+    assert "were done before" not in capfd.readouterr().out
+
+
+def test_pictures_make_a_reference_too(calibrated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        sample = MosaicBenchmark(name="scenes", count=3, height=84, width=84).sample(number)
+        to_picture(sample.image).save(folder / f"{number}.png")
+    out = tmp_path / "other.safetensors"
+    given = [f"checkpoint={calibrated}", f"images={folder}", f"output={out}", "tokens=100"]
+    run("calibrate", *given, "short_side=84", "rule.share=1", "accelerator=cpu")
+    made = Calibration.load(out)
+    assert len(made.tokens) == 100 and made.facts["pictures"] == 3
+    assert made.describe()["share"] == 1
+
+
+def test_what_cannot_be_done_is_one_line(
+    calibrated: Path, mosaic_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, store = f"checkpoint={calibrated}", f"store={mosaic_store}"
+    refused = {
+        "checkpoint=… not given": ["tokens=100", store],
+        "give one of store=DIR": [checkpoint],
+        "give one of store=DIR, a feature": [checkpoint, store, f"images={tmp_path}"],
+        "no pictures in this folder": [checkpoint, f"images={tmp_path}"],
+        "rule=KNN: a file can name": [
+            *(checkpoint, store, "~rule", "+rule._target_=talk2dino.segmentation.KNN"),
+        ],
+        "tokens=99999: use 100 to 65536": [checkpoint, store, "tokens=99999"],
+        "not written by talk2dino.calibrate": [
+            *(checkpoint, store, f"output={calibrated / 'projection.safetensors'}"),
+        ],
+    }
+    for message, given in refused.items():
+        assert message in fails(capfd, "calibrate", *given)
