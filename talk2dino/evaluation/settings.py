@@ -62,7 +62,9 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     encoders = {side: config[side] for side in ("vision", "text") if config.get(side)}
     chosen = deciding(config, "evaluate") | encoders
-    chosen |= {key: config.get(key) for key in ("calibration", "seed")}
+    chosen |= {"seed": config.get("seed")}
+    if config.get("calibration"):
+        chosen["calibration"] = config["calibration"]
     return {
         key: value
         for key, value in settled(with_current_names(chosen)).items()
