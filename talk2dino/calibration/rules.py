@@ -74,6 +74,40 @@ class QuantileOffset:
         return rows, self.share * upper_quantile(rows @ reference.tokens.t(), self.quantile)
 
 
+@dataclass(frozen=True)
+class MeanOffset:
+    """Subtract a share of what a row scores on the reference on average.
+
+    The same as comparing with patch tokens from which a share of their mean is taken: what all
+    patches have in common says nothing about one of them, and words differ in how alike they are
+    to it. A rule of this project, measured in docs/calibration.md.
+
+    Args:
+        share: of the mean cosine that is subtracted, 0..1; 0 changes nothing.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.calibration.rules import MeanOffset, Reference
+        >>> tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
+        >>> rows = torch.eye(2)
+        >>> MeanOffset()(rows, Reference(tokens, rows))[1]
+        tensor([0.6000, 0.6000])
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"rule.share={self.share}: use 0..1")
+
+    def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        return rows, self.share * (rows @ reference.tokens.mean(dim=0))
+
+
 def upper_quantile(values: Tensor, quantile: float) -> Tensor:
     """The quantile of every row of `[N, R]`, as `torch.quantile` with linear interpolation.
 
@@ -87,7 +121,7 @@ def upper_quantile(values: Tensor, quantile: float) -> Tensor:
     return torch.lerp(largest[:, -1], above, place - low)
 
 
-RULES: tuple[type, ...] = (QuantileOffset,)
+RULES: tuple[type, ...] = (MeanOffset, QuantileOffset)
 
 
 def describe_rule(rule: object) -> dict[str, Any]:

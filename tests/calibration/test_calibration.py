@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
 from talk2dino.calibration.calibration import KEY, Calibration, beside, find_calibration
-from talk2dino.calibration.rules import QuantileOffset, build_rule, describe_rule, upper_quantile
+from talk2dino.calibration.rules import (
+    MeanOffset,
+    QuantileOffset,
+    build_rule,
+    describe_rule,
+    upper_quantile,
+)
 from talk2dino.calibration.threshold import Background
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
@@ -231,3 +237,17 @@ def test_only_known_rules_are_built() -> None:
         describe_rule(object())
     with pytest.raises(ConfigError, match=r"rule.share=1.5: use 0..1"):
         QuantileOffset(1.5)
+
+
+def test_the_mean_rule_compares_with_tokens_without_their_mean(model: Talk2DINO) -> None:
+    made = replace(calibration_of(model), rule=MeanOffset())
+    assert build_rule(describe_rule(made.rule), "here") == made.rule
+    rows = model.encode_text(["a cat", "a red car", "grass"])
+    same, offsets = made.apply(rows)
+    assert torch.equal(same, rows)
+    tokens = made.reference().tokens
+    centered = rows @ (tokens - tokens.mean(dim=0)).t()
+    torch.testing.assert_close(rows @ tokens.t() - offsets[:, None], centered)
+    assert torch.equal(replace(made, rule=MeanOffset(0.0)).apply(rows)[1], torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"rule.share=-1: use 0..1"):
+        MeanOffset(-1)

@@ -13,7 +13,13 @@ from talk2dino.evaluation.settings import DECIDING, compared, deciding
 # keys that change no result: how fast, where to, what else is written
 OTHERS = {
     "evaluate": {
-        *("checkpoint", "vision", "text", "seed"),  # the weights' digests are compared
+        *(
+            "checkpoint",
+            "calibration",
+            "vision",
+            "text",
+            "seed",
+        ),  # the weights' digests are compared
         *("trainer", "batch_size", "window_batch_size", "num_workers"),
         *("compare_untrained", "pictures", "label_maps", "examples", "resume"),
     },
