@@ -30,7 +30,9 @@ def require_all(config: DictConfig) -> None:
     Raises:
         ConfigError: no checkpoint, or not exactly one of `store` and `images`.
     """
-    require(config, "checkpoint")
+    neither = config.store is None and config.images is None
+    if config.checkpoint is None:
+        require(config, "checkpoint", *(["store"] if neither else []))
     if (config.store is None) == (config.images is None):
         raise ConfigError(
             "give one of store=DIR, a feature store with patch tokens, and images=DIR, a folder of "

@@ -327,4 +327,4 @@ def background_threshold(
     try:
         return _checked(float(background))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"background={background!r}: give a score 0..1, or true") from error
+        raise ConfigError(f"background={background}: give a score 0..1, or true") from error

@@ -295,7 +295,7 @@ TYPOS = [
     ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
     ("segment", ["short_side=tall"], "short_side=tall", "Integer"),
-    ("segment", ["background=grey"], "background=grey", "Float"),
+    ("segment", ["background=grey"], "background=grey", "give a score 0..1, or true"),
 ]
 
 

@@ -23,7 +23,12 @@ OTHERS = {
         *("trainer", "batch_size", "window_batch_size", "num_workers"),
         *("compare_untrained", "pictures", "label_maps", "examples", "resume"),
     },
-    "segment": {"image", "output", "heatmaps", "resume", "overwrite", "accelerator"},
+    "segment": {
+        *("image", "output", "heatmaps", "resume", "overwrite", "accelerator"),
+        "calibration",  # its digest is compared
+        # annotations are gathered from the pictures' own records
+        *("formats", "instances", "minimum_area", "tolerance", "polygons", "image_root_url"),
+    },
 }
 
 

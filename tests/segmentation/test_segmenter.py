@@ -345,7 +345,7 @@ def test_unusual_pictures(size: tuple[int, int]) -> None:
             r"\(9, 9, 3\)",
         ),
         (
-            lambda: small_segmenter()(torch.zeros(3, 9, 9, dtype=torch.uint8), torch.eye(4)),
+            lambda: small_segmenter()(torch.zeros(3, 9, 9, dtype=torch.uint8), torch.eye(5)),
             DataError,
             "another vision encoder",
         ),
