@@ -7,9 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
@@ -63,6 +61,8 @@ def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
     Raises:
         EncoderError: unknown model, or weights that are not available or belong to another model.
     """
+    import timm  # with torchvision, twice as long as torch itself: nothing else needs it
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise EncoderError(
@@ -97,6 +97,8 @@ def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
 
 def _instantiate(name: str, pretrained: bool, image_size: int) -> tuple[Any, bool]:
     """Build with position embeddings that follow the image if the family can, else fixed ones."""
+    import timm
+
     for extra in ({"dynamic_img_size": True}, {"img_size": image_size}):
         try:
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
@@ -219,6 +221,8 @@ class TimmVisionEncoder(nn.Module):
         batch_size: int = 16,
         rope_in_attention: bool = True,
     ) -> None:
+        from timm.data import resolve_model_data_config
+
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self.batch_size, self.rope_in_attention = batch_size, rope_in_attention

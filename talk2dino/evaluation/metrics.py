@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassJaccardIndex
 
 from talk2dino.evaluation.records import Record
 from talk2dino.files import replacing
+
+if TYPE_CHECKING:
+    from torchmetrics.classification import MulticlassJaccardIndex
 
 
 def mean_iou_metric(
@@ -42,6 +44,8 @@ def mean_iou_metric(
         >>> metric.compute()
         tensor(0.7750)
     """
+    from torchmetrics.classification import MulticlassJaccardIndex  # reports need no torchmetrics
+
     return MulticlassJaccardIndex(
         num_classes, average=average, ignore_index=ignore_index, validate_args=False
     )

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 # What the server imports before its first fork; tests/conftest.py hands it over.
-PRELOAD = ["torch", "lightning", "talk2dino.train", "talk2dino.evaluate", "tests.helpers.pipeline"]
+PRELOAD = [
+    "torch",
+    "lightning",
+    "timm",
+    "talk2dino.train",
+    "talk2dino.evaluate",
+    "tests.helpers.pipeline",
+]
 
 
 def forked(target: Callable[..., None], *args: Any, **options: Any) -> BaseProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,13 @@ ONLY_IN = {
     },
     "h5py": {source for source in SOURCES if source.startswith("features/")},
 }
+SLOW = {"lightning", "timm", "torchvision", "torchmetrics", "transformers", "gradio"}  # to import
 LARGEST_FILE = 400  # lines
 LARGEST_FOLDER = 13  # modules; the root, which holds the commands, has 20
 SAME_NAME = {"__init__.py", "base.py", "module.py", "datamodule.py"}  # idioms
 
 
+@cache
 def imported(source: str) -> set[str]:
     """Dotted names of all modules that a file imports, wherever the import stands."""
     names: set[str] = set()
@@ -75,6 +78,35 @@ def imported(source: str) -> set[str]:
             names.add(node.module or "")
             if node.module == "talk2dino":
                 names |= {f"talk2dino.{alias.name}" for alias in node.names}
+    return names
+
+
+@cache
+def imported_at_once(source: str) -> set[str]:
+    """Those of `imported` that run with the file itself: none in a function or for types only."""
+    tree = ast.parse((PACKAGE / source).read_text())
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def loaded_by(source: str) -> set[str]:
+    """Dotted names of all modules that importing a file loads through files of this package."""
+    names: set[str] = set()
+    files, todo = set(), [source]
+    while todo:
+        if (file := todo.pop()) not in files:
+            files.add(file)
+            names |= (found := imported_at_once(file))
+            for name in found:
+                parts = name.split(".")[1:] if name.startswith("talk2dino") else []
+                paths = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+                todo += [f for path in paths for f in (f"{path}/__init__.py", f"{path}.py")]
+            todo = [file for file in todo if file in SOURCES]
     return names
 
 
@@ -100,6 +132,13 @@ def test_imports_point_one_way(source: str) -> None:
 def test_no_command_imports_another(source: str) -> None:
     others = {f"talk2dino.{name}" for name in COMMANDS} - {f"talk2dino.{source[:-3]}"}
     assert not imported(source) & others
+
+
+@pytest.mark.parametrize("source", sorted(f"{name}.py" for name in COMMANDS - {"__main__"}))
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used(source: str) -> None:
+    """So that `--help` and a mistyped word are answered soon; two build on Lightning's classes."""
+    slow = {name.split(".")[0] for name in loaded_by(source)} & SLOW
+    assert slow == ({"lightning"} if source in ("train.py", "evaluate.py") else set())
 
 
 def drawn() -> dict[str, set[str]]:
