@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,14 @@ from tests.helpers.encoders import released  # noqa: F401 (fixture)
 from tests.helpers.goldens import Golden, golden_arrays
 from tests.helpers.hub import hub  # noqa: F401 (fixture)
 from tests.helpers.parity import USE, ParityRecord, differs, whole_suite
-from tests.helpers.pipeline import BUNDLED, mosaic_store, need, trained_run  # noqa: F401 (fixtures)
+from tests.helpers.pipeline import (
+    BUNDLED,
+    COMMAND,
+    mosaic_store,  # noqa: F401 (fixture)
+    need,
+    run_script,
+    trained_run,  # noqa: F401 (fixture)
+)
 from tests.helpers.ranks import PRELOAD
 from tests.helpers.shared import once
 from tests.helpers.stores import pictures, token_store  # noqa: F401 (fixtures)
@@ -62,13 +68,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep a file's tests in one process, which shares its fixtures.
 
     All that needs the quickstart is one group and comes first, so that one process works on it
-    while the others have the rest, instead of all waiting for its two minutes.
+    while the others have the rest, instead of all waiting for its two minutes. Files with other
+    slow tests come next: a long one at the end would leave the other processes idle.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             long = "quickstart" in getattr(item, "fixturenames", ())
             item.add_marker(pytest.mark.xdist_group("quickstart" if long else str(item.path)))
-        items.sort(key=lambda item: "quickstart" not in getattr(item, "fixturenames", ()))
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(
+            key=lambda item: (
+                "quickstart" not in getattr(item, "fixturenames", ()),
+                item.path not in slow,
+            )
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -136,15 +149,22 @@ def gpu(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`outputs/quickstart` of the Makefile's own recipe, run once at a reduced size."""
+    """`outputs/quickstart` of the Makefile's own recipe, run once at a reduced size.
+
+    `make` says the lines of the recipe; its commands run in this process.
+    """
     need(*BUNDLED)
     sizes = ["SCENES=96", "HELDOUT=6", "EPOCHS=3", "HEAD_EPOCHS=3", "PICTURES=2"]
     makefile = Path(__file__).parents[1] / "Makefile"
-    command = ["make", "-f", str(makefile), "quickstart-steps", f"PY={sys.executable}", *sizes]
+    command = ["make", "--dry-run", "--no-print-directory", "-f", str(makefile)]
+    command += ["quickstart-steps", "PY=python", *sizes]
 
     def make(folder: Path) -> None:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        script = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert len(COMMAND.findall(script)) == 7
+        with pytest.MonkeyPatch.context() as here:
+            here.chdir(folder)
+            run_script(script)
 
     return once(tmp_path_factory, "quickstart", make) / "outputs" / "quickstart"
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import re
 import runpy
+import shlex
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +26,9 @@ BUNDLED = (
     "sklearn",
 )
 TRAIN = ("trainer=cpu", "trainer.enable_progress_bar=false")
+
+# `python -m talk2dino.NAME …` over all its lines, without what only a shell understands
+COMMAND = re.compile(r"^(python -m talk2dino\.\w+(?: (?:[^\n\\|<>&;$`]|\\\n)*)?)$", re.M)
 
 
 def need(*packages: str) -> None:
@@ -46,6 +53,31 @@ def run(command: str, *overrides: object) -> None:
             if handler not in handlers:
                 handler.close()
         root.handlers, root.level = handlers, level
+
+
+def run_line(line: str) -> None:
+    """A command line as a shell would run it, if it asks nothing of the shell but quotes."""
+    _, _, module, *words = shlex.split(line.replace("\\\n", " "), comments=True)
+    try:
+        run(module.removeprefix("talk2dino."), *words)
+    except SystemExit as stopped:
+        assert not stopped.code, line
+
+
+def run_script(script: str) -> None:
+    """Plain commands run in this process, which has imported everything; the rest in a shell."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for number, part in enumerate(COMMAND.split(script)):
+        if number % 2:
+            run_line(part)
+        elif part.strip():
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", part],
+                env=os.environ | {"PATH": path},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 
 
 def fails(capfd: pytest.CaptureFixture[str], command: str, *overrides: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -21,14 +20,11 @@ from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.config.typed import as_typed
 from tests.helpers.hub import Hub
-from tests.helpers.pipeline import run
+from tests.helpers.pipeline import COMMAND, run_line, run_script
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\s*)?^( *)```(bash|python)\n(.*?)^ *```", re.M | re.S)
-
-# `python -m talk2dino.NAME …` over all its lines, without what only a shell understands
-COMMAND = re.compile(r"^(python -m talk2dino\.\w+(?: (?:[^\n\\|<>&;$`]|\\\n)*)?)$", re.M)
 
 
 class Block(NamedTuple):
@@ -63,29 +59,8 @@ def chosen(mode: str, language: str) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", chosen("run", "bash"))
 def test_shell_block_runs(block: Block, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain commands run in this process, which has imported everything; the rest in a shell."""
     monkeypatch.chdir(quickstart.parents[1])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for number, part in enumerate(COMMAND.split(block.code)):
-        if number % 2:
-            run_here(part)
-        elif part.strip():
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", part],
-                env=os.environ | {"PATH": path},
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-
-
-def run_here(line: str) -> None:
-    """A command line as a shell would run it, if it asks nothing of the shell but quotes."""
-    _, _, module, *words = shlex.split(line.replace("\\\n", " "), comments=True)
-    try:
-        run(module.removeprefix("talk2dino."), *words)
-    except SystemExit as stopped:
-        assert not stopped.code, line
+    run_script(block.code)
 
 
 @pytest.mark.slow
@@ -111,7 +86,7 @@ def test_blocks_run_on_the_hub(
         if block.language == "python":
             exec(compile(block.code, block.where, "exec"), {})
         for line in COMMAND.findall(block.code):
-            run_here(line)
+            run_line(line)
 
 
 @pytest.mark.slow
