@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,17 +15,32 @@ REPOSITORY = Path(__file__).parents[2]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One kernel for all notebooks, so that the libraries are imported once."""
+    need("nbclient", "ipykernel")
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
+    manager = AsyncKernelManager()
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in NOTEBOOKS])
-def test_notebook_runs(file: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need("nbclient", "ipykernel")
+def test_notebook_runs(
+    file: Path, quickstart: Path, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in all tests
     notebook = nbformat.read(file, as_version=4)
     folder = str(quickstart.parents[1])
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # nothing of another notebook
+    place = {"metadata": {"path": folder}}
+    NotebookClient(notebook, km=kernel, timeout=300, resources=place).execute()
     pictures = [
         output
         for cell in notebook.cells
