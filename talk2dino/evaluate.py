@@ -56,22 +56,17 @@ def evaluate(config: DictConfig) -> None:
     model = load_model(config, "cpu")  # the trainer moves it
     calibration = model.calibration
     config.calibration = calibration.origin if calibration else None  # what `auto` has found
-    plain = OmegaConf.to_container(config, resolve=True)
     columns: dict[str, Any] = {}
     if config.compare_untrained:
         untrained = fresh_projection(model.projection, model.text)
         file = folder / "results_untrained.json"
         baseline = predict(config, model, untrained, benchmark, folder / "untrained", file)
         if baseline:
-            write_json(file, baseline | {"config": plain})
             columns["untrained"] = baseline
     file = folder / "results.json"
     results = predict(config, model, model.projection, benchmark, folder, file, calibration)
     if not results:
         return  # another rank reports
-    if calibration is not None:
-        results |= {"calibration": calibration.describe()}
-    write_json(file, results | {"config": plain})
     columns["trained" if columns else "IoU"] = results
     Console().print(class_table(columns, benchmark.reference))
     print(f"results: {file}")
@@ -143,6 +138,8 @@ def predict(
         ),
         batch_size=config.batch_size,
         results_file=file,
+        besides={"config": plain}
+        | ({"calibration": calibration.describe()} if calibration else {}),
     )
     extra = {"callbacks": [EvaluationProgress()]} if config.trainer.enable_progress_bar else {}
     trainer: L.Trainer = command.build(

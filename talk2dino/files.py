@@ -26,8 +26,8 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     The temporary name depends on the target only, so a restarted run overwrites what a killed one
     left; with `shared` it is unique, for a file that several processes may write at once. On any
     exception it is removed. The file gets the permissions that the umask says. A failed write (disk
-    full, quota, permissions) raises StoreError with one line; HDF5 reports some of those as
-    RuntimeError.
+    full, quota, permissions) raises StoreError with one line, whichever library failed; give
+    `torch.save` an open file for that.
     """
     temporary = temporary_name(target)
     if shared:
@@ -204,12 +204,17 @@ def file_digest(path: Path) -> str:
 
 
 def _error_code(error: BaseException) -> int | None:
-    """The `errno` behind an operating system's error or HDF5's wrapping of one."""
+    """The `errno` of an operating system's error, or of one that a library wrapped.
+
+    HDF5 writes `errno = 28`, Rust `(os error 28)`, and PyTorch fails on its own after the file.
+    """
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    if isinstance(error, (OSError, RuntimeError)):
-        found = re.search(r"errno = (\d+)", str(error))
-        return int(found.group(1)) if found else None
+    if isinstance(error, Exception):
+        if found := re.search(r"\b(?:errno =|os error) (\d+)", str(error)):
+            return int(found.group(1))
+        if isinstance(error, RuntimeError) and error.__context__ is not None:
+            return _error_code(error.__context__)
     return None
 
 

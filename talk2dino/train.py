@@ -20,6 +20,7 @@ from talk2dino.alignment.projection import Projection
 from talk2dino.config import command
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
+from talk2dino.files import replacing
 from talk2dino.sweeps.study import PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
 from talk2dino.training.results import close_loggers, refuse_foreign_files
@@ -66,7 +67,8 @@ def train(config: DictConfig) -> None:
     )
     check_learnable(config, data, trainer.world_size)
     if trainer.is_global_zero:
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        with replacing(folder / "config.yaml") as file:
+            OmegaConf.save(config, file, resolve=True)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
     try:

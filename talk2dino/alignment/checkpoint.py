@@ -152,8 +152,8 @@ def save_projection(
         key: value.detach().cpu().contiguous() for key, value in projection.state_dict().items()
     }
     if path.suffix == ".pth":
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
         return
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: a projection is saved as .safetensors or .pth")
@@ -183,7 +183,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             entry = (file.metadata() or {}).get(_KEY)
         metadata = None if entry is None else json.loads(entry)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"checkpoint={path}: not a safetensors file ({error})") from error
     return state, _checked_metadata(metadata, path)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import log
@@ -31,7 +32,7 @@ from talk2dino.encoders.hub import hub_file, in_cache, split_hub_id
 from talk2dino.encoders.ranges import HubTensorFile
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import file_digest, read_json, replacing, write_json
+from talk2dino.files import file_digest, read_json, replacing, temporary_name, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIXES = {"vision": "model.", "text": "clip_model.", "projection": "proj."}
@@ -296,7 +297,7 @@ def write_original(
     has its position added, as in timm, so that position is zero; so is `mask_token`.
 
     Args:
-        folder: created when needed.
+        folder: to create; it appears complete.
         names: of `published_names`.
         image_size: `resize_dim`.
         states: state dicts of `vision`, `text` and `projection`.
@@ -329,10 +330,16 @@ def write_original(
         "disentangled_self_attn_token": True,
         **dict.fromkeys(_SWITCHES, False),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / CONFIG, config)
+    draft = temporary_name(folder)  # a folder without one of the files would be in the way
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(draft / WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        write_json(draft / CONFIG, config)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _current(key: str) -> str:

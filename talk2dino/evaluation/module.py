@@ -72,6 +72,7 @@ class SegmentationModule(L.LightningModule):
         batch_size: that of the data module.
         results_file: the first rank writes the results there, for a parent that started the ranks
             and does not share their memory (strategy ddp_spawn).
+        besides: plain values that are written beside the results.
 
     Raises:
         ConfigError: in `setup`, records of other settings.
@@ -91,13 +92,14 @@ class SegmentationModule(L.LightningModule):
         options: OutputOptions | None = None,
         batch_size: int = 1,
         results_file: Path | None = None,
+        besides: Mapping[str, Any] = {},
     ) -> None:
         super().__init__()
         self.segmenter, self.benchmark = segmenter, benchmark
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("row_classes", row_classes, persistent=False)
         self.folder, self.options = folder, options or OutputOptions()
-        self.batch_size, self.results_file = batch_size, results_file
+        self.batch_size, self.results_file, self.besides = batch_size, results_file, besides
         classes = benchmark.class_list
         self.names = classes.names
         self.offset = int(classes.has_background)
@@ -235,7 +237,7 @@ class SegmentationModule(L.LightningModule):
         count = self.options.examples
         write_examples(scores, count, self.benchmark, self._again, self.folder)
         if self.results_file is not None:
-            write_json(self.results_file, self.results)
+            write_json(self.results_file, self.results | dict(self.besides))
 
     def _again(self, sample: Sample) -> Tensor:
         moved = SampleBatch([0], [sample]).to(self.device).samples[0]

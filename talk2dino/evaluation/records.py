@@ -14,7 +14,6 @@ decides by its own images only what is left to do, so ranks need not agree about
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -85,11 +84,15 @@ class Records:
             ConfigError: the folder holds records of other settings, or other files.
         """
         file = self.folder / SETTINGS
-        refuse_foreign_run(self.folder.parent, file.is_file, (self.folder.name, *_RESULTS))
+        begun = file.is_file()
+        killed = self.folder.is_dir() and all(p.name.startswith(".") for p in self.folder.iterdir())
+        names = _RESULTS if killed else (self.folder.name, *_RESULTS)  # before its first file
+        refuse_foreign_run(self.folder.parent, file.is_file, names)
         if not resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for part in self._parts():
+                part.unlink()
         wanted = json.loads(json.dumps(settings))
-        if file.is_file():
+        if begun and resume:
             _refuse_others(self.folder, json.loads(file.read_text(encoding="utf-8")), wanted)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -233,8 +233,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary:
-            torch.save(checkpoint, temporary)
+        with replacing(target) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def validates_after(trainer: L.Trainer, batch_index: int) -> bool:

@@ -58,10 +58,10 @@ def names_done(folder: Path) -> set[str]:
 
 
 def without_clock(folder: Path) -> dict[str, Any]:
-    """All files of a run; of the results all but the seconds, and no records."""
+    """All files of a run; of the results neither seconds nor config, and no records."""
     files = files_below(folder)
     results = json.loads(files.pop("results.json"))
-    del results["seconds"]
+    del results["seconds"], results["config"]  # one process or two
     kept = {name: content for name, content in files.items() if not name.startswith("records")}
     return kept | {"results": results}
 
@@ -205,3 +205,26 @@ def test_a_folder_with_files_of_the_user_is_refused(
         (tmp_path / "records").rmdir()
     for again in (True, resume):
         Records(tmp_path / "records").claim({"a": 1}, again)
+
+
+def test_a_kill_before_the_first_record_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is there, its settings are not; starting anew never lacks them."""
+    records = Records(tmp_path / "records")
+    records.folder.mkdir()
+    (records.folder / ".settings.json.tmp").write_text("{")
+    records.claim({"seed": 1})
+    records.add(Record("0", [0], [1], 0.1))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("talk2dino.evaluation.records.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            records.claim({"seed": 2}, resume=False)
+    records.claim({"seed": 2}, resume=False)
+    assert records.read() == {}
+    with pytest.raises(ConfigError, match="began with seed=2, now it is 3"):
+        records.claim({"seed": 3})
