@@ -110,14 +110,23 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(image)
     if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
-        gray = wide // 257 if image.mode.startswith("I;16") or wide.max(initial=0) > 255 else wide
-        image = Image.fromarray(gray.astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit or 32-bit gray as 8-bit gray; a few rows at a time, for a picture may be large."""
+    # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
+    wide = image.mode.startswith("I;16") or image.getextrema()[1] > 255  # type: ignore[operator]
+    gray = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, 64):
+        rows = image.crop((0, top, image.width, min(top + 64, image.height)))
+        values = np.asarray(rows).astype(np.int64).clip(0, 65535)
+        gray[top : top + 64] = values // 257 if wide else values
+    return Image.fromarray(gray)
 
 
 def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
@@ -140,7 +149,9 @@ def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
 def orientation(image: Image.Image) -> Image.Transpose | None:
     """What turns a picture upright by its EXIF tag; None if it is."""
     try:
-        return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged tags
+            return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged tags raise all sorts of errors; the picture itself may be sound
         return None
 

@@ -111,7 +111,7 @@ class ClassEmbeddings:
             _check_rows(rows, words)
             rows = rows.clone()  # aligned as computed ones are: the file's place decides otherwise
             return cls(words, rows, content["templates"], made_with, str(path))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{where}: damaged ({reason}); {_HOW}") from error
 

@@ -163,7 +163,7 @@ def read_json(file: Path, fix: str) -> object:
         raise StoreError(f"{file}: not found; {fix}") from None
     except NotADirectoryError:
         raise StoreError(f"{file.parent}: not a folder; give the folder of a store") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{file}: unreadable ({error}); {fix}") from None
     return parsed
 
