@@ -12,12 +12,12 @@ from typing import Any
 import gradio as gr
 
 from talk2dino.calibration.calibration import AUTO
-from talk2dino.errors import ConfigError, UserError
+from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import (
     Request,
-    View,
+    Views,
     annotation_files,
     answer,
     areas,
@@ -25,8 +25,6 @@ from talk2dino.web.session import (
     python_call,
     scores_at,
 )
-
-IDLE_SECONDS = 3600  # features of a visitor who left are dropped after an hour
 
 
 class Page:
@@ -54,6 +52,7 @@ class Page:
         self.calibration = calibration
         self.words, self.short_side = words, short_side
         self.folder = TemporaryDirectory()  # of annotations to be fetched
+        self.views = Views()
 
     def build(self) -> gr.Blocks:
         """Lay the page out and connect its parts."""
@@ -65,7 +64,6 @@ class Page:
                 "# talk2dino\nDrop a picture, name what to look for, and see where it is. "
                 "Everything stays on this machine."
             )
-            view = gr.State(None, time_to_live=IDLE_SECONDS)
             with gr.Row():
                 with gr.Column():
                     picture = gr.Image(
@@ -108,49 +106,54 @@ class Page:
                         scores = gr.HTML(elem_id="scores")
                     code = gr.Code(language="python", label="The same in Python", elem_id="code")
             request = [words, background, threshold, pamr]
-            results = [view, overlay, shown, shares, code, files]
-            picture.upload(_user_errors(self.open), picture, view, **quiet).success(
-                _user_errors(self.segment), [view, *request], results, **quiet
+            results = [overlay, shown, shares, code, files]
+            picture.upload(_user_errors(self.open), picture, None, **quiet).success(
+                _user_errors(self.segment), request, results, **quiet
             )
             picture.clear(self.forget, None, [*results, scores], **quiet)
             for event in (go.click, words.submit, pamr.change, background.change):
-                event(_user_errors(self.segment), [view, *request], results, **quiet)
+                event(_user_errors(self.segment), request, results, **quiet)
             threshold.change(
-                _user_errors(self.segment), [view, *request], results, trigger_mode="always_last",
+                _user_errors(self.segment), request, results, trigger_mode="always_last",
                 show_progress="hidden", **quiet,
             )  # fmt: skip
             background.change(lambda on: gr.update(visible=on), background, threshold, **quiet)
             shown.input(
-                _user_errors(self.show),
-                [view, shown],
-                [overlay, code],
-                show_progress="hidden",
-                **quiet,
+                _user_errors(self.show), shown, [overlay, code], show_progress="hidden", **quiet
             )
-            annotate.click(_user_errors(self.annotate), [view, instances], files, **quiet)
-            overlay.select(self.click, view, scores, show_progress="hidden", **quiet)
+            annotate.click(_user_errors(self.annotate), instances, files, **quiet)
+            overlay.select(self.click, None, scores, show_progress="hidden", **quiet)
+            page.unload(self.leave)
         return page  # type: ignore[no-any-return]
 
-    def open(self, file: str | None) -> View | None:
+    def open(self, file: str | None, visitor: gr.Request) -> None:
         """An upload: run the encoder."""
-        return open_picture(self.model, Path(file), self.short_side) if file else None
+        self.views.forget(_name(visitor))
+        if file:
+            view = open_picture(self.model, Path(file), self.short_side)
+            self.views.keep(_name(visitor), view)
 
     def segment(
-        self, view: View | None, words: str, background: bool, threshold: float, pamr: bool
+        self, words: str, background: bool, threshold: float, pamr: bool, visitor: gr.Request
     ) -> Sequence[Any]:
-        """New request: state and what is seen of it, no files; nothing without a picture."""
-        if view is None or not words.strip():
-            return [gr.skip()] * 6
+        """New request: overlay, switches, shares and code, no files; nothing without words."""
+        if not words.strip():
+            return [gr.skip()] * 5
+        view = self.views.of(_name(visitor))
+        if view is None:
+            raise DataError("Drop a picture first (one that lay here for long is forgotten)")
         view = answer(self.model, view, Request(words, background, threshold, pamr), self.kept)
+        self.views.keep(_name(visitor), view)
         assert view.result is not None
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
         code = python_call(self.checkpoint, view, kept=self.kept, calibration=self.calibration)
         table = as_table("Share of the picture", areas(view.result))
-        return view, view.result.overlay(), switches, table, code, gr.update(visible=False)
+        return view.result.overlay(), switches, table, code, gr.update(visible=False)
 
-    def show(self, view: View | None, shown: Sequence[str]) -> Sequence[Any]:
+    def show(self, shown: Sequence[str], visitor: gr.Request) -> Sequence[Any]:
         """Switches: the overlay without the classes that are off."""
+        view = self.views.of(_name(visitor))
         if view is None or view.result is None:
             return [gr.skip()] * 2
         hidden = [name for name in view.result.classes if name not in shown]
@@ -158,25 +161,37 @@ class Page:
             self.checkpoint, view, hidden, self.kept, self.calibration
         )
 
-    def annotate(self, view: View | None, instances: bool) -> Any:
+    def annotate(self, instances: bool, visitor: gr.Request) -> Any:
         """The button: a file per format of annotations."""
+        view = self.views.of(_name(visitor))
         if view is None or view.result is None:
             return gr.skip()
         folder = Path(mkdtemp(dir=self.folder.name))
         made = [str(path) for path in annotation_files(view, folder, instances)]
         return gr.update(value=made, visible=True)
 
-    def click(self, view: View | None, event: gr.SelectData) -> str:
+    def click(self, event: gr.SelectData, visitor: gr.Request) -> str:
         """A click on the overlay: the scores there."""
+        view = self.views.of(_name(visitor))
         if view is None or view.result is None:
             return ""
         column, row = (int(place) for place in event.index)
         return as_table(f"Scores at ({column}, {row})", scores_at(view.result, row, column))
 
-    def forget(self) -> Sequence[Any]:
+    def forget(self, visitor: gr.Request) -> Sequence[Any]:
         """The picture was taken away."""
+        self.leave(visitor)
         hidden = gr.update(visible=False)
-        return None, None, gr.update(choices=[], visible=False), "", "", hidden, ""
+        return None, gr.update(choices=[], visible=False), "", "", hidden, ""
+
+    def leave(self, visitor: gr.Request) -> None:
+        """The page was closed."""
+        self.views.forget(_name(visitor))
+
+
+def _name(visitor: gr.Request) -> str:
+    """What tells open pages apart; the visitor's browser draws it at random."""
+    return str(visitor.session_hash)
 
 
 def uploaded_file(upload: Any) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 from PIL import Image
 
@@ -20,6 +23,8 @@ from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import EncodedPicture
 
 MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
+MEMORY = 2 << 30  # bytes for the pictures of all visitors and their results
+IDLE_SECONDS = 3600.0  # what a visitor who left had is dropped after an hour
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,71 @@ class View:
     picture: EncodedPicture = field(repr=False)
     request: Request | None = None
     result: SegmentedImage | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, as far as it counts."""
+        pixels, features = self.picture.pixels, self.picture.windows.features
+        held = pixels.nbytes + features.patch_tokens.nbytes
+        if self.result is not None:
+            held += self.result.labels.nbytes + self.result.class_scores.nbytes
+        return held
+
+
+class Views:
+    """The views of all visitors; may be used from several threads.
+
+    Those that were not used for `seconds` are dropped, and the longest unused ones when all
+    together hold more than `most` bytes, whoever else still looks at the page.
+
+    Args:
+        most: bytes; the latest view is kept whatever its size.
+        seconds: until an unused one is dropped.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        most: int = MEMORY,
+        seconds: float = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most, self.seconds, self.clock = most, seconds, clock
+        self._views: OrderedDict[str, tuple[float, View]] = OrderedDict()  # the latest used last
+        self._lock = Lock()
+
+    def keep(self, visitor: str, view: View) -> None:
+        """Keep a visitor's view in place of the last one."""
+        with self._lock:
+            self._views[visitor] = self.clock(), view
+            self._views.move_to_end(visitor)
+            self._drop()
+
+    def of(self, visitor: str) -> View | None:
+        """A visitor's view; None if there is none, or none any more."""
+        with self._lock:
+            self._drop()
+            if visitor not in self._views:
+                return None
+            view = self._views[visitor][1]
+            self._views[visitor] = self.clock(), view
+            self._views.move_to_end(visitor)
+            return view
+
+    def forget(self, visitor: str) -> None:
+        """Drop a visitor's view."""
+        with self._lock:
+            self._views.pop(visitor, None)
+
+    def _drop(self) -> None:
+        held = sum(view.nbytes for _, view in self._views.values())
+        while self._views:
+            visitor, (used, view) = next(iter(self._views.items()))
+            fits = held <= self.most or len(self._views) == 1
+            if fits and self.clock() - used < self.seconds:
+                return
+            del self._views[visitor]
+            held -= view.nbytes
 
 
 def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
