@@ -58,6 +58,11 @@ class ClassMaps:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held between two calls."""
+        return self._tokens.nbytes
+
     def __getitem__(self, classes: slice) -> Tensor:
         """Maps of some classes, `[n, h, w]` float32."""
         return self._enlarge(self._tokens[:, classes])

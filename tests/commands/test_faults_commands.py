@@ -95,6 +95,12 @@ CASES = {
             *("examples=1", "num_workers=0", "batch_size=1", *TRAIN, "hydra.run.dir=out"),
         )
     ),
+    "calibrate": Case(
+        (
+            *("calibrate", *MODEL, "images=given/photos", "tokens=100", "short_side=160"),
+            "output=out/calibration.safetensors",
+        )
+    ),
     "compare": Case(("compare", "given/evaluated", "--output", "out")),
     "segment": Case(
         (
