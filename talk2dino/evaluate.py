@@ -55,7 +55,8 @@ def evaluate(config: DictConfig) -> None:
     check_files(benchmark)
     model = load_model(config, "cpu")  # the trainer moves it
     calibration = model.calibration
-    config.calibration = calibration.origin if calibration else None  # what `auto` has found
+    if "calibration" in config:
+        config.calibration = calibration.origin if calibration else None  # what `auto` has found
     columns: dict[str, Any] = {}
     if config.compare_untrained:
         untrained = fresh_projection(model.projection, model.text)

@@ -44,7 +44,7 @@ def train(config: DictConfig) -> None:
     store = FeatureStore(config.store)
     module = build_module(config, store)
     data = build_data(config, store, module)
-    if config.words:
+    if config.get("words"):
         module.words = command.build(
             config.words,
             store=store,
