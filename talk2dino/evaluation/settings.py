@@ -32,6 +32,8 @@ DECIDING = {
         *("vision", "text"),
     ),
 }
+# keys that a refinement did not have at first, with what its results were then
+_LATER: Mapping[str, Any] = {"scope": "window", "power": None}
 # of an encoder's spec, what changes no figure or stands in its digest
 _NOT_OF_SPEC = ("weights", "batch_size", "image_size")
 # what a table of runs shows in rows and columns of its own, and where the files lie
@@ -52,6 +54,10 @@ def deciding(config: Mapping[str, Any], command: str) -> dict[str, Any]:
     for key in DECIDING[command]:
         node, _, name = key.rpartition(".")
         chosen[key] = (config.get(node) or {} if node else config).get(name)
+    given = chosen.get("refinement")
+    if isinstance(given, Mapping):
+        usual = [key for key, value in _LATER.items() if key in given and given[key] == value]
+        chosen["refinement"] = {key: given[key] for key in given if key not in usual}
     return chosen
 
 

@@ -71,6 +71,10 @@ def test_runs_are_told_apart_by_what_decides_them() -> None:
         "trainer.precision": "bf16-mixed",
         "seed": 3,
     }
+    later = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "window", "power": None})
+    assert deciding(later, "evaluate")["refinement"] == {"_target_": "x.KNN", "k": 8}
+    picture = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "picture", "power": 3})
+    assert compared(picture)["refinement.scope"] == "picture"
     knn = config(refinement={"_target_": "x.KNN", "k": "${oops}"}, benchmark=None)
     assert compared(knn)["refinement._target_"] == "x.KNN"
     assert "refinement.k" not in compared(knn)
