@@ -1,10 +1,12 @@
 """The yardstick: train on Flickr8k captions, segment and score 100 COCO photographs.
 
-For every recipe: text→image recall on the validation split, mIoU with the full vocabulary and with
-the classes present in each image, and the mean over classes of the patch-level AUC (the score of a
-class on its own patches against all other labelled patches). Extraction is kept and resumed.
+For every recipe: text→image recall on the validation split, mIoU with the 20 VOC classes, with the
+full vocabulary and with the classes present in each image, and the mean over classes of the
+patch-level AUC (the score of a class on its own patches against all other labelled patches).
+Extraction is kept and resumed.
 
     python benchmarks/real_data.py
+    python benchmarks/real_data.py --train all --recipes words --seeds 0 1 2 --calibrate
     python benchmarks/real_data.py --recipes dense 'dense@similarity.temperature=0.05'
     python benchmarks/real_data.py --recipes dense --onnx    # exported, float32 beside 8 bits
 """
@@ -32,7 +34,12 @@ from talk2dino.datasets.benchmarks.base import present_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric
 
-BASE = {"max_score": ["experiment=vits_infonce"], "dense": ["experiment=vits_dense"]}
+BASE = {
+    "max_score": ["experiment=vits_infonce"],
+    "dense": ["experiment=vits_dense"],
+    "words": ["experiment=vits_words"],
+}
+VOCABULARIES = ("VOC", "full", "present")
 VOC = (
     "airplane bicycle bird boat bottle bus car cat chair cow,dining table,dog horse motorcycle "
     "person,potted plant,sheep couch train tv"
@@ -74,13 +81,30 @@ def run(module: str, *overrides: str) -> float:
     return time.perf_counter() - start
 
 
+def write_captions(data: Path, out: Path) -> Path:
+    """The captions of `train` and `more` as one file, with paths from the folder of both."""
+    merged: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    for split in ("train", "more"):
+        file = data / "flickr8k" / "annotations" / f"captions_{split}.json"
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            merged["images"].append(image | {"file_name": f"{split}/{image['file_name']}"})
+        merged["annotations"] += content["annotations"]
+    path = out / "captions_all.json"
+    path.write_text(json.dumps(merged))
+    return path
+
+
 def extract(data: Path, out: Path, split: str, precision: str, limit: int | None) -> float:
     flickr = data / "flickr8k"
+    annotations, images = flickr / "annotations" / f"captions_{split}.json", flickr / "images"
+    if split == "all":
+        annotations = write_captions(data, out)
     return run(
         "extract",
         "source=coco_captions",
-        f"source.annotations={flickr / 'annotations' / f'captions_{split}.json'}",
-        f"source.images={flickr / 'images' / split}",
+        f"source.annotations={annotations}",
+        f"source.images={images if split == 'all' else images / split}",
         f"source.limit={limit or 'null'}",
         "vision=dinov2_vits14",
         "text=minilm",
@@ -92,18 +116,26 @@ def extract(data: Path, out: Path, split: str, precision: str, limit: int | None
 
 
 def write_classes(data: Path, out: Path) -> Path:
+    """All classes by plain names; beside them `classes-VOC.json`, where the others do not count."""
     content = json.loads((data / "coco100" / "classes.json").read_text())
     for entry in content["classes"]:
         entry["name"] = plain_name(entry["name"])
     path = out / "classes.json"
     path.write_text(json.dumps(content))
+    voc = [entry for entry in content["classes"] if entry["name"] in voc_names()]
+    others = [entry["id"] for entry in content["classes"] if entry not in voc]
+    fewer = {"classes": voc, "unlabeled": [content["unlabeled"], *others]}
+    (out / "classes-VOC.json").write_text(json.dumps(fewer))
     return path
 
 
 def evaluate(
-    data: Path, out: Path, folder: Path, classes: Path, vocabulary: str, *more: str
+    data: Path, folder: Path, classes: Path, vocabulary: str, name: str, *more: str
 ) -> dict[str, Any]:
-    target = folder / f"evaluate-{vocabulary}"
+    """Score of a run, kept in `folder/evaluate-VOCABULARY-name`."""
+    target = folder / f"evaluate-{vocabulary}-{name}"
+    if vocabulary == "VOC":
+        classes, vocabulary = classes.with_name("classes-VOC.json"), "full"
     run(
         "evaluate",
         f"checkpoint={folder}",
@@ -157,22 +189,26 @@ def patch_auc(scores: np.ndarray, labels: np.ndarray, ignore: int) -> dict[int, 
     return result
 
 
-def run_folder(args: argparse.Namespace, recipe: str) -> Path:
+def run_folder(args: argparse.Namespace, recipe: str, seed: int) -> Path:
     name = recipe.replace("@", "-").replace("/", "_").replace(",", "_").replace("=", "_")
-    return Path(args.out / name)
+    return Path(args.out / f"{name}-{args.train}-seed{seed}")
 
 
-def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, recipe: str, seed: int, classes: Path, cache: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Train once, and score it as it is and with each of `--with`: figures by the row's name."""
     base, _, overrides = recipe.partition("@")
-    folder = run_folder(args, recipe)
+    folder = run_folder(args, recipe, seed)
+    store = args.out / f"store-{args.train}"
     seconds = run(
         "train",
         *BASE[base],
-        f"store={args.out / 'store-train'}",
+        f"store={store}",
         f"val_store={args.out / 'store-val'}",
         "trainer=auto",
         f"trainer.check_val_every_n_epoch={args.validate_every}",
-        f"seed={args.seed}",
+        f"seed={seed}",
         *([f"trainer.max_epochs={args.epochs}"] if args.epochs else []),
         f"hydra.run.dir={folder}",
         *filter(None, overrides.split(",")),
@@ -191,15 +227,41 @@ def measure(args: argparse.Namespace, recipe: str, classes: Path, cache: dict) -
     per_class = {names[k]: value for k, value in sorted(auc.items(), key=lambda pair: pair[1])}
     (folder / "auc.json").write_text(json.dumps(per_class, indent=1))
     figures = {f"R@{k}": validation[f"val/text_to_image/recall@{k}"] for k in (1, 5, 10)}
-    figures["AUC"] = float(np.mean(list(auc.values())))
-    figures["AUC VOC"] = float(np.mean([v for k, v in auc.items() if names[k] in voc]))
-    if not args.no_miou:
-        for vocabulary in ("full", "present"):
-            result = evaluate(args.data, args.out, folder, classes, vocabulary, "pictures=12")
-            figures[f"mIoU {vocabulary}"] = result["miou"]
+    figures["AUC VOC"] = 100 * float(np.mean([v for k, v in auc.items() if names[k] in voc]))
+    figures["AUC"] = 100 * float(np.mean(list(auc.values())))
     figures["train s"] = seconds
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
-    return figures
+    found = {recipe: figures}
+    if not args.no_miou:
+        figures |= scored(args, folder, classes, "plain")
+        if args.calibrate:
+            run("calibrate", f"checkpoint={folder}", f"store={store}")
+        for settings in args.settings:
+            row = scored(args, folder, classes, settings, *settings.split(","))
+            found[f"{recipe} + {settings}"] = row
+    (folder / "figures.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def scored(
+    args: argparse.Namespace, folder: Path, classes: Path, name: str, *more: str
+) -> dict[str, float]:
+    """Scores with each vocabulary; `more` are settings of the evaluation."""
+    plain = "".join(letter if letter.isalnum() else "_" for letter in name)
+    given = [f"benchmark.split={args.split}"] if args.split else []
+    return {
+        f"mIoU {v}": evaluate(args.data, folder, classes, v, plain, "pictures=12", *given, *more)[
+            "miou"
+        ]
+        for v in VOCABULARIES
+    }
+
+
+def write_split(args: argparse.Namespace) -> None:
+    """The names of every second photograph of coco100, to tune on one half only."""
+    names = sorted(path.name for path in (args.data / "coco100" / "images").iterdir())
+    start = ("tune", "report").index(args.half)
+    args.split = (args.out / f"{args.half}.txt").resolve()
+    args.split.write_text("\n".join(names[start::2]) + "\n")
 
 
 def squashed(image: torch.Tensor, side: int) -> torch.Tensor:
@@ -252,38 +314,66 @@ def main() -> None:
         "--recipes",
         nargs="+",
         default=["max_score", "dense"],
-        help="max_score or dense, with overrides behind @: dense@loss.logit_scale=30",
+        help="max_score, dense or words; overrides behind @: dense@loss.logit_scale=30",
+    )
+    parser.add_argument(
+        "--train", choices=["train", "all"], default="train", help="4,000 photographs, or 7,591"
     )
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
     parser.add_argument("--validate-every", type=int, default=1, help="epochs")
     parser.add_argument("--limit", type=int, help="only the first images of each split")
     parser.add_argument("--precision", default="bf16", help="of extraction: 32 or bf16")
-    parser.add_argument("--no-miou", action="store_true", help="skip the two segmentations")
+    parser.add_argument("--no-miou", action="store_true", help="skip the segmentations")
+    parser.add_argument("--calibrate", action="store_true", help="with the patches of the store")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        help="of further evaluations, each a row: refinement=knn,calibration=auto",
+    )
+    parser.add_argument("--half", choices=["tune", "report"], help="of the 100; default: all")
     parser.add_argument("--onnx", action="store_true", help="also compare the exported files")
     parser.add_argument("--window", type=int, default=448, help="of the exported files, pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     if not (args.data / "flickr8k").is_dir():
         raise SystemExit(f"error: --data={args.data}: no folder flickr8k in it")
     args.out.mkdir(parents=True, exist_ok=True)
+    args.split = None
+    if args.half:
+        write_split(args)
     seconds = sum(
         extract(args.data, args.out, split, args.precision, args.limit)
-        for split in ("train", "val")
+        for split in (args.train, "val")
     )
     classes = write_classes(args.data, args.out)
     cache: dict[str, Any] = {}
-    results = {recipe: measure(args, recipe, classes, cache) for recipe in args.recipes}
-    table = Table(title=f"Flickr8k → coco100; extraction {seconds:.0f} s")
-    table.add_column("recipe")
-    first = next(iter(results.values()))
-    for key in first:
-        table.add_column(key, justify="right")
-    for recipe, figures in results.items():
-        table.add_row(
-            recipe, *(f"{v:.3f}" if "AUC" in k else f"{v:.1f}" for k, v in figures.items())
-        )
-    tables = [measure_onnx(args, run_folder(args, r), classes) for r in args.recipes if args.onnx]
-    Console(width=140).print(table, *tables)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for recipe in args.recipes:
+        for seed in args.seeds:
+            for name, figures in measure(args, recipe, seed, classes, cache).items():
+                rows.setdefault(name, []).append(figures)
+    columns = list(dict.fromkeys(key for runs in rows.values() for key in runs[0]))
+    table = Table("recipe", title=f"Flickr8k → coco100; extraction {seconds:.0f} s")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, runs in rows.items():
+        table.add_row(name, *(shown([run.get(column) for run in runs]) for column in columns))
+    tables = [
+        measure_onnx(args, run_folder(args, recipe, args.seeds[0]), classes)
+        for recipe in args.recipes
+        if args.onnx
+    ]
+    Console(width=160).print(table, *tables)
+
+
+def shown(values: list[float | None]) -> str:
+    """Mean and, of several seeds, the standard deviation."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    spread = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.1f}{spread}"
 
 
 if __name__ == "__main__":
