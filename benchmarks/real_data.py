@@ -232,7 +232,7 @@ def measure(
     figures["train s"] = seconds
     found = {recipe: figures}
     if not args.no_miou:
-        figures |= scored(args, folder, classes, "plain")
+        figures |= scored(args, folder, classes, "plain", "calibration=none")
         if args.calibrate:
             run("calibrate", f"checkpoint={folder}", f"store={store}")
         for settings in args.settings:
