@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from talk2dino import Talk2DINO
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer, visual_side
+from talk2dino.calibration.calibration import Calibration
+from talk2dino.calibration.rules import MeanOffset
 from talk2dino.encoders.text import BertTextEncoder, OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, EncoderError
@@ -83,6 +85,41 @@ def test_a_run_becomes_files(
     rows = psi.run(None, {"embedding": embedding.numpy()})[0]
     want_rows = F.normalize(model.projection.project_text(embedding), dim=-1)
     np.testing.assert_allclose(rows, want_rows.detach().numpy(), atol=1e-4)
+
+
+def test_a_calibration_is_part_of_the_files(trained_run: Path, tmp_path: Path) -> None:
+    """Both kinds of segmenter give the scores of the calibrated model, not of the plain one."""
+    need("onnx", "onnxscript", "onnxruntime", "tokenizers")
+    plain = Talk2DINO.from_pretrained(trained_run, device="cpu")
+    words = ["cat", "grass", "brick wall"]
+    tokens = torch.randn(300, plain.vision.embed_dim, generator=torch.Generator().manual_seed(1))
+    made = Calibration.of(
+        tokens + 1.0,  # with a mean that is not zero
+        plain.embed_classes(["sky", "road"]).rows,
+        MeanOffset(),
+        plain.vision,
+        plain.projection,
+    )
+    folder = tmp_path / "calibrated"
+    plain.save_pretrained(folder)
+    made.save(folder / "calibration.safetensors")
+    model = Talk2DINO.from_pretrained(folder, device="cpu")
+    picture = torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8)
+    want = model.segment(picture, words, short_side=56).scores
+    assert (want - plain.segment(picture, words, short_side=56).scores).abs().max() > 1e-3
+    pixels = (picture[None].float() / 255).numpy()
+    out = tmp_path / "onnx"
+    given = [f"checkpoint={folder}", f"output={out}", f"hydra.run.dir={tmp_path / 'run'}"]
+    run("export", *given, f"classes=[{','.join(words)}]", "image_size=56", "text_tower=true")
+    scores = open_onnx(out / "segmenter.onnx").run(["scores"], {"image": pixels})[0]
+    np.testing.assert_allclose(scores[0], want.numpy(), atol=1e-4)
+
+    embedding = model.text.encode([f"a {word}" for word in words]).numpy()
+    rows = open_onnx(out / "projection.onnx").run(None, {"embedding": embedding})[0]
+    assert rows.shape == (3, plain.vision.embed_dim + 1)
+    network = open_onnx(out / "open_vocabulary.onnx")
+    scores = network.run(["scores"], {"image": pixels, "class_embeddings": rows})[0]
+    np.testing.assert_allclose(scores[0], want.numpy(), atol=1e-4)
 
 
 def embedded(folder: Path, sentences: list[str]) -> Any:
