@@ -287,6 +287,7 @@ def test_the_command_says_it_in_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = SimpleNamespace(
+        calibration=None,
         vision=MeanColorEncoder(),
         text=HashText(),
         projection=NamedColors(CLASSES[1:], directions(2)),

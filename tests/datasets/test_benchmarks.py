@@ -143,7 +143,10 @@ def test_the_command_on_a_miniature(
 ) -> None:
     meaning, vectors, names = prepare(layout, tmp_path / "data")
     model = SimpleNamespace(
-        vision=MeanColorEncoder(), text=HashText(), projection=NamedColors(names, vectors)
+        calibration=None,
+        vision=MeanColorEncoder(),
+        text=HashText(),
+        projection=NamedColors(names, vectors),
     )
     monkeypatch.setattr(Talk2DINO, "from_pretrained", lambda *_, **__: model)
     name = layout.removesuffix("_raw")
@@ -321,7 +324,9 @@ def test_a_benchmark_is_added_by_one_yaml(tmp_path: Path, monkeypatch: pytest.Mo
         + "".join(f"{key}: {value}\n" for key, value in SMALL.items())
     )
     psi = NamedColors(["cat", "dog", "kitten"], directions(2)[[0, 1, 0]])
-    model = SimpleNamespace(vision=MeanColorEncoder(), text=HashText(), projection=psi)
+    model = SimpleNamespace(
+        vision=MeanColorEncoder(), text=HashText(), projection=psi, calibration=None
+    )
     monkeypatch.setattr(Talk2DINO, "from_pretrained", lambda *_, **__: model)
     run(
         "evaluate",
