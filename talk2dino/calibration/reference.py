@@ -61,13 +61,7 @@ def draw_from_store(
         ConfigError: `count` is out of its range, or the store holds fewer patches.
     """
     rows, patches, _ = store.images[FIELD].shape
-    theirs = store.vision
-    if theirs is None or theirs.weights_sha256 != state_dict_digest(vision.model):
-        named = "an encoder that it does not name" if theirs is None else theirs.name
-        raise CheckpointError(
-            f"store={store.path}: its features are of {named}, not of this checkpoint's "
-            f"{vision.name} with the same weights; extract with that, or give images=DIR"
-        )
+    require_encoder(store, vision, "extract with that, or give images=DIR")
     chosen, each, random = _plan(rows, rows * patches, count, seed, f"store={store.path}")
     parts = []
     for done, row in enumerate(chosen):
@@ -75,6 +69,21 @@ def draw_from_store(
         parts.append(store.images[FIELD][int(row)][np.sort(places)])
         advance(done + 1, len(chosen))
     return Drawn(_joined(parts), len(chosen))
+
+
+def require_encoder(store: FeatureStore, vision: TimmVisionEncoder, fix: str) -> None:
+    """Refuse a store whose features are not of this encoder, weights included.
+
+    Raises:
+        CheckpointError: another encoder, or one that the store does not name.
+    """
+    theirs = store.vision
+    if theirs is None or theirs.weights_sha256 != state_dict_digest(vision.model):
+        named = "an encoder that it does not name" if theirs is None else theirs.name
+        raise CheckpointError(
+            f"store={store.path}: its features are of {named}, not of this checkpoint's "
+            f"{vision.name} with the same weights; {fix}"
+        )
 
 
 def draw_from_pictures(

@@ -220,6 +220,27 @@ class EmbedConfig:
 
 
 @dataclass(kw_only=True)
+class SearchConfig:
+    """search.yaml."""
+
+    checkpoint: str | None
+    store: str | None
+    query: Any
+    val_similarity: Any
+    vision: Any = None
+    text: Any = None
+    output: str
+    images: str | None
+    top: int
+    best: int
+    templates: str | None
+    calibration: str | None
+    recall: bool
+    overwrite: bool
+    accelerator: str
+
+
+@dataclass(kw_only=True)
 class AppConfig:
     """app.yaml."""
 
@@ -281,6 +302,7 @@ SCHEMAS = {
     "segment": SegmentConfig,
     "calibrate": CalibrateConfig,
     "embed": EmbedConfig,
+    "search": SearchConfig,
     "app": AppConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,

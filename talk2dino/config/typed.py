@@ -22,6 +22,7 @@ _TEXTS = frozenset(
     (
         *("name", "weights", "root", "images", "masks", "annotations", "tars", "split", "json_key"),
         *("classes", "templates", "image_suffix", "mask_suffix", "dir", "save_dir", "project"),
+        "query",
     )
 )
 _ARGUMENT = re.compile(r"(\+{0,2}([\w@/]+(?:\.[\w@/]+)*)=)(.*)", re.DOTALL)

@@ -129,7 +129,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-def middle_strip(image: Image.Image, ratio: int = 8) -> Image.Image:
+STRIP = 8  # length of the longest strip that is kept of a picture, in its widths
+
+
+def middle_strip(image: Image.Image, ratio: int = STRIP) -> Image.Image:
     """Cut a very long picture to its middle part, at most `ratio` times as long as it is wide.
 
     Enlarging a line of 1 x 5000 pixels to a side of 448 would take three gigabytes, of which a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from talk2dino.alignment.inputs import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection
 from talk2dino.calibration.calibration import Calibration
+from talk2dino.calibration.reference import Advance, require_encoder
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.encoders.build import build_text, check_spec
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model
+from talk2dino.features.store.reader import FeatureStore
+from talk2dino.finding.scan import (
+    BEST,
+    PATCHES,
+    Found,
+    Scan,
+    check_search,
+    found_pictures,
+    searched_field,
+)
+from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
 from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import Sentences, TextCache, Words, read_words
 
@@ -134,6 +145,51 @@ class TextSide(nn.Module):
             )
         given.check(self.vision.spec, self.text_spec, self.projection)
         return given
+
+    def search(
+        self,
+        store: FeatureStore | str | Path,
+        queries: Classes,
+        top: int = 10,
+        best: int = BEST,
+        templates: str | Sequence[str] | None = None,
+        *,
+        advance: Advance = lambda done, total: None,
+    ) -> Iterator[Found]:
+        """The pictures of a feature store in which words are found, the best first.
+
+        The store is read once for all queries, when the first result is asked for.
+
+        Args:
+            store: features of this model's vision encoder, or their folder. Without patch tokens,
+                the pooled ones are compared and results have no place.
+            queries: a text, or as the classes of `segment`: several, with synonyms, or class
+                embeddings.
+            top: pictures of each query.
+            best: patches of a picture whose mean score counts.
+            templates: see `segment`.
+            advance: gets (pictures compared, all).
+
+        Returns:
+            Results one by one, query after query.
+
+        Raises:
+            ConfigError: no query, or a count out of its range.
+            StoreError: no such store, or one without such features, or damaged ones.
+            CheckpointError: a store of another vision encoder.
+        """
+        check_search(top, best)
+        opened = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        searched = searched_field(opened)
+        require_encoder(opened, self.vision, "extract with that")
+        given = [queries] if isinstance(queries, str) and not is_file(queries) else queries
+        words, rows = self._rows(given, templates, (), None)
+        if words.has_negatives:
+            raise ConfigError("query: these class embeddings hold negatives, which nothing is")
+        if searched == PATCHES:  # a calibration is made of patches
+            rows = self._calibrated(words, rows)
+        scan = Scan(opened, rows, torch.tensor(words.row_classes), self.projection)
+        return found_pictures(scan, words.names, top, best, advance)
 
     def _rows(
         self,

@@ -111,6 +111,9 @@ CASES = {
     "embed": Case(
         ("embed", *MODEL, "classes=[cat,sofa]", "output=out/classes.safetensors"), final=True
     ),
+    "search": Case(
+        ("search", *MODEL, "store=given/dense", "query=[cat,sofa]", "output=out", "recall=true")
+    ),
     "export": Case(("export", MODEL[0], "output=out", "image_size=32", "tolerance=0.001")),
     "export, everything": Case(
         (
@@ -147,7 +150,15 @@ CASES = {
     ),
 }
 # Extraction and training have their own tests with more kills; the others write as these do.
-QUICK = ("evaluate", "compare", "segment", "embed", "convert archive", "convert coco_object")
+QUICK = (
+    "evaluate",
+    "compare",
+    "segment",
+    "embed",
+    "search",
+    "convert archive",
+    "convert coco_object",
+)
 READ_ONLY = {"app", "doctor"}  # commands that write no file
 
 
@@ -244,6 +255,8 @@ def prepare(folder: Path) -> Path:
     save_projection(psi, given / "psi.safetensors", specs)
     save_projection(ProjectionLayer(512, 768), given / "wide.safetensors", specs)
     tiny_store(given / "store", HEADS, images=12, images_per_shard=4)
+    patches = {"patch_tokens": (4, vision.embed_dim)}
+    tiny_store(given / "dense", patches, text_dim=text.embed_dim, vision=vision.describe())
     write_benchmark(given / "bench", count=2, size=(32, 40))
     write_features(given)
     maps = given / "maps" / "val2017"

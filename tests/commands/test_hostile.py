@@ -13,6 +13,7 @@ from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.config.schemas import SCHEMAS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
 from tests.helpers.pipeline import run
+from tests.helpers.stores import tiny_store
 
 LONG = "x" * 5000
 PATHS = ("", LONG, "a\tb", "/proc/self/mem", "~nobody/x", "ключ", "*", "..")
@@ -64,6 +65,13 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         ("checkpoint=psi.pth", "classes=[cat]", "output=new.safetensors"),
         {"classes": WORDS, "output": ("p.png", "", LONG), "negatives": WORDS},
     ),
+    "search": (
+        ("checkpoint=psi.safetensors", "store=features", "query=cat", "output=found"),
+        {
+            **{"query": (*WORDS, *PATHS), "store": PATHS, "images": PATHS, "checkpoint": PATHS[:4]},
+            **{"top": NUMBERS, "best": NUMBERS, "output": ("p.png", "/proc/x", LONG)},
+        },
+    ),
     "app": (("checkpoint=psi.pth",), {"classes": WORDS, "port": NUMBERS, "short_side": NUMBERS}),
     "export": (
         ("checkpoint=psi.pth", "output=onnx"),
@@ -90,6 +98,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     projection = ProjectionLayer(text.embed_dim, vision.embed_dim)
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
     save_projection(projection, folder / "psi.safetensors", specs)
+    patches = {"patch_tokens": (4, vision.embed_dim)}
+    tiny_store(folder / "features", patches, vision=vision.describe())
     return folder
 
 

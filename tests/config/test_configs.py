@@ -26,7 +26,7 @@ from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
 
-COMMANDS = ("extract", "train", "evaluate", "segment", "calibrate", "embed")
+COMMANDS = ("extract", "train", "evaluate", "segment", "calibrate", "embed", "search")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
     "extract": ("source", "vision", "text", "features", "launcher"),
@@ -48,6 +48,7 @@ USED = {  # groups of each command
     "segment": ("vision", "text", "launcher"),
     "calibrate": ("rule", "vision", "text", "launcher"),
     "embed": ("vision", "text", "launcher"),
+    "search": ("val_similarity", "vision", "text", "launcher"),
 }
 OPTIONS = [
     (command, group, path.stem)
@@ -292,6 +293,7 @@ TYPOS = [
     ("evaluate", ["pamr=perhaps"], "pamr=perhaps", "bool"),
     ("evaluate", ["vision=dinov2_vits"], "vision=dinov2_vits", "vision=dinov2_vits14?"),
     ("embed", ["outptu=x"], "outptu", "output?"),
+    ("search", ["qeury=x"], "qeury", "query?"),
     ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
     ("segment", ["short_side=tall"], "short_side=tall", "Integer"),

@@ -17,6 +17,7 @@ GIVEN = {  # values that have no default
     "segment": ["checkpoint=c", "image=i", "classes=[cat]"],
     "calibrate": ["checkpoint=c", "store=s"],
     "embed": ["checkpoint=c", "classes=[cat]"],
+    "search": ["checkpoint=c", "store=s", "query=cat"],
 }
 
 

@@ -22,6 +22,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "evaluation",
     "annotations",
     "calibration",
+    "finding",
     "inference",
     "config",
     "sweeps",
@@ -43,10 +44,13 @@ ONLY_IN = {
     "omegaconf": HYDRA,
     "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
-    "jinja2": {"evaluation/report.py", "inference/model_card.py"},
+    "jinja2": {"evaluation/report.py", "inference/model_card.py", "finding/found_files.py"},
     "pycocotools": {"annotations/base.py"},
     "shapely": {"annotations/outlines.py", "annotations/geojson.py"},
-    "numba": {source for source in SOURCES if source.startswith("segmentation/")},
+    "numba": {
+        "finding/cosines_numba.py",
+        *(source for source in SOURCES if source.startswith("segmentation/")),
+    },
     "optuna": {"sweeps/study.py"},
     "lightning": {
         "features/datamodule.py",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from talk2dino.datasets.pictures import middle_strip, read_picture
+from talk2dino.datasets.pictures import STRIP, middle_strip, read_picture
 from talk2dino.errors import ConfigError, DataError
 
 
@@ -242,3 +242,32 @@ def crop_square(image: Image.Image, size: int) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     cropped = np.asarray(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
+
+
+def from_square(
+    box: tuple[float, float, float, float], size: int, picture: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Where a box of `crop_square`'s result lies in the picture, to the nearest pixel.
+
+    Args:
+        box: left, top, right, bottom in pixels of the square.
+        size: side of the square.
+        picture: height and width of the picture.
+
+    Returns:
+        Left, top, right, bottom in pixels of the picture; right and bottom are beyond the box.
+
+    Examples:
+        >>> from talk2dino.datasets.captions.base import from_square
+        >>> from_square((0, 0, 112, 224), 224, picture=(448, 1000))  # the left half of the middle
+        (276, 0, 500, 448)
+    """
+    found = []
+    for low, high, length, other in ((0, 2, picture[1], picture[0]), (1, 3, *picture)):
+        excess = max(0, (length - STRIP * other) // 2)  # as `middle_strip` cuts
+        kept = length - 2 * excess
+        resized = max(size, round(kept * size / min(kept, other)))
+        ends = (((resized - size) // 2 + box[at]) * kept / resized for at in (low, high))
+        found.append([min(max(round(excess + end), 0), length) for end in ends])
+    (left, right), (top, bottom) = found
+    return left, top, right, bottom

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -246,6 +246,31 @@ class Field:
             with self._store.reading():
                 rows = self._store.shard(shard).rows[self.key]
                 rows.will_need(max(first, start) - start, min(last, stop) - start)
+
+    def blocks(self, size: int, ahead: int = 1 << 26) -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows in their order, once: the first row of each block, and its numbers.
+
+        Mapped rows are not copied: a block is a read-only view of the file, which stays valid.
+
+        Args:
+            size: rows of a block at most; a block ends with its shard.
+            ahead: bytes that the system is asked to read in advance.
+        """
+        asked, step = 0, max(1, ahead // max(1, self.row_bytes))
+        for shard, (start, stop) in enumerate(pairwise(self._starts.tolist())):
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                if last + step // 2 > asked:
+                    until = min(last + step, len(self))
+                    self.will_need(max(asked, first), until)
+                    asked = until
+                with self._store.reading():
+                    found = (
+                        self._store.shard(shard).rows[self.key].block(first - start, last - start)
+                    )
+                yield first, found
+                with self._store.reading():
+                    self._store.count(last - first, self.row_bytes)
 
     def _gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Ascending rows, with one read for all that lie in the same shard."""

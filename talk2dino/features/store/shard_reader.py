@@ -23,6 +23,9 @@ class Rows(Protocol):
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy ascending `rows` (repeats allowed) into `out`, [len(rows), ...]; text as `str`."""
 
+    def block(self, first: int, last: int) -> NDArray[Any]:
+        """Rows `first` … `last` - 1 of numbers, read-only; not copied where the file is mapped."""
+
     def will_need(self, first: int, last: int) -> None:
         """Ask the system to read rows `first` … `last` - 1 ahead; returns at once."""
 
@@ -41,6 +44,10 @@ class MappedRows:
             out[...] = _decoded(self.view[rows])
         else:
             self.view.take(rows, axis=0, out=out, mode="clip")
+
+    def block(self, first: int, last: int) -> NDArray[Any]:
+        """See `Rows`."""
+        return self.view[first:last]
 
     def will_need(self, first: int, last: int) -> None:
         """See `Rows`."""
@@ -66,14 +73,19 @@ class ChunkedRows:
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         edges = [0, *cuts.tolist(), len(wanted)]
         for a, b in pairwise(edges):
-            try:
-                found[a:b] = self.dataset[int(wanted[a]) : int(wanted[a]) + b - a]
-            except OSError as error:
-                reason = " ".join(str(error).split())
-                raise StoreError(
-                    f"{self.path}: {self.dataset.name} is damaged ({reason:.120}); extract again"
-                ) from None
+            found[a:b] = self.block(int(wanted[a]), int(wanted[a]) + b - a)
         out[...] = (_decoded(found) if out.dtype == object else found)[inverse]
+
+    def block(self, first: int, last: int) -> NDArray[Any]:
+        """See `Rows`."""
+        try:
+            rows: NDArray[Any] = self.dataset[first:last]
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise StoreError(
+                f"{self.path}: {self.dataset.name} is damaged ({reason:.120}); extract again"
+            ) from None
+        return rows
 
     def will_need(self, first: int, last: int) -> None:
         """See `Rows`; HDF5 reads chunks when it needs them."""

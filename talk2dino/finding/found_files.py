@@ -1,0 +1,239 @@
+"""What a search leaves: `found.json` with all results, and `found.html` with thumbnails."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import talk2dino
+from talk2dino.datasets.captions.base import from_square
+from talk2dino.datasets.pictures import read_picture
+from talk2dino.errors import DataError
+from talk2dino.files import read_json, refuse_foreign_run, replacing
+from talk2dino.finding.scan import Found
+from talk2dino.segmentation.overlay import heat_overlay
+
+JSON, PAGE = "found.json", "found.html"
+WRITTEN_BY = "talk2dino.search"
+HEIGHT = 200  # of a thumbnail, pixels
+WIDEST = 3  # a longer thumbnail is cut to its middle, in its heights
+PICTURES = 16 << 20  # characters of pictures on the page
+QUERIES = 200  # on the page; all are in the JSON
+
+
+@dataclass
+class Written:
+    """What was written, and what was not found on the way.
+
+    Attributes:
+        queries: first results of each query, for the terminal.
+        missing: pictures that could not be read, with the reason.
+    """
+
+    queries: dict[str, list[tuple[Found, dict[str, Any]]]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A result on the page: its entry of the JSON, and a data URI of its thumbnail or None."""
+
+    entry: Mapping[str, Any]
+    thumbnail: str | None
+
+
+def refuse_foreign_results(folder: Path) -> None:
+    """Refuse to write over what a search did not write.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+
+    def ours() -> bool:
+        with suppress(DataError):
+            found = read_json(folder / JSON, dict, "results of a search")
+            return str(found.get("written_by", "")).startswith(WRITTEN_BY)
+        return False
+
+    refuse_foreign_run(folder, ours, (JSON, PAGE))
+
+
+def write_found(
+    results: Iterable[Found],
+    folder: Path,
+    facts: Mapping[str, Any],
+    images: Path | None = None,
+    first: int = 3,
+) -> Written:
+    """Write both files, each complete or not at all; results go through one by one.
+
+    Args:
+        results: query after query, the best first.
+        folder: where to.
+        facts: plain values that stand before the results, and on the page.
+        images: folder of the pictures, which gives boxes in their pixels and thumbnails.
+        first: results of each query that are returned.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written, sections = Written(), list[tuple[str, list[Shown]]]()
+    room = PICTURES
+    head = json.dumps({"written_by": f"{WRITTEN_BY} {talk2dino.__version__}", **facts}, indent=1)
+    with replacing(folder / JSON) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(f'{head.removesuffix("}").rstrip()},\n "queries": [')
+        for number, (query, found) in enumerate(groupby(results, lambda one: one.query)):
+            entries, shown = [], list[Shown]()
+            kept = list(found)
+            limits = _limits(kept)
+            for one in kept:
+                picture = None if images is None else _picture(images, one, written.missing)
+                entries.append(_entry(one, None if picture is None else picture.size))
+                if number < QUERIES:
+                    thumbnail = _thumbnail(one, picture, limits) if room > 0 else None
+                    room -= len(thumbnail or "")
+                    shown.append(Shown(entries[-1], thumbnail))
+            line = json.dumps({"query": query, "found": entries}, ensure_ascii=False)
+            file.write(f"{',' if number else ''}\n  {line}")
+            written.queries[query] = list(zip(kept, entries, strict=True))[:first]
+            if number < QUERIES:
+                sections.append((query, shown))
+        file.write("\n ]\n}\n")
+    context: dict[str, Any] = {"title": "Pictures found", "facts": facts, "sections": sections}
+    context |= {"missing": written.missing, "queries": len(written.queries)}
+    context |= {"without": sum(one.thumbnail is None for _, shown in sections for one in shown)}
+    with replacing(folder / PAGE) as temporary:
+        page = _templates().get_template("found.html.j2").render(context)
+        temporary.write_text(page, encoding="utf-8")
+    return written
+
+
+def _entry(found: Found, size: tuple[int, int] | None) -> dict[str, Any]:
+    """A result as plain values; `size` is width and height of its picture."""
+    entry: dict[str, Any] = {
+        "rank": found.rank,
+        "score": round(found.score, 6),
+        "row": found.row,
+        "id": found.id,
+        "file_name": found.file_name,
+        "patch": None,
+        "square": None,
+        "box": None,
+        "grid": None,
+    }
+    if found.grid is not None and found.box is not None:
+        entry |= {"patch": found.patch, "square": found.box, "grid": _plain(found.grid)}
+        if size is not None:
+            entry["box"] = from_square(found.box, found.side, (size[1], size[0]))
+    return entry
+
+
+def _plain(grid: Tensor) -> list[list[float | None]]:
+    """Four digits a score; None where no patch was kept."""
+    return [[None if v != v else round(v, 4) for v in row] for row in grid.tolist()]
+
+
+def _limits(found: Sequence[Found]) -> tuple[float, float]:
+    """The lowest and the highest score of all maps of a query, which share their colors."""
+    grids = [one.grid[~one.grid.isnan()] for one in found if one.grid is not None]
+    if not grids:
+        return 0.0, 1.0
+    return min(float(g.min()) for g in grids), max(float(g.max()) for g in grids)
+
+
+def _picture(images: Path, found: Found, missing: dict[str, str]) -> Image.Image | None:
+    """The picture of a result, upright; None if there is none, with the reason in `missing`."""
+    name = found.file_name
+    if name is None:
+        missing[f"row {found.row}"] = "the store has no names of pictures"
+        return None
+    file = images / name
+    try:
+        if not file.resolve().is_relative_to(images.resolve()):
+            raise OSError("lies outside of the folder")
+        return read_picture(file)
+    except Exception as error:  # broken files make decoders raise anything
+        absent = "not in this folder" if isinstance(error, FileNotFoundError) else str(error)
+        missing[name] = " ".join(absent.split())
+        return None
+
+
+def _thumbnail(
+    found: Found, picture: Image.Image | None, limits: tuple[float, float]
+) -> str | None:
+    """Data URI of a picture with the best patch framed, and beside it the map of scores."""
+    if picture is None and found.grid is None:
+        return None
+    if picture is None:
+        empty = Image.new("RGB", (HEIGHT, HEIGHT), (128, 128, 128))
+        return _uri(_with_heat(empty, found, (0, 0, HEIGHT, HEIGHT), limits, 1.0))
+    width = max(1, round(picture.width * HEIGHT / picture.height))
+    small = picture.resize((width, HEIGHT))
+    if found.grid is None or found.box is None:
+        return _uri(small)
+
+    def place(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+        left, top, right, bottom = from_square(box, found.side, (picture.height, picture.width))
+        across, down = width / picture.width, HEIGHT / picture.height
+        ends = (left * across, top * down, right * across, bottom * down)
+        return tuple(round(end) for end in ends)  # type: ignore[return-value]
+
+    square = place((0, 0, found.side, found.side))
+    heat = _with_heat(small, found, square, limits, 0.65)
+    left, top, right, bottom = place(found.box)
+    for one in (small, heat):
+        draw = ImageDraw.Draw(one)
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=(0, 0, 0), width=1)
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=(255, 255, 255), width=1)
+    cut = max(0, width - WIDEST * HEIGHT) // 2
+    sheet = Image.new("RGB", (2 * (width - 2 * cut) + 4, HEIGHT), (255, 255, 255))
+    sheet.paste(small.crop((cut, 0, width - cut, HEIGHT)), (0, 0))
+    sheet.paste(heat.crop((cut, 0, width - cut, HEIGHT)), (width - 2 * cut + 4, 0))
+    return _uri(sheet)
+
+
+def _with_heat(
+    picture: Image.Image,
+    found: Found,
+    square: tuple[int, int, int, int],
+    limits: tuple[float, float],
+    alpha: float,
+) -> Image.Image:
+    """A copy with the scores laid over the square that was encoded."""
+    if found.grid is None:
+        return picture
+    left, top, right, bottom = square
+    grid = found.grid.nan_to_num(limits[0])[None, None]
+    scores = F.interpolate(grid, size=(max(1, bottom - top), max(1, right - left)))[0, 0]
+    shown = picture.copy()
+    part = picture.crop((left, top, left + scores.shape[1], top + scores.shape[0]))
+    shown.paste(heat_overlay(part, scores, *limits, alpha), (left, top))
+    return shown
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _templates() -> Environment:
+    """The page's template and, of the reports, what all pages share; they escape what they show."""
+    packages = ("talk2dino.finding", "talk2dino.evaluation")
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

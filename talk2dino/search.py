@@ -1,0 +1,160 @@
+"""`python -m talk2dino.search`: the pictures of a feature store in which words are found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from rich.console import Console
+from rich.table import Table
+
+from talk2dino.alignment.checkpoint import read_checkpoint
+from talk2dino.calibration.calibration import find_calibration
+from talk2dino.config import command
+from talk2dino.config.command import class_words, load_model, require
+from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.features.store.reader import FeatureStore
+from talk2dino.finding.found_files import (
+    JSON,
+    PAGE,
+    Written,
+    refuse_foreign_results,
+    write_found,
+)
+from talk2dino.finding.recall import recall
+from talk2dino.finding.scan import PATCHES, Found, check_search, searched_field
+from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
+
+SHOWN = 10  # queries in the terminal
+NO_PLACE = "The store holds pooled features: pictures are found, places are not."
+
+
+def require_all(config: DictConfig) -> None:
+    """Say what is missing before anything is loaded.
+
+    Raises:
+        ConfigError: no checkpoint, store, or query.
+    """
+    absent = [key for key in ("store", "query") if config[key] is None]
+    if config.recall and "query" in absent:
+        absent.remove("query")
+    if config.checkpoint is None:
+        require(config, "checkpoint", *absent)
+    if absent:
+        given = " ".join(f"{key}=…" for key in absent)
+        raise ConfigError(
+            f"{given} not given; store=DIR is a feature store, query='red bicycle' what to look for"
+        )
+
+
+def search(config: DictConfig) -> None:
+    """Find the pictures and write both files."""
+    queries = query_words(config.query) if config.query is not None else None
+    check_search(config.top, config.best)
+    store = FeatureStore(config.store)
+    field = searched_field(store)
+    images = None if config.images is None else Path(config.images).expanduser()
+    if images is not None and not images.is_dir():
+        raise DataError(f"images={config.images}: no such folder; give that of the pictures")
+    refuse_other_store(store, field, config)
+    output = command.require_output_folder(Path(config.output).expanduser(), "output")
+    if not config.overwrite:
+        refuse_foreign_results(output)
+    model = load_model(config, classes=queries)
+    calibration = model.calibration if field == PATCHES else None
+    facts: dict[str, Any] = {
+        "checkpoint": str(config.checkpoint),
+        "store": str(config.store),
+        "images": len(store.images),
+        "field": field,
+        "calibration": calibration and calibration.describe(),
+        "best": config.best if field == PATCHES else 1,
+        "note": "" if field == PATCHES else NO_PLACE,
+        "recall": {},
+    }
+    if config.recall:
+        similarity = command.build(config.val_similarity).eval()
+        with command.progress("recall") as advance:
+            facts["recall"] = recall(store, model.projection, similarity, config.best, advance)
+    with command.progress("pictures") as advance:
+        found: Iterator[Found] = iter(())
+        if queries is not None:
+            options = (config.top, config.best, config.templates)
+            found = model.search(store, queries, *options, advance=advance)
+        written = write_found(found, output, facts, images)
+    report(facts, written, output, images)
+
+
+def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
+    """Queries as `Talk2DINO.search` takes them; a text is one query, whatever commas it has.
+
+    Raises:
+        ConfigError: no query, or an empty one.
+        DataError: a file that cannot be read.
+    """
+    text = given.strip() if isinstance(given, str) else None
+    listed = isinstance(given, (ListConfig, list)) or text is None or text[:1] in ("[", "{")
+    named = text is not None and (is_file(text) or Path(text).suffix.lower() in (".txt", ".json"))
+    try:
+        return class_words(given if listed or named else [given])
+    except (ConfigError, DataError) as error:
+        raise type(error)(str(error).replace("classes", "query", 1)) from error
+
+
+def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:
+    """Compare what the store and the checkpoint say of themselves, before encoders are built.
+
+    Raises:
+        CheckpointError: another vision encoder, or another width; or no checkpoint.
+    """
+    checkpoint = read_checkpoint(config.checkpoint)
+    find_calibration(config.calibration, config.checkpoint)
+    spec: Any = config.vision or checkpoint.vision or {}
+    theirs = store.vision.spec if store.vision is not None else {}
+    names = [str(one.get("name")) for one in (theirs, spec)]
+    width = store.images[field].shape[-1]
+    if checkpoint.projection.vision_dim != width:
+        raise CheckpointError(
+            f"store={config.store}: holds features of width {width}, the checkpoint is for width "
+            f"{checkpoint.projection.vision_dim}; extract with its encoder, {names[1]}"
+        )
+    if theirs and spec and names[0] != names[1]:
+        raise CheckpointError(
+            f"store={config.store}: its features are of {names[0]}, not of this checkpoint's "
+            f"{names[1]}; extract with that"
+        )
+
+
+def report(facts: Mapping[str, Any], written: Written, output: Path, images: Path | None) -> None:
+    """Print the first results, the recalls, what could not be read, and where the files are."""
+    console = Console()
+    table = Table()
+    for name in ("query", "picture", "score", "place"):
+        table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
+    for query, found in list(written.queries.items())[:SHOWN]:
+        for number, (one, entry) in enumerate(found):
+            name = one.file_name or f"row {one.row}"
+            place = entry["box"] or entry["square"]
+            shown = "" if place is None else ", ".join(map(str, place))
+            table.add_row(query if not number else "", name, f"{one.score:.3f}", shown)
+    if written.queries:
+        console.print(table)
+    for name, figures in facts["recall"].items():
+        shown = "  ".join(f"@{k} {figures[f'text_to_image/recall@{k}']:.1f}" for k in (1, 5, 10))
+        print(f"recall, {name}: {shown}")
+    if facts["note"]:
+        print(facts["note"])
+    elif images is None and written.queries:
+        print("places are in pixels of the encoded square; images=DIR gives those of the pictures")
+    print(f"results: {output / JSON}\npage: {output / PAGE}")
+    if written.missing:
+        print(f"{len(written.missing)} pictures could not be read:", file=sys.stderr)
+        lines = [f"  {name}: {reason}" for name, reason in written.missing.items()]
+        print("\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command.run("search", search, require_all)
