@@ -15,7 +15,7 @@ import talk2dino
 # along the data's way; commands that are not named here come after these
 ORDER = (
     *("extract", "train", "calibrate", "evaluate", "compare", "segment", "search"),
-    *("app", "embed", "export", "convert", "doctor"),
+    *("app", "serve", "embed", "export", "convert", "doctor"),
 )
 
 

@@ -34,6 +34,11 @@ TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("PAMR and search compiled for the CPU", ("numba",), "fast"),
     ("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "export"),
     ("web page", ("gradio",), "app"),
+    (
+        "service over HTTP",
+        ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client", "defusedxml"),
+        "serve",
+    ),
     ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),
     (
         "search with pruning, sweeps side by side",

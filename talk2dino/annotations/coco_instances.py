@@ -29,10 +29,7 @@ class CocoInstances:
 
     def open(self, folder: Path, categories: Sequence[Category]) -> None:
         """Write what comes before the pictures."""
-        described = [
-            {"id": number, "name": one.name, "supercategory": "", "synonyms": list(one.synonyms)}
-            for number, one in enumerate(categories, 1)
-        ]
+        described = coco_categories(categories)
         self.main = (folder / "instances.json").open("w", encoding="utf-8")
         self.aside = tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder)  # noqa: SIM115
         head = {"info": {"description": "", "contributor": WRITTEN_BY}, "licenses": []}
@@ -41,33 +38,14 @@ class CocoInstances:
     def add(self, picture: AnnotatedPicture) -> None:
         """Write the picture, and its annotations aside."""
         self.pictures += 1
-        image = {"id": self.pictures, "file_name": picture.file_name}
-        image |= {"width": picture.width, "height": picture.height}
+        image = coco_image(picture, self.pictures)
         self.main.write(f"{',' if self.pictures > 1 else ''}\n{json.dumps(image)}")
         for annotation in picture.annotations:
             self.annotations += 1
-            entry = {
-                "id": self.annotations,
-                "image_id": self.pictures,
-                "category_id": annotation.category + 1,
-                "segmentation": self._segmentation(picture, annotation),
-                "area": picture.area(annotation),
-                "bbox": list(picture.box(annotation)),
-                "iscrowd": 0,
-                "score": annotation.score,
-            }
+            entry = coco_annotation(
+                picture, annotation, self.annotations, self.pictures, self.options
+            )
             self.aside.write(f"{',' if self.annotations > 1 else ''}\n{json.dumps(entry)}")
-
-    def _segmentation(self, picture: AnnotatedPicture, annotation: Annotation) -> Any:
-        if not self.options.polygons:
-            return picture.rle(annotation)
-        mask, corner = picture.cropped(annotation)
-        found = []
-        for one in polygons(mask, self.options.tolerance):
-            outlines = [ring.coords[:-1] for ring in (one.exterior, *one.interiors)]
-            shell, *holes = (np.asarray(ring) + corner for ring in outlines)
-            found.append(joined(shell, holes).round(2).ravel().tolist())
-        return found
 
     def close(self) -> None:
         """Append the annotations."""
@@ -76,3 +54,53 @@ class CocoInstances:
             self.aside.seek(0)
             shutil.copyfileobj(self.aside, self.main)
             self.main.write("\n]}\n")
+
+
+def coco_categories(categories: Sequence[Category]) -> list[dict[str, Any]]:
+    """The entries of `categories`, numbered from 1."""
+    return [
+        {"id": number, "name": one.name, "supercategory": "", "synonyms": list(one.synonyms)}
+        for number, one in enumerate(categories, 1)
+    ]
+
+
+def coco_image(picture: AnnotatedPicture, number: int) -> dict[str, Any]:
+    """The entry of `images` with this id."""
+    size = {"width": picture.width, "height": picture.height}
+    return {"id": number, "file_name": picture.file_name, **size}
+
+
+def coco_annotation(
+    picture: AnnotatedPicture, annotation: Annotation, number: int, image: int, options: Options
+) -> dict[str, Any]:
+    """An entry of `annotations`.
+
+    Args:
+        picture: whose annotation it is.
+        annotation: the mask.
+        number: its id.
+        image: id of the picture.
+        options: `polygons` and their `tolerance`.
+    """
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": annotation.category + 1,
+        "segmentation": _segmentation(picture, annotation, options),
+        "area": picture.area(annotation),
+        "bbox": list(picture.box(annotation)),
+        "iscrowd": 0,
+        "score": annotation.score,
+    }
+
+
+def _segmentation(picture: AnnotatedPicture, annotation: Annotation, options: Options) -> Any:
+    if not options.polygons:
+        return picture.rle(annotation)
+    mask, corner = picture.cropped(annotation)
+    found = []
+    for one in polygons(mask, options.tolerance):
+        outlines = [ring.coords[:-1] for ring in (one.exterior, *one.interiors)]
+        shell, *holes = (np.asarray(ring) + corner for ring in outlines)
+        found.append(joined(shell, holes).round(2).ravel().tolist())
+    return found

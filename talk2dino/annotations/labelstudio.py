@@ -48,34 +48,54 @@ class LabelStudio:
         self.first = False
 
     def _task(self, picture: AnnotatedPicture) -> dict[str, Any]:
-        result = []
-        for number, one in enumerate(picture.annotations, 1):
-            value = {"format": "rle", "rle": list(brush(picture.mask(one)))}
-            result.append(
-                {
-                    "id": f"a{number}",
-                    "type": "brushlabels",
-                    "from_name": "label",
-                    "to_name": "image",
-                    "original_width": picture.width,
-                    "original_height": picture.height,
-                    "image_rotation": 0,
-                    "value": value | {"brushlabels": [self.categories[one.category].name]},
-                    "score": one.score,
-                }
-            )
-        prediction: dict[str, Any] = {"model_version": WRITTEN_BY, "result": result}
-        areas = [picture.area(one) for one in picture.annotations]
-        if areas:
-            scores = [one.score for one in picture.annotations]
-            prediction["score"] = round(float(np.average(scores, weights=areas)), 6)
         address = self.options.image_root_url + picture.file_name
-        return {"data": {"image": address}, "predictions": [prediction]}
+        names = [one.name for one in self.categories]
+        return {"data": {"image": address}, "predictions": [prediction(picture, names)]}
 
     def close(self) -> None:
         """End the list."""
         with self.file:
             self.file.write("\n]\n")
+
+
+def prediction(
+    picture: AnnotatedPicture,
+    names: Sequence[str],
+    from_name: str = "label",
+    to_name: str = "image",
+    version: str = WRITTEN_BY,
+) -> dict[str, Any]:
+    """What Label Studio takes for a prediction: a brush region per mask, with scores.
+
+    Args:
+        picture: with its masks.
+        names: label of each category.
+        from_name: of the `BrushLabels` in the labeling setup.
+        to_name: of its `Image`.
+        version: of the model.
+    """
+    result = []
+    for number, one in enumerate(picture.annotations, 1):
+        value = {"format": "rle", "rle": list(brush(picture.mask(one)))}
+        result.append(
+            {
+                "id": f"a{number}",
+                "type": "brushlabels",
+                "from_name": from_name,
+                "to_name": to_name,
+                "original_width": picture.width,
+                "original_height": picture.height,
+                "image_rotation": 0,
+                "value": value | {"brushlabels": [names[one.category]]},
+                "score": one.score,
+            }
+        )
+    made: dict[str, Any] = {"model_version": version, "result": result}
+    areas = [picture.area(one) for one in picture.annotations]
+    if areas:
+        scores = [one.score for one in picture.annotations]
+        made["score"] = round(float(np.average(scores, weights=areas)), 6)
+    return made
 
 
 def brush(mask: Mask) -> bytes:

@@ -258,6 +258,34 @@ class AppConfig:
 
 
 @dataclass(kw_only=True)
+class ServeConfig:
+    """serve.yaml."""
+
+    checkpoint: str | None
+    classes: Any
+    vision: Any = None
+    text: Any = None
+    calibration: str | None
+    short_side: int
+    host: str
+    port: int
+    token: str | None
+    max_upload_mb: float
+    max_megapixels: float
+    max_short_side: int
+    max_words: int
+    memory_gb: float
+    timeout: float
+    queue: int
+    batch_size: int
+    batch_wait_ms: float
+    label_studio_url: str | None
+    image_hosts: list[str]
+    image_root: str | None
+    accelerator: str
+
+
+@dataclass(kw_only=True)
 class ExportConfig:
     """export.yaml."""
 
@@ -304,6 +332,7 @@ SCHEMAS = {
     "embed": EmbedConfig,
     "search": SearchConfig,
     "app": AppConfig,
+    "serve": ServeConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,
 }

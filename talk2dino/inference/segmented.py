@@ -243,12 +243,18 @@ class SegmentedImage:
                 in the way that were not written by this program.
         """
         chosen = Options(**options)
-        height, width = self.labels.shape
         check_formats(formats)
-        picture = AnnotatedPicture(file_name, height, width, self.annotations(chosen))
+        picture, categories = self.annotated(file_name, chosen)
+        return write_data_sets([picture], categories, Path(folder), formats, chosen)
+
+    def annotated(
+        self, file_name: str = "image.png", options: Options | None = None
+    ) -> tuple[AnnotatedPicture, list[Category]]:
+        """The picture with its masks, and their categories, as the formats take them."""
+        height, width = self.labels.shape
         colors = dict(zip(self.classes, legend_colors(self.classes), strict=True))
         categories = [Category(n, self.synonyms.get(n, (n,)), colors[n]) for n in self.names]
-        return write_data_sets([picture], categories, Path(folder), formats, chosen)
+        return AnnotatedPicture(file_name, height, width, self.annotations(options)), categories
 
     def to_coco(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
         """A COCO data set of this picture; `polygons=True` in place of run lengths.

@@ -264,14 +264,30 @@ def is_our_picture(path: Path) -> bool:
 def save_label_map(
     labels: Tensor, path: str | Path, palette: Sequence[Color] | None = None, classes: int = 0
 ) -> None:
-    """Write labels as a PNG whose pixel values are the classes.
+    """Write labels as a PNG whose pixel values are the classes, see `label_picture`.
 
-    Up to 255 classes make an indexed PNG, which the palette colors; more make one of 16 bits,
-    which has no colors. The file appears under its name when it is complete.
+    The file appears under its name when it is complete.
+
+    Raises:
+        DataError: a label does not fit 16 bits, or the labels are not `[H, W]`.
+    """
+    try:
+        picture = label_picture(labels, palette, classes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    save_picture(picture, Path(path))
+
+
+def label_picture(
+    labels: Tensor, palette: Sequence[Color] | None = None, classes: int = 0
+) -> Image.Image:
+    """Labels as a picture whose pixel values are the classes.
+
+    Up to 255 classes make an indexed picture, which the palette colors; more make one of 16 bits,
+    which has no colors.
 
     Args:
         labels: `[H, W]` integers 0..255, or 0..65535.
-        path: the PNG to write.
         palette: RGB triples, the rest black; `default_palette` for 0..254 if not given.
         classes: how many there are, so that all files of one list have one form; 0 goes by the
             labels.
@@ -281,12 +297,11 @@ def save_label_map(
     """
     index = labels.cpu().numpy()
     if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > 65535:
-        raise DataError(f"labels {index.shape} for {path}: give [H, W] values 0..65535")
+        raise DataError(f"labels {index.shape}: give [H, W] values 0..65535")
     if classes > 255 or index.max() > 255:
-        save_picture(Image.fromarray(index.astype(np.uint16)), Path(path))
-        return
+        return Image.fromarray(index.astype(np.uint16))
     picture = Image.fromarray(index.astype(np.uint8))
     colors = list(default_palette(255) if palette is None else palette)[:256]
     colors += [(0, 0, 0)] * (256 - len(colors))  # a short palette would make Pillow clip labels
     picture.putpalette([channel for color in colors for channel in color])
-    save_picture(picture, Path(path))
+    return picture

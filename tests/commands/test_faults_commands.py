@@ -159,7 +159,7 @@ QUICK = (
     "convert archive",
     "convert coco_object",
 )
-READ_ONLY = {"app", "doctor"}  # commands that write no file
+READ_ONLY = {"app", "serve", "doctor"}  # commands that write no file
 
 
 @dataclass

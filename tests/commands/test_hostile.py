@@ -73,6 +73,15 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         },
     ),
     "app": (("checkpoint=psi.pth",), {"classes": WORDS, "port": NUMBERS, "short_side": NUMBERS}),
+    "serve": (
+        ("checkpoint=psi.pth",),
+        {
+            **{"classes": WORDS, "port": NUMBERS[:4], "timeout": NUMBERS[:4], "queue": NUMBERS[:4]},
+            **{"host": (*PATHS, "0.0.0.0", "::", "256.1.1.1"), "token": ("x", "ключ " * 9, LONG)},
+            **{"image_hosts": (*WORDS, "[http://x]"), "image_root": PATHS},
+            "label_studio_url": PATHS,
+        },
+    ),
     "export": (
         ("checkpoint=psi.pth", "output=onnx"),
         {"output": ("p.png", "/proc/x", LONG), "classes": WORDS, "image_size": NUMBERS},

@@ -28,6 +28,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "sweeps",
     "training",
     "web",
+    "serving",
 ]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 BELOW_ALL = {"errors", "files", "renamed", "tables"}
@@ -44,6 +45,9 @@ ONLY_IN = {
     "omegaconf": HYDRA,
     "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
+    "fastapi": {"serving/server.py"},
+    "httpx": {"serving/ml_backend.py"},
+    "prometheus_client": {"serving/gate.py", "serving/server.py"},
     "jinja2": {"evaluation/report.py", "inference/model_card.py", "finding/found_files.py"},
     "pycocotools": {"annotations/base.py"},
     "shapely": {"annotations/outlines.py", "annotations/geojson.py"},

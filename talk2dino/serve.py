@@ -1,0 +1,100 @@
+"""`python -m talk2dino.serve`: a service over HTTP, also for Label Studio's pre-annotations."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from talk2dino.config import command
+from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.errors import ConfigError
+
+NEEDED = (
+    *("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client"),
+    *("httpx", "defusedxml", "pycocotools", "cv2"),
+)
+TOKEN = "TALK2DINO_TOKEN"  # environment variables
+LABEL_STUDIO_KEY = "LABEL_STUDIO_API_KEY"
+SHORTEST = 16  # characters of a token
+
+
+def require_all(config: DictConfig) -> None:
+    """Say what is missing before anything is loaded.
+
+    Raises:
+        ConfigError: no checkpoint, or a library is not installed.
+    """
+    require(config, "checkpoint")
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ConfigError(f"serving needs {', '.join(absent)}: pip install 'talk2dino[serve]'")
+
+
+def read_token(config: DictConfig, address: str) -> str | None:
+    """The token of the config or of the environment; None for this machine alone without one.
+
+    Args:
+        config: with `token` and `host`.
+        address: that the host means.
+
+    Raises:
+        ConfigError: another host without a token, or one that is easily guessed.
+    """
+    token = config.token or os.environ.get(TOKEN) or None
+    if token is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise ConfigError(
+            f"host={config.host}: others can reach it, so it needs a token: set {TOKEN} in the "
+            "environment, or token=…"
+        )
+    if token is not None and not (
+        len(token) >= SHORTEST and token.isascii() and token.isprintable() and " " not in token
+    ):
+        raise ConfigError(
+            f"token: give {SHORTEST} or more ASCII characters without spaces, for instance of: "
+            'python -c "import secrets; print(secrets.token_urlsafe())"'
+        )
+    return token
+
+
+def serve(config: DictConfig) -> None:
+    """Load the model and answer requests."""
+    from talk2dino.alignment.checkpoint import checkpoint_digest
+    from talk2dino.serving.gate import LOCAL, Metrics, Rules
+    from talk2dino.serving.ml_backend import MLBackend, TaskPictures
+    from talk2dino.serving.server import Routes, bind, build_app
+    from talk2dino.serving.server import serve as run
+    from talk2dino.serving.service import Limits, Service
+
+    limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
+    classes = class_words(config.classes) if config.classes else None
+    pictures = TaskPictures(
+        listed(config.image_hosts),
+        config.image_root,
+        config.label_studio_url,
+        os.environ.get(LABEL_STUDIO_KEY),
+        int(limits.max_upload_mb * 1024 * 1024),
+        limits.timeout,
+    )
+    with bind(config.host, config.port) as opened:
+        token = read_token(config, opened.getsockname()[0])
+        model = load_model(config, classes=classes)
+        metrics = Metrics()
+        service = Service(model, limits, classes, config.short_side, metrics.batches.observe)
+        if classes is None or isinstance(classes, dict):
+            model.encode_text([])  # builds the text encoder: its errors come before the service
+        else:
+            model.embed_classes(classes)  # refuses those of another checkpoint
+        name = Path(str(config.checkpoint)).name
+        version = f"{name} {checkpoint_digest(config.checkpoint)[:8]}"
+        routes = Routes(service, MLBackend(service, pictures, version), metrics, version)
+        rules = Rules(limits.body, limits.timeout, limits.queue, token, (*LOCAL, config.host))
+        run(build_app(routes, rules), opened, limits.timeout)
+
+
+if __name__ == "__main__":
+    command.run("serve", serve, require_all)

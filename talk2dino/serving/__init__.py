@@ -1,0 +1,1 @@
+"""The HTTP service of `python -m talk2dino.serve`, and Label Studio's protocol beside it."""

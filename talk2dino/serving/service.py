@@ -1,0 +1,287 @@
+"""What a request asks for and how it is done: words, a picture within limits, a segmentation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import unicodedata
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from talk2dino.datasets.benchmarks.classes import typed_classes
+from talk2dino.datasets.pictures import picture_suffixes, to_pixels
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.inference.class_embeddings import ClassEmbeddings
+from talk2dino.inference.model import Talk2DINO
+from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.segmentation.memory import machine_memory
+from talk2dino.serving.batching import Batcher, Budget, in_thread
+
+# those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
+FORMATS = frozenset(
+    (
+        *("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF"),
+        *("JPEG2000", "PPM"),
+    )
+)
+LONGEST = 200  # characters of a word
+WORKERS = 2  # threads for all that is not the encoder
+
+
+class TooLargeError(DataError):
+    """A picture, or a number of words, above a limit."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take, named as in serve.yaml.
+
+    Raises:
+        ConfigError: a value that nothing could pass.
+    """
+
+    max_upload_mb: float = 20
+    max_megapixels: float = 50
+    max_short_side: int = 896
+    max_words: int = 256
+    memory_gb: float = 4
+    timeout: float = 60
+    queue: int = 32
+    batch_size: int = 8
+    batch_wait_ms: float = 5
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            least = 0 if key == "batch_wait_ms" else 1 if isinstance(value, int) else 1e-3
+            if not (math.isfinite(value) and least <= value <= 1e9):
+                raise ConfigError(f"{key}={value}: give a number from {least} on")
+
+    @property
+    def body(self) -> int:
+        """Bytes of a request: an upload and the words beside it."""
+        return int(self.max_upload_mb * 1024 * 1024) + (1 << 18)
+
+    @property
+    def memory(self) -> int:
+        """Bytes for the pictures of all requests: `memory_gb`, or half of what there is."""
+        return min(int(self.memory_gb * 1e9), machine_memory() // 2)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a picture.
+
+    Attributes:
+        classes: names and their words, or class embeddings.
+        background: as `Talk2DINO.segment` takes it.
+        pamr: refine the edges.
+        short_side: working size in pixels; None takes the service's own.
+        negatives: words that count as background.
+    """
+
+    classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings
+    background: bool | float | None = None
+    pamr: bool = True
+    short_side: int | None = None
+    negatives: tuple[str, ...] = ()
+
+
+class Service:
+    """A model that answers many at a time; `running` must surround all calls.
+
+    Args:
+        model: segments.
+        limits: of requests.
+        classes: of requests that name none; class embeddings are all there is to choose from.
+        short_side: working size of requests that name none, in pixels.
+        seen: is told the size of every batch that the encoder gets.
+    """
+
+    def __init__(
+        self,
+        model: Talk2DINO,
+        limits: Limits | None = None,
+        classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings | None = None,
+        short_side: int = 448,
+        seen: Callable[[int], object] = lambda size: None,
+    ) -> None:
+        self.model, self.limits, self.seen = model, limits or Limits(), seen
+        self.classes, self.short_side = classes or None, short_side
+        self.side(None)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Threads and queue, which live as long as this context."""
+        picture_suffixes()  # registers HEIC, if its decoder is installed
+        limits = self.limits
+        self._budget = Budget(limits.memory)
+        self._pool = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "pictures")
+        self._batcher = Batcher(
+            self.model.encode, limits.batch_size, limits.batch_wait_ms / 1000, self.seen
+        )
+        batches = asyncio.create_task(self._batcher.run())
+        try:
+            yield
+        finally:
+            batches.cancel()
+            with suppress(asyncio.CancelledError):
+                await batches
+            self._pool.shutdown()
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something that takes its time, in a thread."""
+        return await in_thread(self._pool, function, *arguments)
+
+    @asynccontextmanager
+    async def segmented(self, content: bytes, wanted: Wanted) -> AsyncIterator[SegmentedImage]:
+        """The result for a picture file; its memory is given back at the end of the context.
+
+        Raises:
+            TooLargeError: more pixels, more words or a larger working size than the limits allow.
+            DataError: not a picture.
+            ConfigError: an argument out of its range.
+        """
+        self.check_words(wanted.classes, wanted.negatives)
+        self.side(wanted.short_side)
+        self.check_picture(content)
+        vocabulary = await self.call(self._vocabulary, wanted)
+        needed = vocabulary.memory(content)
+        async with self._budget.take(0 if needed is None else needed.total):
+            pixels = await self.call(to_pixels, content)
+            side = vocabulary.segmenter.protocol.input_size
+            encoded = await self._batcher(pixels, side)
+            yield await self.call(vocabulary, encoded)
+
+    def _vocabulary(self, wanted: Wanted) -> OpenVocabulary:
+        return self.model.open_vocabulary(
+            wanted.classes,
+            wanted.background,
+            wanted.pamr,
+            self.side(wanted.short_side),
+            negatives=wanted.negatives,
+        )
+
+    def side(self, asked: int | None) -> int:
+        """The working size of a request.
+
+        Raises:
+            TooLargeError: above the limit.
+            ConfigError: not positive.
+        """
+        side = self.short_side if asked is None else asked
+        if side > self.limits.max_short_side:
+            raise TooLargeError(f"short_side={side}: give at most {self.limits.max_short_side}")
+        if side < 1:
+            raise ConfigError(f"short_side={side}: give pixels, for instance 448")
+        return side
+
+    def check_words(
+        self, classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings, negatives: Sequence[str]
+    ) -> None:
+        """Refuse words that nobody means, and too many.
+
+        Raises:
+            TooLargeError: more than the limits allow.
+            DataError: a word that is very long, or has characters that no text has.
+        """
+        if isinstance(classes, ClassEmbeddings):
+            every = list(classes)
+        else:
+            every = [*classes, *(word for words in classes.values() for word in words)]
+        every += negatives
+        count = len(every) - (0 if isinstance(classes, ClassEmbeddings) else len(classes))
+        if count > self.limits.max_words:
+            raise TooLargeError(f"classes: {count} words; give at most {self.limits.max_words}")
+        for word in every:
+            if len(word) > LONGEST:
+                raise DataError(f"classes: {word[:40]!r}… is longer than {LONGEST} characters")
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
+                raise DataError(f"classes: {word!r} has characters that are no text")
+
+    def check_picture(self, content: bytes) -> None:
+        """Refuse what is no picture, or has too many pixels, before it is decoded.
+
+        Raises:
+            DataError: not a picture of a format that is read.
+            TooLargeError: too many pixels.
+        """
+        try:
+            with Image.open(BytesIO(content)) as opened:
+                kind, (width, height) = opened.format, opened.size
+        except Image.DecompressionBombError as error:
+            raise TooLargeError(f"image: {error}") from error
+        except Exception as error:  # broken files make decoders raise anything
+            raise DataError("image: not a picture that can be read") from error
+        if kind not in FORMATS:
+            raise DataError(f"image: {kind} is not read here; send JPEG, PNG, WebP or TIFF")
+        if width * height > self.limits.max_megapixels * 1_000_000:
+            raise TooLargeError(
+                f"image: {width}x{height} pixels; give at most "
+                f"{self.limits.max_megapixels:g} million"
+            )
+
+    def words(self, text: str | None) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
+        """The classes of a request.
+
+        Args:
+            text: `cat, sofa; couch`, or JSON: `["cat", ["sofa", "couch"]]`,
+                `{"sofa": ["sofa", "couch"]}`; never the name of a file. None takes those that the
+                service began with.
+
+        Raises:
+            DataError: no class, one that is named twice, or JSON that cannot be read.
+            ConfigError: a name that the class embeddings do not have.
+        """
+        if text is None:
+            if self.classes is None:
+                raise DataError("classes: name at least one, for instance: cat, sofa; couch")
+            return self.classes
+        named = read_words(text)
+        if not isinstance(self.classes, ClassEmbeddings):
+            return named
+        every = [word for words in named.values() for word in words]
+        return self.classes.select(every)
+
+
+def read_words(text: str) -> dict[str, tuple[str, ...]]:
+    """Names and the words that stand for them, see `Service.words`.
+
+    Raises:
+        DataError: no class, one that is named twice, or JSON that cannot be read.
+    """
+    given: Any = [part for part in text.split(",") if part.strip()]
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            given = json.loads(text, object_pairs_hook=_pairs)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"classes: not JSON ({error})") from error
+    if isinstance(given, Mapping):
+        found = {name: _texts(words) for name, words in given.items()}
+    else:
+        found = typed_classes(["; ".join(_texts(part)) for part in given])
+    if not found or not all(name.strip() and words for name, words in found.items()):
+        raise DataError("classes: name at least one, for instance: cat, sofa; couch")
+    return found
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DataError("classes: a name stands twice")
+    return found
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    words = given if isinstance(given, list) else [given]
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise DataError(f"classes: {given!r:.60} is neither a word nor a list of words")
+    return tuple(words)

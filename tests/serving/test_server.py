@@ -1,0 +1,458 @@
+"""The service as its clients see it: a real server, real requests, a model without weights."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from talk2dino.inference.model import Talk2DINO
+from tests.helpers.encoders import hash_model
+from tests.helpers.pipeline import need
+
+httpx = pytest.importorskip("httpx")
+need("fastapi_offline", "uvicorn", "prometheus_client", "defusedxml")
+
+from talk2dino.serving.gate import Gate, Metrics, Rules  # noqa: E402
+from talk2dino.serving.ml_backend import MLBackend, TaskPictures, read_controls  # noqa: E402
+from talk2dino.serving.server import Routes, Server, bind, build_app  # noqa: E402
+from talk2dino.serving.service import Limits, Service  # noqa: E402
+
+TOKEN = "a token of 22 letters!"
+WORDS = ["cat", ["sofa", "couch"]]
+SETUP = (
+    '<View><Image name="img" value="$photo"/><BrushLabels name="tag" toName="img">'
+    '<Label value="Cat" predicted_values="cat"/><Label value="Sofa" predicted_values="sofa,couch"/>'
+    "</BrushLabels></View>"
+)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 64), kind: str = "PNG") -> bytes:
+    """Blobs of noise."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 8, 3), np.uint8)
+    file = BytesIO()
+    Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC).save(file, kind)
+    return file.getvalue()
+
+
+def own_threads() -> set[int | None]:
+    """Those that a service starts."""
+    named = ("encoder", "pictures", "asyncio")
+    return {one.ident for one in threading.enumerate() if one.name.startswith(named)}
+
+
+@contextmanager
+def serving(
+    model: Talk2DINO, token: str | None = None, root: Path | None = None, **limits: Any
+) -> Iterator[Any]:
+    """A client of a service in a thread of this process; it must end within seconds."""
+    import uvicorn
+
+    metrics, chosen = Metrics(), Limits(**limits)
+    service = Service(model, chosen, short_side=32, seen=metrics.batches.observe)
+    pictures = TaskPictures(root=None if root is None else str(root))
+    routes = Routes(service, MLBackend(service, pictures, "tiny"), metrics)
+    gate: Gate = build_app(routes, Rules(chosen.body, chosen.timeout, chosen.queue, token))
+    server = Server(uvicorn.Config(gate, log_config=None, ws="none", lifespan="on"))
+    before = own_threads()
+    with bind("127.0.0.1", 0) as opened:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            address = f"http://127.0.0.1:{opened.getsockname()[1]}"
+            with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive()
+    assert own_threads() <= before
+
+
+@pytest.fixture(scope="module")
+def model() -> Talk2DINO:
+    made = hash_model()
+    made.segment(picture(), WORDS, pamr=True, short_side=32)  # compiles PAMR where Numba is there
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(model: Talk2DINO) -> Iterator[Any]:
+    with serving(model, max_upload_mb=1, max_megapixels=1, max_short_side=64, max_words=8) as it:
+        yield it
+
+
+def segment(client: Any, content: bytes, classes: Any = WORDS, **fields: Any) -> Any:
+    words = classes if isinstance(classes, str) else json.dumps(classes)
+    data = {"classes": words} | {key: str(value) for key, value in fields.items()}
+    return client.post("/segment", files={"image": ("a.png", content)}, data=data)
+
+
+def metric(client: Any, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+class Blocked:
+    """Lets the encoder wait: `asked` is set when it was called, `let` goes on."""
+
+    def __init__(self, model: Talk2DINO) -> None:
+        self.model, self.encode = model, model._encode
+        self.asked, self.let = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Blocked:
+        def waiting(*arguments: Any) -> Any:
+            self.asked.set()
+            assert self.let.wait(20)
+            return self.encode(*arguments)
+
+        self.model._encode = waiting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let.set()
+        self.model._encode = self.encode  # type: ignore[method-assign]
+
+
+def labels_of(answer: dict[str, Any]) -> np.ndarray:
+    """Label map of a COCO answer whose annotations cover the picture."""
+    size = answer["annotations"][0]["segmentation"]["size"]
+    labels = np.full(size, -1)
+    for one in answer["annotations"]:
+        labels[coco_mask.decode(one["segmentation"]) == 1] = one["category_id"] - 1
+    return labels
+
+
+def test_the_answer_is_what_python_gives(client: Any, model: Talk2DINO) -> None:
+    content = picture()
+    want = model.segment(content, WORDS, pamr=True, short_side=32)
+    answer = segment(client, content)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
+    found = answer.json()
+    coco = want.to_coco("a.png")
+    for key in ("images", "categories", "annotations"):
+        assert found[key] == coco[key]
+    np.testing.assert_array_equal(labels_of(found), want.labels.numpy())
+    assert [one["share"] for one in found["figures"]] == list(want.areas().values())
+    for output, picture_ in (("labels", want.labels.numpy()), ("overlay", want.overlay())):
+        png = segment(client, content, output=output)
+        assert png.headers["content-type"] == "image/png"
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(png.content))), picture_)
+
+
+def test_options_reach_the_model(client: Any, model: Talk2DINO) -> None:
+    content = picture(1, kind="JPEG")
+    options = {"background": 0.51, "pamr": False, "short_side": 64, "instances": True}
+    found = segment(client, content, "cat, sofa; couch", negatives="tree", **options)
+    want = model.segment(content, WORDS, 0.51, False, 64, negatives=["tree"])
+    assert found.json()["annotations"] == want.to_coco(instances=True)["annotations"]
+    assert [one["name"] for one in found.json()["figures"]] == ["background", "cat", "sofa"]
+    empty = segment(client, content, background="", negatives="", short_side="").json()
+    assert empty["annotations"] == segment(client, content).json()["annotations"]
+    mapping = segment(client, content, {"sofa": ["sofa", "couch"]}).json()
+    assert mapping["categories"][0]["synonyms"] == ["sofa", "couch"]
+
+
+def test_requests_at_once_share_batches_and_get_their_own_results(model: Talk2DINO) -> None:
+    """Pictures of other sizes and words go together, other working sizes apart."""
+    asked = [(picture(n, (30 + n, 70 - n)), ["cat", f"word {n}"], 64 if n % 4 == 3 else 32)
+             for n in range(12)]  # fmt: skip
+
+    def alone(content: bytes, classes: Any, side: int) -> Any:
+        return model.segment(content, classes, pamr=True, short_side=side).to_coco("a.png")
+
+    with serving(model, batch_wait_ms=50) as client, ThreadPoolExecutor(12) as pool:
+        with Blocked(model) as encoder:  # so that the others wait
+            first = pool.submit(segment, client, *asked[0][:2])
+            assert encoder.asked.wait(10)
+            rest = [pool.submit(segment, client, *a[:2], short_side=a[2]) for a in asked[1:]]
+            while metric(client, "talk2dino_open_requests") < 12:
+                time.sleep(0.01)
+        answers = [one.result().json() for one in (first, *rest)]
+        batches = metric(client, "talk2dino_batch_pictures_count")
+        assert metric(client, "talk2dino_batch_pictures_sum") == 12 and batches <= 5
+    for answer, given in zip(answers, asked, strict=True):
+        assert answer["annotations"] == alone(*given)["annotations"]
+
+
+def test_embed(client: Any, model: Talk2DINO) -> None:
+    found = client.post("/embed", json={"classes": WORDS}).json()
+    want = model.embed_classes(WORDS)
+    assert [(one["class"], one["word"]) for one in found["rows"]] == [
+        ("cat", "cat"), ("sofa", "sofa"), ("sofa", "couch")
+    ]  # fmt: skip
+    vectors = torch.tensor([one["vector"] for one in found["rows"]])
+    assert torch.equal(vectors, want.rows) and found["width"] == want.rows.shape[1]
+
+
+def test_health_metrics_and_description(client: Any) -> None:
+    health = client.get("/health").json()
+    assert health["status"] == "UP" and health["model_class"] == "Talk2DINO"
+    assert client.get("/").json() == health
+    from prometheus_client.parser import text_string_to_metric_families
+
+    segment(client, picture())
+    families = {
+        one.name: one for one in text_string_to_metric_families(client.get("/metrics").text)
+    }
+    counted = {
+        (s.labels["path"], s.labels["status"]) for s in families["talk2dino_requests"].samples
+    }
+    assert ("/segment", "200") in counted
+    assert families["process_resident_memory_bytes"].samples[0].value > 1e6
+    described = client.get("/openapi.json").json()["paths"]
+    assert {"/segment", "/embed", "/health", "/metrics", "/setup", "/predict"} <= described.keys()
+    page = client.get("/docs").text
+    assert "https://" not in page  # nobody else is asked
+    for script in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert client.get(f"/static-offline-docs/{script}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "send"),
+    [
+        (413, "bytes", lambda c: segment(c, bytes(1_400_000))),
+        (413, "bytes", lambda c: c.post("/embed", content=iter([bytes(100_000)] * 20))),
+        (413, "1200x1000 pixels", lambda c: segment(c, picture(0, (1000, 1200), "JPEG"))),
+        (413, "short_side=65", lambda c: segment(c, picture(), short_side=65)),
+        (413, "9 words", lambda c: segment(c, picture(), list("abcdefghi"))),
+        (413, "9 words", lambda c: c.post("/embed", json={"classes": list("abcdefghi")})),
+        (422, "not a picture", lambda c: segment(c, b"GIF89a")),
+        (422, "not a picture", lambda c: segment(c, b"")),
+        (422, "no picture", lambda c: segment(c, picture()[:-300])),
+        (422, "EPS", lambda c: segment(c, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),
+        (422, "named twice", lambda c: segment(c, picture(), "cat, cat")),
+        (422, "at least one", lambda c: segment(c, picture(), " , ")),
+        (422, "at least one", lambda c: c.post("/segment", files={"image": picture()})),
+        (422, "neither a word", lambda c: segment(c, picture(), [[["cat"]]])),
+        (422, "neither a word", lambda c: segment(c, picture(), [1, None])),
+        (422, "stands twice", lambda c: segment(c, picture(), '{"a": "b", "a": "c"}')),
+        (422, "not JSON", lambda c: segment(c, picture(), "[cat")),
+        (422, "not JSON", lambda c: segment(c, picture(), "[" * 100_000)),
+        (422, "no text", lambda c: segment(c, picture(), ["a\u0000b"])),
+        (422, "no text", lambda c: segment(c, picture(), '["\\ud800"]')),
+        (422, "longer than", lambda c: segment(c, picture(), ["x" * 201])),
+        (422, "background", lambda c: segment(c, picture(), background="nan")),
+        (422, "background", lambda c: segment(c, picture(), background=7)),
+        (422, "left over", lambda c: segment(c, picture(), ["background"], background="true")),
+        (422, "short_side", lambda c: segment(c, picture(), short_side=-3)),
+        (413, "short_side", lambda c: segment(c, picture(), short_side=10**30)),
+        (422, "pamr", lambda c: segment(c, picture(), pamr="perhaps")),
+        (422, "pmar: Extra", lambda c: segment(c, picture(), pmar=True)),
+        (422, "output", lambda c: segment(c, picture(), output="../x")),
+        (422, "image: Field required", lambda c: c.post("/segment", data={"classes": "cat"})),
+        (422, "image", lambda c: c.post("/segment", data={"image": "text", "classes": "cat"})),
+        (422, "", lambda c: c.post("/segment", json={"classes": "cat"})),
+        (422, "image", lambda c: c.post("/segment", content=b"--x\r\nz", headers=MULTIPART)),
+        (422, "body", lambda c: c.post("/embed", content=b"{")),
+        (400, "parsing", lambda c: c.post("/embed", content=b'{"classes": "\xff"}', headers=JSON)),
+        (400, "", lambda c: c.post("/embed", content=b"[" * 200_000, headers=JSON)),
+        (422, "", lambda c: c.post("/embed", json=[])),
+        (422, "clases: Extra", lambda c: c.post("/embed", json={"clases": ["cat"]})),
+        (422, "no text", lambda c: c.post("/embed", content=SURROGATE, headers=JSON)),
+        (404, "Not Found", lambda c: c.get("/../../etc/passwd")),
+        (404, "Not Found", lambda c: c.get("/static-offline-docs/..%2f..%2fcore.py")),
+        (405, "Not Allowed", lambda c: c.get("/segment")),
+        (405, "Not Allowed", lambda c: c.request("PATCH", "/health", content=b"x" * 5000)),
+        (421, "without a token", lambda c: c.get("/health", headers={"Host": "evil.example:80"})),
+        (422, "tasks", lambda c: c.post("/predict", json={})),
+        (422, "tasks", lambda c: c.post("/predict", json={"tasks": {"a": 1}})),
+        (422, "has no data", lambda c: predict(c, [None])),
+        (422, "'photo'", lambda c: predict(c, [{"data": {}}])),
+        (422, "must be an address", lambda c: predict(c, [{"data": {"photo": 5}}])),
+        (422, "label_config", lambda c: predict(c, [{"data": {}}], "<View/>")),
+        (422, "label_config", lambda c: c.post("/setup", json={"schema": "<View>"})),
+        (422, "label_config", lambda c: c.post("/setup", json={"schema": BOMB})),
+        (422, "label_config", lambda c: c.post("/setup", json={"schema": ["x"]})),
+        (413, "33", lambda c: predict(c, [{}] * 33)),
+    ],
+)  # fmt: skip
+def test_what_is_refused(client: Any, status: int, said: str, send: Callable[[Any], Any]) -> None:
+    """One line of JSON, whatever came; and the service goes on."""
+    answer = send(client)
+    assert answer.status_code == status, answer.text
+    detail = answer.json()["detail"]
+    assert said in detail and "\n" not in detail and "Traceback" not in detail
+    assert client.get("/health").status_code == 200
+    assert metric(client, "talk2dino_open_requests") == 0
+
+
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
+JSON = {"Content-Type": "application/json"}
+SURROGATE = b'{"classes": ["\\ud800"]}'
+BOMB = '<!DOCTYPE a [<!ENTITY b "cc"><!ENTITY d "&b;&b;">]><View>&d;</View>'
+
+
+def test_an_upload_that_breaks_off_or_dawdles(model: Talk2DINO) -> None:
+    with serving(model, timeout=3) as client:
+        address = (client.base_url.host, client.base_url.port)
+        head = (
+            "POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+        with socket.create_connection(address) as slow:
+            for _ in range(5):
+                with socket.create_connection(address) as connection:
+                    connection.sendall(head.encode() + bytes(3000))
+            slow.sendall(head.encode())
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+        assert segment(client, picture()).status_code == 200
+        assert metric(client, 'talk2dino_requests_total{path="/segment",status="499"}') == 5
+
+
+def test_full_queue_time_and_clients_that_hang_up(model: Talk2DINO) -> None:
+    with serving(model, queue=3, timeout=4) as client, ThreadPoolExecutor(3) as pool:
+        with Blocked(model) as encoder:
+            waiting = [pool.submit(segment, client, picture(n)) for n in range(2)]
+            assert encoder.asked.wait(10)
+            with pytest.raises(httpx.ReadTimeout):  # hangs up; what it asked for never begins
+                client.post("/segment", files={"image": picture()}, data={"classes": "cat"},
+                            timeout=0.3)  # fmt: skip
+            while metric(client, "talk2dino_open_requests") != 2:
+                time.sleep(0.01)
+            waiting.append(pool.submit(segment, client, picture(3)))
+            while metric(client, "talk2dino_open_requests") != 3:
+                time.sleep(0.01)
+            full = segment(client, picture())
+            assert full.status_code == 429 and full.headers["retry-after"] == "1"
+            late = [one.result() for one in waiting]
+            assert [one.status_code for one in late] == [408] * 3
+            assert "within 4 s" in late[0].json()["detail"]
+            assert client.get("/health").status_code == 200
+        while metric(client, "talk2dino_open_requests"):
+            time.sleep(0.01)
+        assert segment(client, picture()).status_code == 200
+
+
+def test_the_token(model: Talk2DINO) -> None:
+    with serving(model, token=TOKEN) as client:
+        assert client.get("/health").status_code == 200  # probes need none
+        basic = base64.b64encode(f"anybody:{TOKEN}".encode()).decode()
+        for path in ("/metrics", "/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
+            assert client.get(path).status_code == 401
+            for right in (f"Bearer {TOKEN}", f"Basic {basic}"):
+                assert client.get(path, headers={"Authorization": right}).status_code == 200
+        for wrong in ("", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Basic %", TOKEN):
+            refused = client.post("/segment", headers={"Authorization": wrong})
+            assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
+        odd = client.post("/predict", headers=[(b"Authorization", b"Bearer \xff\xfe")])
+        assert odd.status_code == 401
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        assert segment(client, picture()).status_code == 200
+        assert client.get("/health", headers={"Host": "a.example"}).status_code == 200
+
+
+def test_ending_finishes_what_is_running(model: Talk2DINO) -> None:
+    with ThreadPoolExecutor(1) as pool, Blocked(model) as encoder:
+        with serving(model) as client:
+            other = httpx.Client(base_url=client.base_url, timeout=30)
+            waiting = pool.submit(segment, other, picture())
+            assert encoder.asked.wait(10)
+            threading.Timer(0.5, encoder.let.set).start()
+        assert waiting.result().status_code == 200  # the service has ended
+        with pytest.raises(httpx.ConnectError):
+            other.get("/health")
+
+
+def predict(client: Any, tasks: list[Any], setup: str = SETUP) -> Any:
+    """As Label Studio asks."""
+    asked = {"tasks": tasks, "label_config": setup, "project": "1.17", "params": {"context": None}}
+    return client.post("/predict", json=asked)
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def test_pre_annotations(client: Any, model: Talk2DINO) -> None:
+    setup = {"project": "1.17", "schema": SETUP, "hostname": "http://evil", "access_token": "x"}
+    assert client.post("/setup", json=setup).json() == {"model_version": "tiny"}
+    contents = [picture(n, (30, 40 + n)) for n in range(3)]
+    tasks = [{"id": n, "data": {"photo": data_url(one)}} for n, one in enumerate(contents)]
+    tasks.insert(1, {"id": 9, "data": {"photo": "http://127.0.0.1:1/secret.png"}})
+    answer = predict(client, tasks).json()
+    assert len(answer["errors"]) == 1 and "task 9: http://127.0.0.1:1" in answer["errors"][0]
+    first, empty, *others = answer["results"]
+    assert empty == {"model_version": "tiny", "result": [], "score": 0.0}
+    for made, content in zip([first, *others], contents, strict=True):
+        want = model.segment(content, {"Cat": ["cat"], "Sofa": ["sofa", "couch"]}, True, True, 32)
+        theirs = want.to_labelstudio()["predictions"][0]
+        names = {"from_name": "tag", "to_name": "img"}
+        assert made["result"] == [one | names for one in theirs["result"]]
+        assert made["score"] == theirs.get("score", 0.0)
+    assert client.post("/webhook", json={"action": "ANNOTATION_CREATED"}).json()["status"] == "ok"
+
+
+def test_pre_annotations_in_label_studios_sdk(client: Any, model: Talk2DINO) -> None:
+    pytest.importorskip("label_studio_sdk")
+    from label_studio_sdk.converter.brush import decode_from_annotation
+    from label_studio_sdk.label_interface import LabelInterface
+    from label_studio_sdk.label_interface.objects import PredictionValue
+
+    content = picture(4)
+    whole_ = SETUP.replace("<BrushLabels ", '<BrushLabels model_background="false" ')
+    answer = predict(client, [{"id": 1, "data": {"photo": data_url(content)}}], whole_).json()
+    (made,) = answer["results"]
+    interface = LabelInterface(whole_)
+    assert interface.validate_prediction(made)
+    control, (ours,) = interface.get_control("tag"), read_controls(whole_)
+    assert (control.to_name, list(control.labels)) == ([ours.to_name], list(ours.words))
+    PredictionValue(**made)
+    layers = decode_from_annotation("tag", [one | one["value"] for one in made["result"]])
+    want = model.segment(content, {"Cat": ["cat"], "Sofa": ["sofa", "couch"]}, None, True, 32)
+    assert len(layers) == len(want.labels.unique())
+    for key, mask in layers.items():
+        label = want.classes.index(key.split("-")[1])
+        np.testing.assert_array_equal(mask > 0, (want.labels == label).numpy())
+
+
+def test_local_files_of_label_studio(model: Talk2DINO, tmp_path: Path) -> None:
+    (tmp_path / "root" / "deep").mkdir(parents=True)
+    (tmp_path / "root" / "deep" / "a b.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(picture())
+    with serving(model, root=tmp_path / "root") as client:
+
+        def asked(path: str) -> Any:
+            return predict(client, [{"data": {"photo": path}}])
+
+        assert len(asked("/data/local-files/?d=deep/a%20b.png").json()["results"]) == 1
+        refused = asked("/data/local-files/?d=../secret.png")
+        assert refused.status_code == 422 and "below image_root" in refused.json()["detail"]
+
+
+def test_a_client_of_asyncio(client: Any, model: Talk2DINO) -> None:
+    """Eight at a time over one pool of connections, again and again: no answer is another's."""
+    contents = [picture(n, (30, 40 + n)) for n in range(8)]
+    want = [model.segment(c, ["cat", "dog"], None, False, 32).labels.numpy() for c in contents]
+
+    async def visit() -> None:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=30) as one:
+            for _ in range(3):
+                answers = await asyncio.gather(*(
+                    one.post("/segment", files={"image": ("a.png", content)},
+                             data={"classes": "cat, dog", "pamr": "false", "output": "labels"})
+                    for content in contents
+                ))  # fmt: skip
+                for answer, labels in zip(answers, want, strict=True):
+                    found = np.asarray(Image.open(BytesIO(answer.content)))
+                    np.testing.assert_array_equal(found, labels)
+
+    asyncio.run(visit())
