@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -27,7 +26,6 @@ from talk2dino.encoders.devices import choose_device, process_rank
 from talk2dino.errors import StoreError
 from talk2dino.features.extraction.job import Extraction
 from talk2dino.features.store.schema import Manifest
-from talk2dino.files import replacing
 
 
 def extract(config: DictConfig) -> None:
@@ -124,12 +122,10 @@ def report(job: Extraction, manifest: Manifest | None, counted: Counter, console
 
 
 def say_left_out(job: Extraction, console: Console) -> None:
-    """Count what the source leaves out, and list it beside the store."""
+    """Count what the source leaves out; the run lists it in the store's folder."""
     left, file = job.source.left_out, job.store / f"{job.split}-left-out.jsonl"
     if not left or job.rank:
         return
-    with replacing(file, shared=True) as path:
-        path.write_text("".join(json.dumps(item) + "\n" for item in left), encoding="utf-8")
     first = escape(f"{left[0]['file_name']} ({left[0]['reason']})")
     console.print(f"[yellow]{len(left)} files are left out, such as {first}; the list is {file}")
 

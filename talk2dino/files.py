@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -114,6 +114,11 @@ def write_json(target: Path, data: object, shared: bool = False) -> None:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+def json_lines(items: Iterable[object]) -> str:
+    """JSON values, one a line."""
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
 def read_json(file: Path, kind: type[T], what: str) -> T:
     """Content of a JSON file.
 
@@ -152,6 +157,45 @@ def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[s
         raise ConfigError(
             f"{there[0]}: is there and was not written by this command; use another folder"
         )
+
+
+def foreign(file: Path) -> StoreError:
+    """The refusal to replace a file of other origin."""
+    return StoreError(
+        f"{file}: is there and is not what this program wrote; move it away and start again"
+    )
+
+
+def put_known(target: Path, records: Path, text: str) -> None:
+    """Write a text file over nothing but what an earlier call wrote.
+
+    Several processes may write the same at once.
+
+    Args:
+        target: the file.
+        records: a folder, in which a copy stays that tells the earlier call's file from others.
+        text: its content.
+
+    Raises:
+        StoreError: a file of other origin has that name, or the disk is full.
+    """
+    check_known(target, records, text)
+    content = text.encode()
+    if target.exists() and target.read_bytes() == content:
+        return
+    target.unlink(missing_ok=True)
+    for path in (records / target.name, target):  # a file without its copy is of other origin
+        with replacing(path, shared=True) as temporary:
+            temporary.write_bytes(content)
+
+
+def check_known(target: Path, records: Path, text: str) -> None:
+    """Refuse a file that `put_known` would not replace; see there."""
+    if target.exists():
+        kept = records / target.name
+        known = [text.encode()] + ([kept.read_bytes()] if kept.exists() else [])
+        if not target.is_file() or target.read_bytes() not in known:
+            raise foreign(target)
 
 
 def create_json(target: Path, data: object) -> bool:

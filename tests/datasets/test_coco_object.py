@@ -79,6 +79,28 @@ def test_the_input_stays_as_it_is(tmp_path: Path) -> None:
     assert convert_coco_object(masks, masks, 1, ignore) == 0  # its own output is no input
 
 
+def test_outputs_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    masks = write_maps(tmp_path / "in", 1)
+    assert convert_coco_object(masks, masks, 1, ignore) == 1
+    (target,) = masks.rglob("*_instanceTrainIds.png")
+    labels = np.asarray(Image.open(target))
+    Image.fromarray(labels).save(target)  # as a version wrote it that left no mark
+    assert convert_coco_object(masks, masks, 1, ignore) == 0
+    labels = labels.copy()
+    labels[0, 0] = (labels[0, 0] + 1) % 81
+    Image.fromarray(labels).save(target)  # somebody's, of the same size
+    mine = target.read_bytes()
+    with pytest.raises(DataError, match="is there already but is no conversion of"):
+        convert_coco_object(masks, masks, 1, ignore)
+    assert target.read_bytes() == mine
+    target.unlink()
+    assert convert_coco_object(masks, masks, 1, ignore) == 1
+    (source,) = masks.rglob("000000000000.png")
+    Image.fromarray(np.full_like(labels, 91)).save(source)  # another input of the same size
+    with pytest.raises(DataError, match="is no conversion of"):
+        convert_coco_object(masks, masks, 1, ignore)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_bad_file_keeps_what_is_finished(
     golden: Golden, tmp_path: Path, num_workers: int

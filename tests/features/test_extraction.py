@@ -334,11 +334,20 @@ def test_what_the_source_leaves_out_is_counted_and_listed(
     (folder / "01.txt").unlink()
     (folder / "[draft].txt").write_text("no picture")
     store = tmp_path / "store"
-    store.mkdir()
-    say_left_out(job(CaptionFolder(str(folder)), vision, store), Console(width=500))
+    extraction = job(CaptionFolder(str(folder)), vision, store)
+    say_left_out(extraction, Console(width=500))
+    extraction.run()
     assert "2 files are left out, such as 01.png (no .txt beside it)" in capsys.readouterr().out
     lines = (store / "train-left-out.jsonl").read_text().splitlines()
     assert [json.loads(line)["file_name"] for line in lines] == ["01.png", "[draft].txt"]
+    (folder / "more.txt").write_text("no picture either")
+    extraction.source = CaptionFolder(str(folder))
+    extraction.run()  # over its own list
+    assert len((store / "train-left-out.jsonl").read_text().splitlines()) == 3
+    (store / "train-left-out.jsonl").write_text("mine")
+    with pytest.raises(StoreError, match=r"train-left-out\.jsonl: is there and is not what"):
+        extraction.run()
+    assert (store / "train-left-out.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from talk2dino.features.store.writer import (
     open_for_append,
     write_shard,
 )
-from talk2dino.files import write_json
+from talk2dino.files import put_known, write_json
 from talk2dino.segmentation.overlay import save_picture
 from tests.helpers.ranks import forked
 from tests.helpers.stores import Arrays, shard_arrays
@@ -84,6 +84,9 @@ def test_resume_lists_finished_shards(tmp_path: Path) -> None:
     assert open_for_append(tmp_path, settings, "train") == infos
     with (tmp_path / "train-00002.h5").open("r+b") as file:
         file.truncate(100)
+    with pytest.raises(StoreError, match=r"train-00002\.h5: is there and is not what this program"):
+        open_for_append(tmp_path, settings, "train")
+    (tmp_path / "train-00002.h5").unlink()
     assert list(open_for_append(tmp_path, settings, "train")) == [0]
 
 
@@ -113,21 +116,61 @@ def write_until(folder: Path, kill_at: int) -> None:
     write_shard(folder, 0, *shard_arrays())
 
 
-@pytest.mark.parametrize(("kill_at", "shard_exists"), [(1, False), (2, True)])
-def test_kill_before_rename_leaves_no_final_file(
-    tmp_path: Path, kill_at: int, shard_exists: bool
-) -> None:
+@pytest.mark.parametrize("kill_at", [1, 2])  # of the record, then of the shard
+def test_kill_before_rename_leaves_no_final_file(tmp_path: Path, kill_at: int) -> None:
     settings = {"limit": 4}
     open_for_append(tmp_path, settings, "train")
     process = forked(write_until, tmp_path, kill_at)
     process.join()
     assert process.exitcode == 9
-    assert (tmp_path / "train-00000.h5").exists() == shard_exists
+    assert not (tmp_path / "train-00000.h5").exists()
     assert open_for_append(tmp_path, settings, "train") == {}  # to be written again
     write_shard(tmp_path, 0, *shard_arrays())
     finish_manifest(tmp_path, shards=1)
     assert FeatureStore(tmp_path).verify() == []
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_files_of_other_origin_are_not_replaced(tmp_path: Path, begun: bool) -> None:
+    images = {"cls_token": np.eye(3)}
+    if begun:  # a run that was killed before its last shard and its manifest
+        write_shard(tmp_path, 0, {"id": [0], "file_name": ["0"], "cls_token": np.eye(3)[:1]}, {})
+    (tmp_path / "train-00002.h5").write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"train-00002\.h5: is there and is not") as error:
+        write_store(tmp_path, images, {}, images_per_shard=1)
+    one_line(error, "move it away")
+    assert (tmp_path / "train-00002.h5").read_bytes() == b"mine"
+    assert (tmp_path / "train-00000.h5").exists() == begun
+    (tmp_path / "train-00002.h5").unlink()
+    write_store(tmp_path, images, {}, images_per_shard=1)
+    assert FeatureStore(tmp_path).verify() == []
+
+
+def test_own_shards_under_other_bytes_are_not_replaced(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, *shard_arrays())
+    write_shard(tmp_path, 0, *shard_arrays(seed=1))  # its own, as it wrote it
+    file = tmp_path / "train-00000.h5"
+    changed = file.read_bytes()[:-1] + b"!"
+    file.write_bytes(changed)
+    with pytest.raises(StoreError, match=r"train-00000\.h5: is there and is not"):
+        write_shard(tmp_path, 0, *shard_arrays(seed=2))
+    assert file.read_bytes() == changed
+
+
+def test_lists_of_other_origin_are_not_replaced(tmp_path: Path) -> None:
+    target, records = tmp_path / "list.jsonl", tmp_path / ".parts"
+    records.mkdir()
+    put_known(target, records, "1\n")
+    put_known(target, records, "2\n")
+    assert target.read_text() == "2\n"
+    target.write_text("mine\n")
+    with pytest.raises(StoreError, match=r"list\.jsonl: is there and is not"):
+        put_known(target, records, "3\n")
+    assert target.read_text() == "mine\n"
+    (tmp_path / "train-skipped.jsonl").write_text("mine\n")
+    with pytest.raises(StoreError, match=r"train-skipped\.jsonl: is there and is not"):
+        open_for_append(tmp_path, {}, "train")
 
 
 def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import replacing
+from talk2dino.files import file_digest, replacing
 
 
 @dataclass(kw_only=True)
@@ -85,6 +86,7 @@ THING_VALUES = tuple(value for value in range(90) if value not in UNUSED_VALUES)
 STUFF_VALUES = tuple(range(91, 182))
 BACKGROUND_VALUES = (*STUFF_VALUES, 255)
 _UNKNOWN = -1
+_SOURCE = "talk2dino: SHA-256 of the COCO-Stuff label map"  # in a converted PNG
 
 
 def convert_coco_object(
@@ -95,9 +97,10 @@ def convert_coco_object(
 ) -> int:
     """Write `X_instanceTrainIds.png` for every COCO-Stuff label map `X.png`.
 
-    Finished files are skipped, so a stopped conversion continues; files appear complete or not at
-    all. Subfolders (`train2017`, `val2017`) are kept. `output` may be `masks`: the new files then
-    stand beside the old ones, which are never written to.
+    Finished files are skipped, so a stopped conversion continues; they are known by the input's
+    SHA-256, which they carry as a text of the PNG, or by their labels. Files appear complete
+    or not at all. Subfolders (`train2017`, `val2017`) are kept. `output` may be `masks`: the new
+    files then stand beside the old ones, which are never written to.
 
     Args:
         masks: folder of label maps, searched with its subfolders; files that end in
@@ -112,7 +115,7 @@ def convert_coco_object(
     Raises:
         ConfigError: `output` is a file or lies where a folder cannot be, or `num_workers` < 0.
         DataError: no label map; one that cannot be read or holds a value COCO-Stuff does not
-            use; an output that is there already but has another size than its input.
+            use; an output that is there already but is no conversion of its input.
     """
     jobs = _jobs(masks, output)
     if num_workers < 0:
@@ -185,9 +188,11 @@ def _finished(source: Path, target: Path) -> bool:
     if not target.exists():
         return False
     try:
-        with Image.open(source) as given, Image.open(target) as there:
-            same = given.size == there.size
-    except (OSError, SyntaxError, ValueError):
+        with Image.open(target) as there:
+            same = there.info.get(_SOURCE) == file_digest(source) or np.array_equal(
+                np.asarray(there), _converted(source)
+            )
+    except (OSError, SyntaxError, ValueError, DataError):
         same = False
     if not same:
         raise DataError(f"{target}: is there already but is no conversion of {source}; remove it")
@@ -214,6 +219,14 @@ def _convert_all(jobs: list[tuple[Path, Path]], num_workers: int) -> Iterator[No
 
 def _convert(job: tuple[Path, Path]) -> None:
     source, target = job
+    labels, origin = Image.fromarray(_converted(source)), PngInfo()
+    origin.add_text(_SOURCE, file_digest(source))
+    with replacing(target) as temporary:
+        labels.save(temporary, format="PNG", pnginfo=origin)
+
+
+def _converted(source: Path) -> NDArray[np.uint8]:
+    """The labels [H, W] of a file of COCO-Stuff as COCO-Object classes."""
     try:
         with Image.open(source) as file:
             if file.mode not in ("L", "P"):
@@ -221,9 +234,7 @@ def _convert(job: tuple[Path, Path]) -> None:
             values = np.asarray(file)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
-    labels = object_labels(values, str(source))
-    with replacing(target) as temporary:
-        Image.fromarray(labels).save(temporary, format="PNG")
+    return object_labels(values, str(source))
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ from talk2dino.features.extraction.fields import (
     image_bytes,
     stored_patches,
 )
-from talk2dino.features.store.schema import EncoderInfo, Manifest, VisionInfo
+from talk2dino.features.store.schema import EncoderInfo, Manifest, VisionInfo, shard_name
 from talk2dino.features.store.shard_writer import ShardRows, shard_lock
 from talk2dino.features.store.writer import (
     IMAGES_PER_SHARD,
@@ -42,6 +42,7 @@ from talk2dino.features.store.writer import (
     open_for_append,
     write_rows,
 )
+from talk2dino.files import json_lines, put_known
 
 
 @dataclass
@@ -119,6 +120,8 @@ class Extraction:
     def run(self, advance: Callable[[int], None] = lambda images: None) -> Manifest | None:
         """Write this rank's missing shards, then the manifest if all shards are there.
 
+        The first rank also lists what the source leaves out, in `{split}-left-out.jsonl`.
+
         Args:
             advance: called with numbers of images that are done: once with those of all finished
                 shards (0 in a new store), then after every batch.
@@ -127,11 +130,15 @@ class Extraction:
             The manifest, or None while other ranks still write.
 
         Raises:
-            StoreError: the folder was begun with other settings, or cannot be written.
+            StoreError: the folder was begun with other settings, holds files of other origin under
+                a store's names, or cannot be written.
             ConfigError: `compiled` where torch finds no compiler.
         """
         vision, text = self.vision.describe(), self.text.describe()
         done = open_for_append(self.store, self._settings(vision, text), self.split)
+        if self.source.left_out and not self.rank:
+            listed = self.store / f"{self.split}-left-out.jsonl"
+            put_known(listed, self.store / PARTS, json_lines(self.source.left_out))
         advance(sum(len(self._images_of(k)) for k in self._own_shards() if k in done))
         missing = [k for k in self._own_shards() if k not in done]
         if missing:
@@ -209,6 +216,8 @@ class Extraction:
     def _finish_shard(self, shard: int, rows: ShardRows) -> None:
         self.skipped += rows.skipped
         with shard_lock(self.store / PARTS, shard):
-            if is_finished(self.store, self.split, shard):  # by a rank of an earlier start
+            if is_finished(
+                self.store, shard_name(self.split, shard)
+            ):  # by a rank of an earlier start
                 return
             write_rows(self.store, shard, rows, self.split, self.dtype)

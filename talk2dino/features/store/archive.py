@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from talk2dino.errors import ConfigError, StoreError
 from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.shard_writer import write_hdf5
-from talk2dino.features.store.writer import PARTS, ShardRecord, finish_manifest, open_for_append
-from talk2dino.files import file_digest, replacing, write_json
+from talk2dino.features.store.writer import PARTS, finish_manifest, open_for_append, put_shard
+from talk2dino.files import file_digest, replacing
 
 _CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9
@@ -58,16 +57,16 @@ def archive_store(
         "compression": f"zstd {_LEVEL}" if compressed else None,
     }
     done = open_for_append(output, settings, manifest.split)
+    listed = store / f"{manifest.split}-skipped.jsonl"
+    if listed.is_file():
+        with replacing(output / PARTS / f"{manifest.split}-00000.skipped") as temporary:
+            shutil.copyfile(listed, temporary)
     for index, shard in enumerate(manifest.shards):
         if index not in done:
             # The manifest has one number of skipped images: it is counted with the first shard.
             skipped = manifest.skipped if index == 0 else 0
             _copy_shard(store, output, shard, manifest.fields, skipped, layout)
         advance(index + 1, len(manifest.shards))
-    listed = f"{manifest.split}-skipped.jsonl"
-    if (store / listed).is_file():
-        with replacing(output / listed) as temporary:
-            shutil.copyfile(store / listed, temporary)
     return finish_manifest(
         output,
         shards=len(manifest.shards),
@@ -109,14 +108,11 @@ def _copy_shard(
     skipped: int,
     layout: Callable[[Any], dict[str, Any]] | None,
 ) -> None:
-    target = output / shard.file
-    record_file = output / PARTS / f"{target.stem}.json"
-    record_file.unlink(missing_ok=True)  # it would describe other bytes
-    with _tables(store, shard, fields) as tables, replacing(target) as temporary:
-        write_hdf5(temporary, tables, layout)
-        digest, size = file_digest(temporary), temporary.stat().st_size
-    info = dataclasses.replace(shard, bytes=size, sha256=digest)
-    write_json(record_file, dataclasses.asdict(ShardRecord(info, fields, skipped)))
+    rows = {"images": shard.images, "captions": shard.captions}
+    with _tables(store, shard, fields) as tables:
+        put_shard(
+            output, shard.file, lambda path: write_hdf5(path, tables, layout), rows, fields, skipped
+        )
 
 
 @contextmanager

@@ -68,6 +68,11 @@ def shard_name(split: str, index: int) -> str:
     return name
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether a file's name is one that `shard_name` gives."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard: rows of both tables, size in bytes, SHA-256 of the file."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from talk2dino.features.store.schema import (
     VisionInfo,
     checked,
     fields_from_json,
+    is_shard_name,
     read_json,
     shard_name,
 )
@@ -36,7 +36,17 @@ from talk2dino.features.store.shard_writer import (
     prepare,
     write_hdf5,
 )
-from talk2dino.files import create_json, file_digest, replacing, temporary_name, write_json
+from talk2dino.files import (
+    check_known,
+    create_json,
+    file_digest,
+    foreign,
+    json_lines,
+    put_known,
+    replacing,
+    temporary_name,
+    write_json,
+)
 from talk2dino.renamed import first_difference
 
 PARTS = ".parts"
@@ -63,12 +73,14 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
     """Create or resume a store in `folder`; returns the finished shards by number.
 
     `settings` (plain values) is everything that decides the bytes of a shard: source, encoders,
-    size, dtype, images per shard. A folder begun with other settings, or holding shards of unknown
-    origin, raises StoreError. The number of ranks is no setting. Safe to call from every rank.
+    size, dtype, images per shard. A folder begun with other settings, or holding files of unknown
+    origin under a store's names, raises StoreError. The number of ranks is no setting. Safe to call
+    from every rank.
     """
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "settings.json"
+    shards = [path for path in folder.glob(f"{split}-*.h5") if is_shard_name(path.name)]
     # Before settings.json is looked for: another rank writes it before its first shard.
     used = any(folder.glob("*.h5")) or (folder / MANIFEST).exists()
     if not file.exists():
@@ -82,6 +94,10 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
             f"{folder}: was begun with {key}={before!r}, now {key}={now!r}; use the old value or "
             "another folder"
         )
+    for shard in shards:
+        if not is_finished(folder, shard.name):
+            raise foreign(shard)
+    check_known(folder / f"{split}-skipped.jsonl", folder / PARTS, _skipped(folder, split))
     return {k: record.shard for k, record in finished_shards(folder, split).items()}
 
 
@@ -94,9 +110,9 @@ def finished_shards(folder: Path, split: str) -> dict[int, ShardRecord]:
     return found
 
 
-def is_finished(folder: Path, split: str, index: int) -> bool:
-    """Whether shard `index` is among `finished_shards`."""
-    file = (folder / PARTS / shard_name(split, index)).with_suffix(".json")
+def is_finished(folder: Path, shard: str) -> bool:
+    """Whether the shard of this file name is among `finished_shards`."""
+    file = (folder / PARTS / shard).with_suffix(".json")
     return file.exists() and _record_of_whole_shard(folder, file) is not None
 
 
@@ -132,20 +148,67 @@ def write_shard(
         dtype: of the features, `float16` or `float32`.
         skipped: number of images of this shard that could not be read.
     """
-    file = folder / shard_name(split, index)
-    tables = prepare(images, captions, dtype, file.name)
-    parts = folder / PARTS
-    parts.mkdir(exist_ok=True)
-    (parts / f"{file.stem}.json").unlink(missing_ok=True)  # it would describe other bytes
-    with replacing(file) as temporary:
-        write_hdf5(temporary, tables)
-        digest, size = file_digest(temporary), temporary.stat().st_size
+    file = shard_name(split, index)
+    tables = prepare(images, captions, dtype, file)
     rows = {name: len(arrays.get("id", ())) for name, arrays in tables.items()}
-    info = ShardInfo(file.name, rows["images"], rows["captions"], size, digest)
     fields = {name: describe(arrays) for name, arrays in tables.items()}
-    record = ShardRecord(info, fields, skipped)
-    write_json(parts / f"{file.stem}.json", dataclasses.asdict(record))
+    return put_shard(folder, file, lambda path: write_hdf5(path, tables), rows, fields, skipped)
+
+
+def put_shard(
+    folder: Path,
+    name: str,
+    write: Callable[[Path], None],
+    rows: Mapping[str, int],
+    fields: FieldTable,
+    skipped: int,
+) -> ShardInfo:
+    """Put the file that `write` makes in its place, after its record.
+
+    So a file without a record is of other origin, whenever a run was killed; it is not replaced.
+
+    Args:
+        folder: the store.
+        name: of the shard's file.
+        write: fills the file at a path.
+        rows: number of images and of captions.
+        fields: of both tables.
+        skipped: number of images of this shard that could not be read.
+
+    Raises:
+        StoreError: such a file, or a full disk.
+    """
+    target, record = folder / name, (folder / PARTS / name).with_suffix(".json")
+    refuse_foreign_shards(folder, [name])
+    record.parent.mkdir(exist_ok=True)
+    with replacing(target) as temporary:
+        write(temporary)
+        size, digest = temporary.stat().st_size, file_digest(temporary)
+        info = ShardInfo(name, rows["images"], rows["captions"], size, digest)
+        target.unlink(missing_ok=True)  # the new record describes other bytes
+        write_json(record, dataclasses.asdict(ShardRecord(info, fields, skipped)))
     return info
+
+
+def refuse_foreign_shards(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace files that are not, byte for byte, what the records say.
+
+    Raises:
+        StoreError: the first such file.
+    """
+    for target in (folder / name for name in names):
+        record = (folder / PARTS / target.name).with_suffix(".json")
+        if target.exists() and not (
+            target.is_file()
+            and record.exists()
+            and ShardRecord.read(record).shard.sha256 == file_digest(target)
+        ):
+            raise foreign(target)
+
+
+def _skipped(folder: Path, split: str) -> str:
+    """The images that the shards leave out, a JSON object a line."""
+    return "".join(part.read_text() for part in sorted((folder / PARTS).glob(f"{split}-*.skipped")))
 
 
 def write_rows(folder: Path, index: int, rows: ShardRows, split: str, dtype: str) -> None:
@@ -154,7 +217,7 @@ def write_rows(folder: Path, index: int, rows: ShardRows, split: str, dtype: str
     skipped.unlink(missing_ok=True)
     if rows.skipped:
         with replacing(skipped) as path:
-            path.write_text("".join(json.dumps(item) + "\n" for item in rows.skipped))
+            path.write_text(json_lines(rows.skipped))
     images, captions = rows.arrays()
     number = len(rows.skipped)
     write_shard(folder, index, images, captions, split=split, dtype=dtype, skipped=number)
@@ -197,9 +260,8 @@ def finish_manifest(
         skipped=sum(record.skipped for record in records),
     )
     # Two ranks that finish at once both write these files, with the same content.
-    if lists := sorted((folder / PARTS).glob(f"{split}-*.skipped")):
-        with replacing(folder / f"{split}-skipped.jsonl", shared=True) as path:
-            path.write_text("".join(part.read_text() for part in lists))
+    if listed := _skipped(folder, split):
+        put_known(folder / f"{split}-skipped.jsonl", folder / PARTS, listed)
     write_json(folder / MANIFEST, manifest.to_json(), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
@@ -239,7 +301,8 @@ def write_store(
 ) -> Manifest:
     """Write a whole store from arrays.
 
-    Raises StoreError as `write_shard` does; also for no images, or a folder that holds a store.
+    Raises StoreError as `write_shard` does; also for no images, or a folder that holds a store or
+    files of other origin under its names.
 
     Args:
         folder: created if needed; must not hold a store yet.
@@ -274,6 +337,7 @@ def write_store(
         raise StoreError(f"{folder}: no image to store; give at least one row in images")
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, n, images_per_shard)
+    refuse_foreign_shards(folder, (shard_name(split, index) for index in range(len(starts))))
     for index, start in enumerate(starts):
         stop = min(start + images_per_shard, n)
         part = {name: array[start:stop] for name, array in image_arrays.items()}
