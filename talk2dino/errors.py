@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class ResultWarning(UserWarning):
+    """A result will say less than it seems to; commands print it as one line."""
+
+
 class ConfigError(UserError):
     """A config key or value is wrong."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import EvaluationProgress, OutputOptions, SegmentationModule
 from talk2dino.evaluation.records import how_to_go_on
@@ -52,6 +53,14 @@ def evaluate(config: DictConfig) -> None:
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = command.build(config.benchmark)
     published(benchmark.reference)  # refuses what could not be printed in the end
+    classes = benchmark.class_list.classes
+    if len(classes) == 1:
+        warnings.warn(
+            f"benchmark.classes: {classes[0].name!r} is alone, so every pixel becomes it and "
+            "nothing is measured; add a background or more classes to compare with",
+            ResultWarning,
+            stacklevel=1,
+        )
     check_files(benchmark)
     model = load_model(config, "cpu")  # the trainer moves it
     calibration = model.calibration

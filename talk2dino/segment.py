@@ -50,6 +50,7 @@ def segment(config: DictConfig) -> None:
         config.image_root_url,
     )
     check_formats(formats)
+    options.refuse_idle(formats)
     output = Path(config.output).expanduser()
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -44,6 +44,28 @@ class Options:
             raise ConfigError(f"minimum_area={self.minimum_area}: a number of pixels, 0 or more")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ConfigError(f"tolerance={self.tolerance}: a distance in pixels, 0 or more")
+
+    def refuse_idle(self, formats: Collection[str]) -> None:
+        """Refuse settings that none of the formats takes.
+
+        Raises:
+            ConfigError: the first one that is not at its default.
+        """
+        takers: dict[str, set[str]] = {  # others are for all formats
+            "tolerance": {"yolo", "geojson", *(["coco"] if self.polygons else [])},
+            "polygons": {"coco"},
+            "image_root_url": {"labelstudio"},
+        }
+        for item in fields(self):
+            value, for_ = getattr(self, item.name), takers.get(item.name, set(formats))
+            if value == item.default or for_ & set(formats):
+                continue
+            shown = str(value).lower() if isinstance(value, bool) else value
+            fix = sorted(for_)[0] if for_ else "coco"
+            raise ConfigError(
+                f"{item.name}={shown}: does nothing with formats=[{','.join(formats)}]; "
+                f"add formats='[{','.join([*formats, fix])}]' or leave {item.name} out"
+            )
 
     @property
     def cut(self) -> dict[str, Any]:

@@ -38,11 +38,12 @@ from talk2dino.config.schemas import SCHEMAS, register_schemas
 from talk2dino.config.typed import as_typed, parse_words
 from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, typed_classes
 from talk2dino.encoders.devices import choose_device
-from talk2dino.errors import ConfigError, UserError
+from talk2dino.errors import ConfigError, ResultWarning, UserError
 from talk2dino.files import write_json
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.model import Talk2DINO
 
+_as_python_does = warnings.formatwarning
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
 
 
@@ -186,6 +187,7 @@ def os_message(error: OSError) -> str:
 
 def quiet_libraries() -> None:
     """Keep advertisements and irrelevant warnings of libraries out of the terminal."""
+    warnings.formatwarning = _one_line
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -204,6 +206,19 @@ def quiet_libraries() -> None:
         "Trying to infer the `batch_size`",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Our own warnings without the place in the code, which is not where the mistake is."""
+    if issubclass(category, ResultWarning):
+        return f"warning: {' '.join(str(message).split())}\n"
+    return _as_python_does(message, category, filename, lineno, line)
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:

@@ -30,21 +30,29 @@ _PLAIN = re.compile(r"[A-Za-z/~.][\w./~-]*")  # which Hydra reads as the same te
 _RESERVED = ("null", "true", "false", "nan", "inf")
 
 
-def text_keys(schema: type) -> Iterator[str]:
-    """Dotted keys of a command's schema that hold a text or a list of texts."""
+def text_keys(schema: type, lists: bool = False) -> Iterator[str]:
+    """Dotted keys of a command's schema that hold a text or a list of texts.
+
+    Args:
+        schema: a dataclass.
+        lists: those only that hold nothing but a list.
+    """
     for name, hint in get_type_hints(schema).items():
         arms = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if name in _TEXTS or str in arms or list[str] in arms:
-            yield name
+        if list[str] in arms or (not lists and (name in _TEXTS or str in arms)):
+            if not (lists and str in arms):
+                yield name
         elif is_dataclass(hint):
-            yield from (f"{name}.{inner}" for inner in text_keys(hint))  # type: ignore[arg-type]
+            inside = text_keys(hint, lists)  # type: ignore[arg-type]
+            yield from (f"{name}.{inner}" for inner in inside)
 
 
 def as_typed(arguments: Sequence[str], schema: type | None) -> list[str]:
     """The arguments for Hydra, with quotes around texts and around the texts of lists.
 
     What stands in quotes already, `null` for a single text, interpolations (`${…}`), and in a
-    sweep (`-m`) everything with a comma or a call outside of a list, are left to Hydra.
+    sweep (`-m`) everything with a comma or a call outside of a list, are left to Hydra. Where a key
+    takes nothing but a list, its brackets may be left out: `formats=coco,yolo`.
 
     Args:
         arguments: of the command line, without the program.
@@ -55,10 +63,11 @@ def as_typed(arguments: Sequence[str], schema: type | None) -> list[str]:
     """
     sweep = bool({"-m", "--multirun"} & set(arguments))
     keys = set(text_keys(schema)) if schema is not None else set()
-    return [_quoted_argument(argument, keys, sweep) for argument in arguments]
+    lists = set(text_keys(schema, lists=True)) if schema is not None else set()
+    return [_quoted_argument(argument, keys, lists, sweep) for argument in arguments]
 
 
-def _quoted_argument(argument: str, keys: set[str], sweep: bool) -> str:
+def _quoted_argument(argument: str, keys: set[str], lists: set[str], sweep: bool) -> str:
     match = _ARGUMENT.fullmatch(argument)
     if match is None:
         return argument
@@ -69,10 +78,15 @@ def _quoted_argument(argument: str, keys: set[str], sweep: bool) -> str:
     if value.startswith("["):
         if nested and "{" in value and ":" in value:  # a benchmark's classes with ids and colors
             return argument
-        return given + _hydra(parse_words(value, key), key)
+        words = parse_words(value, key)
+        if key in lists and not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"{key}={value:.60}: a list within the list; write {key}=[a,b]")
+        return given + _hydra(words, key)
     calls_or_choices = "," in value or re.match(r"\w+\(", value) is not None
     if value in ("", "null") or (sweep and calls_or_choices):
         return argument
+    if key in lists:  # `formats=coco`
+        return given + _hydra(parse_words(f"[{value}]", key), key)
     plain = _PLAIN.fullmatch(value) and value.lower() not in _RESERVED
     return argument if plain else given + quoted(value)
 

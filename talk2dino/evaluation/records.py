@@ -28,7 +28,10 @@ from talk2dino.files import refuse_foreign_run, write_json
 from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
-_RESULTS = ("results.json", "confusion.npz", "examples.json", "report.html")  # beside the records
+_RESULTS = (  # beside the records
+    *("results.json", "results_untrained.json", "confusion.npz", "examples.json", "report.html"),
+    "environment.json",
+)
 
 
 @dataclass(frozen=True)

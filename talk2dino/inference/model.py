@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,7 +24,7 @@ from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
 from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.errors import CheckpointError, ConfigError, ResultWarning
 from talk2dino.inference.class_embeddings import Classes
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
@@ -309,13 +310,21 @@ class Talk2DINO(TextSide):
     ) -> OpenVocabulary:
         """Settle the classes once, then call the result on the frames of a video or a folder.
 
-        Arguments and errors as `segment`, which does the same for a single call.
+        Arguments and errors as `segment`, which does the same for a single call. Warns
+        (`ResultWarning`) of a single class with nothing to compare it with.
         """
         threshold = background_threshold(background, self.background)
         words, rows = self._rows(classes, templates, negatives, prompts)
         if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
             raise ConfigError(
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+            )
+        if len(words.names) == 1 and threshold is None and not words.has_negatives:
+            warnings.warn(
+                f"classes: {words.names[0]!r} is alone, so every pixel becomes it, whatever is "
+                "there; add a background, negatives or more classes to compare with",
+                ResultWarning,
+                stacklevel=2,
             )
         segmenter = self.segmenter(threshold, pamr, short_side)
         rows = self._calibrated(words, rows)

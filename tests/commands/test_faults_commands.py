@@ -389,6 +389,22 @@ class Trial:
                 wrong.append(f"{name}: half-written, {found[name][-200:]!r}")
         return wrong
 
+    def among_foreign_files(self) -> list[str]:
+        """Run with a file of the user's at each name that the command writes, one at a time."""
+        wrong = []
+        for name in sorted(visible(self.whole).keys() - self.users.keys()):
+            self.renew()
+            file = self.here / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("the user's\n")
+            answer = start(self.here, self.case, Fault())
+            assert answer is not None
+            found = self.judge(*answer[:2])
+            if not file.is_file() or file.read_text() != "the user's\n":
+                found.append("not the user's any more")
+            wrong += [f"{self.name}, {name} of the user's: {one}" for one in found]
+        return wrong
+
     def earlier(self, name: str, content: bytes) -> bool:
         """Whether a file is a complete one of an earlier moment of the same run."""
         if name.endswith(".ckpt"):

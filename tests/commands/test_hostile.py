@@ -54,6 +54,9 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         ("checkpoint=psi.safetensors", "image=p.png", "classes=[cat]", "output=out.png"),
         {
             **{"checkpoint": PATHS, "image": PATHS, "classes": WORDS, "short_side": NUMBERS},
+            **{"formats": ("[[]]", "{a: b}", "[a", "'", "coca", "null", "[coco,coco]")},
+            **{"tolerance": NUMBERS, "minimum_area": NUMBERS, "polygons": ("true", "x", "[]")},
+            **{"instances": ("true", "2"), "image_root_url": ("", "x\ty", LONG)},
             **{"background": NUMBERS, "output": ("p.png", "/proc/x/y.png"), "templates": PATHS[:4]},
         },
     ),

@@ -132,10 +132,31 @@ def test_errors_are_one_line(
     given = [*given, "checkpoint=none.pth"]  # found out later than all of these
     for value, said in {
         "formats=[coca]": "formats=[coca]: no such format; choose among coco, yolo, labelstudio",
-        "formats=coco": "formats=coco",
         "tolerance=-1": "tolerance=-1.0: a distance in pixels, 0 or more",
         "tolerance=nan": "tolerance=nan: a distance in pixels",
         "tolerance=far": "tolerance=far",
         "minimum_area=-1": "minimum_area=-1: a number of pixels, 0 or more",
     }.items():
         assert said in fails(capfd, "segment", *given, "formats=[coco]", value), value
+    for value, formats, more in (
+        ("instances=true", "", "coco"),
+        ("minimum_area=9", "", "coco"),
+        ("polygons=true", "", "coco"),
+        ("polygons=true", "yolo", "yolo,coco"),
+        ("tolerance=0.5", "", "geojson"),
+        ("tolerance=0.5", "coco", "coco,geojson"),
+        ("image_root_url=https://x/", "coco,yolo", "coco,yolo,labelstudio"),
+    ):
+        key = value.partition("=")[0]
+        line = fails(capfd, "segment", *given, value, f"formats=[{formats}]")
+        advice = f"add formats='[{more}]' or leave {key} out"
+        assert f"{value}: does nothing with formats=[{formats}]; {advice}" in line
+        assert "none.pth" in fails(capfd, "segment", *given, value, f"formats=[{more}]")
+    both = ("polygons=true", "tolerance=0.5", "formats=coco")
+    assert "none.pth" in fails(capfd, "segment", *given, *both)
+
+
+def test_a_list_needs_no_brackets(given: list[str], tmp_path: Path) -> None:
+    run("segment", *given, "formats=coco,geojson")
+    made = {path.name for path in (tmp_path / "out" / "annotations").iterdir()}
+    assert made == {"coco", "geojson"}

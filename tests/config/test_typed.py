@@ -32,6 +32,10 @@ def through_hydra(*arguments: str) -> list[Any]:
         ("classes={cat: [kitty]}", "{cat: [kitty]}"),
         ("classes='[x'", "[x"),
         ("negatives=[no,off,.5]", ["no", "off", ".5"]),
+        ("negatives=person", ["person"]),
+        ("negatives=farmer's market, 1_0", ["farmer's market", "1_0"]),
+        ("formats=coco", ["coco"]),
+        ("formats=coco,yolo", ["coco", "yolo"]),
         ("output=2024_05_06", "2024_05_06"),
         ("image=1e3", "1e3"),
         ("image=true", "true"),
@@ -54,9 +58,11 @@ def test_words_arrive_as_typed(argument: str, want: Any) -> None:
 
 def test_sweeps_keep_their_commas() -> None:
     arguments = ["-m", "image=a.jpg,b.jpg", "output=choice(x,y)", "classes=[1_0,x]", "image=1_0"]
+    arguments += ["formats=coco", "negatives=a,b"]
     assert as_typed(arguments, SegmentConfig) == [
         *("-m", "image=a.jpg,b.jpg", "output=choice(x,y)"),
         *("classes=['1_0','x']", "image='1_0'"),
+        *("formats=['coco']", "negatives=a,b"),
     ]
 
 
@@ -85,6 +91,12 @@ def test_bad_lists_are_one_line_with_advice(value: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         as_typed([f"classes={value}"], SegmentConfig)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["[[]]", "[a,[b]]", "[[[a]]]"])
+def test_lists_of_plain_words(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"formats=.*: a list within the list; write formats="):
+        as_typed([f"formats={value}"], SegmentConfig)
 
 
 @pytest.mark.parametrize(
