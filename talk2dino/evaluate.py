@@ -38,7 +38,7 @@ from talk2dino.evaluation.settings import (
     describe_environment,
     describe_run,
 )
-from talk2dino.files import read_json, write_json
+from talk2dino.files import read_json, refuse_foreign_run, write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import PAMR, Segmenter
 
@@ -53,6 +53,9 @@ def evaluate(config: DictConfig) -> None:
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = command.build(config.benchmark)
     published(benchmark.reference)  # refuses what could not be printed in the end
+    if config.compare_untrained:  # the other names are refused where their records begin
+        records = folder / "untrained" / "records"
+        refuse_foreign_run(folder, records.is_dir, ["results_untrained.json"])
     classes = benchmark.class_list.classes
     if len(classes) == 1:
         warnings.warn(

@@ -165,6 +165,15 @@ def save_projection(
         save_file(state, temporary, metadata={_KEY: entry})
 
 
+def is_projection(path: Path) -> bool:
+    """Whether a file is one that `save_projection` wrote as `.safetensors`."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return _KEY in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def describe_projection(projection: Projection) -> dict[str, Any]:
     """`{"_target_": class path, arguments}`: plain values, also a valid Hydra node."""
     kind = type(projection)

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,11 +39,15 @@ from talk2dino.config.typed import as_typed, parse_words
 from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, typed_classes
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, ResultWarning, UserError
-from talk2dino.files import write_json
+from talk2dino.files import refuse_foreign_run, write_json
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.model import Talk2DINO
 
 _as_python_does = warnings.formatwarning
+SWEEP_FILES = (
+    *("multirun.yaml", "best.yaml", "sweep.md", "sweep.csv", "sweep.png"),
+    *("summary.md", "summary.csv", "report.html"),
+)
 FAILED = "failed.json"  # in the run folder of a sweep's job that failed
 
 
@@ -121,10 +125,18 @@ def require_common_folder() -> None:
 
 
 class ExitStatus(Callback):
-    """Ends a sweep with status 1 if a job of its folder failed; a Hydra callback of all commands.
+    """Guards a sweep's folder, and ends with status 1 if one of its jobs failed; of all commands.
 
     It stands first among the callbacks, so that at the end, in reverse order, it comes last.
     """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a folder in which files of other origin have the names of a sweep's results."""
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            refuse_foreign_run(folder, lambda: _is_sweep(folder), SWEEP_FILES)
+        except ConfigError as error:
+            stop(str(error))  # of other errors of a callback Hydra only warns
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Count the `failed.json` files, which jobs in other processes write as well."""
@@ -132,6 +144,13 @@ class ExitStatus(Callback):
         if failed:
             print(f"{failed} failed; see {FAILED} in their run folders", file=sys.stderr)
             raise SystemExit(1)
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Whether Hydra has run a sweep in a folder: by its record, whole or not, or a job's."""
+    record = folder / "multirun.yaml"
+    start = record.read_bytes()[:6] if record.is_file() else b"?"
+    return b"hydra:".startswith(start) or next(folder.rglob(".hydra"), None) is not None
 
 
 def failures(sweep: Path) -> list[Path]:
@@ -272,6 +291,7 @@ def refuse_ddp_in_sweep(config: DictConfig) -> None:
         )
 
 
+NO_CLASS = "classes: the list is empty; name what to look for: [cat,sofa]"
 CHECKPOINTS = (
     "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
     "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
@@ -336,12 +356,17 @@ def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
         given = parse_words(given, "classes")
     if isinstance(given, Mapping):
-        return {str(name): _texts(words) for name, words in given.items()}
+        if not given:
+            raise ConfigError(NO_CLASS)
+        return typed_classes({str(name): _texts(words) for name, words in given.items()})
+    if not isinstance(given, (str, Sequence, ListConfig)):
+        raise ConfigError(f"classes={given!r:.60}: give names, as in [cat,sofa]")
     parts = given.split(",") if isinstance(given, str) else listed(given)
-    named = ["; ".join(_texts(part)).strip() for part in parts]
-    if not any(named):
-        raise ConfigError("classes: the list is empty; name what to look for: [cat,sofa]")
-    return typed_classes([name for name in named if name])
+    named = [part if isinstance(part, str) else _texts(part) for part in parts]
+    named = [part for part in named if part and (not isinstance(part, str) or part.strip())]
+    if not named:
+        raise ConfigError(NO_CLASS)
+    return typed_classes(named)
 
 
 def _texts(words: object) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
 _RESULTS = (  # beside the records
-    *("results.json", "results_untrained.json", "confusion.npz", "examples.json", "report.html"),
+    *("results.json", "confusion.npz", "examples.json", "report.html"),
     "environment.json",
 )
 

@@ -153,8 +153,7 @@ class Talk2DINO(TextSide):
 
         Raises:
             DataError: a results file that is none.
-            ConfigError: a `README.md`, `config.json` or `calibration.safetensors` there is
-                somebody else's.
+            ConfigError: a file of these names there is somebody else's.
         """
         path = Path(folder) / WEIGHTS
         refuse_foreign_card(path.parent)

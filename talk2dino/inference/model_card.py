@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import talk2dino
-from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.checkpoint import describe_projection, is_projection
 from talk2dino.alignment.projection import Projection
+from talk2dino.encoders.hub import WEIGHTS
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
 from talk2dino.evaluation.settings import settled
@@ -79,13 +80,14 @@ def write_card(
 
 
 def refuse_foreign_card(folder: Path) -> None:
-    """Refuse to replace a `README.md` or `config.json` that `write_card` did not write.
+    """Refuse to replace weights, a `README.md` or a `config.json` of other origin.
 
     Raises:
         ConfigError: the first such file.
     """
     readers: dict[str, Callable[[Path], Any]] = {
         "README.md": lambda path: ModelCard.load(path).data.library_name,
+        WEIGHTS: lambda path: LIBRARY if is_projection(path) else None,
         "config.json": lambda path: read_json(path, dict, "a model's config").get("library_name"),
     }
     for name, read in readers.items():

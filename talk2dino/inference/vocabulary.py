@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from talk2dino.datasets.benchmarks.classes import check_word
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
@@ -120,6 +121,7 @@ def _words(given: str | Sequence[str]) -> tuple[str, ...]:
                 "classes: the list is empty or has an empty name; use ['cat', 'sofa'], "
                 f"not {word!r}"
             )
+        check_word(word, "classes")
     return words
 
 

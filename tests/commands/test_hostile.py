@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from talk2dino import Talk2DINO
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.config.command import SWEEP_FILES
 from talk2dino.config.schemas import SCHEMAS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from talk2dino.errors import ResultWarning
 from tests.helpers.pipeline import run
 from tests.helpers.stores import tiny_store
 
@@ -29,6 +34,10 @@ WORDS = (
     "[a",
     "'",
     "[null,null]",
+)
+NAMES = (
+    *("ключ [1]", "a'b\"c", "x=y,z", "#1 50% *", "a\\b", " spaces ", "-dash", "{a,b}", "~tilde"),
+    *("new\nline", "null", "1e3", "猫😀", "a;b:c", "<b>&amp;", "x" * 200),
 )
 NUMBERS = ("-1", "0", "nan", "1e400", "x", "[1]", "99999999999999999999")
 # per command: what it needs to come so far, then keys with hostile values
@@ -150,3 +159,56 @@ def test_hostile_values(
         except Exception as error:
             raise AssertionError(f"{command} {key}={value[:50]}") from error
     assert state(here) == before
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_pictures_of_any_name(single: bool, here: Path, tmp_path: Path) -> None:
+    """All of a folder, and each by its own path, whose folder has such a name, too."""
+    folder = tmp_path / "näs [2020] 'x'"
+    folder.mkdir()
+    names = NAMES[:3] if single else NAMES
+    for number, name in enumerate(names):
+        Image.new("RGB", (9 + number, 8)).save(folder / f"{name}.png")
+    given = (
+        *("checkpoint=" + str(here / "psi.safetensors"), "classes=[cat,sofa]", "short_side=32"),
+        *("pamr=false", "accelerator=cpu", f"output={tmp_path / 'out, 1'}"),
+    )
+    (tmp_path / "out, 1").mkdir()
+    for image in [folder / f"{name}.png" for name in names] if single else [folder]:
+        run("segment", *given, f"image={image}")
+    for number, name in enumerate(names):
+        figures = json.loads((tmp_path / "out, 1" / f"{name}.json").read_text())
+        assert figures["size"] == [8, 9 + number]
+        assert figures["overlay"] == f"{name}.png"
+    assert len(list((tmp_path / "out, 1").iterdir())) == 3 * len(names)
+
+
+def test_a_class_alone_is_said(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    given = [*CASES["segment"][0][:2], "short_side=32", "pamr=false", f"output={tmp_path}/o.png"]
+    with pytest.warns(ResultWarning, match="'cat' is alone, so every pixel becomes it") as said:
+        run("segment", *given, "classes=[cat]")
+    assert json.loads((tmp_path / "o.json").read_text())["classes"][0]["share"] == 1.0
+    warning = said.pop(ResultWarning)
+    line = warnings.formatwarning(str(warning.message), ResultWarning, "model.py", 1)
+    assert line.startswith("warning: classes: 'cat' is alone") and line.count("\n") == 1
+    model = Talk2DINO.from_pretrained("psi.safetensors", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        model.open_vocabulary(["cat", "sofa"])
+        model.open_vocabulary(["cat"], background=0.5)
+        model.open_vocabulary(["cat"], negatives=["sofa"])
+
+
+@pytest.mark.parametrize("name", SWEEP_FILES)
+def test_sweeps_leave_files_of_other_origin(
+    name: str, here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    given = ("-m", *CASES["evaluate"][0], f"hydra.sweep.dir={tmp_path}", "seed=0,1")
+    with pytest.raises(SystemExit) as stopped:
+        run("evaluate", *given)
+    assert stopped.value.code == 2
+    assert f"error: {tmp_path / name}: is there and was not written by" in capfd.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+    assert (tmp_path / name).read_text() == "mine"

@@ -129,6 +129,15 @@ def test_any_text_survives_hydra(text: str) -> None:
     assert value == text
 
 
+@given(texts.filter(lambda t: t not in ("", "null") and t[0] not in "['\"" and "${" not in t))
+@example("a\\")
+@example("choice(a,b)")
+@example("True")
+@example(" a ")
+def test_any_path_arrives_as_typed(text: str) -> None:
+    assert through_hydra(f"image={text}", f"output={text}") == [text, text]
+
+
 @given(st.lists(texts.filter(lambda word: word.strip() != ""), max_size=4))
 def test_any_list_of_words_survives(words: list[str]) -> None:
     escaped = [word.replace("\\", "\\\\").replace('"', '\\"') for word in words]

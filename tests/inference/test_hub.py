@@ -116,7 +116,7 @@ def test_results_that_are_none(model: Talk2DINO, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out", results=[{**RESULT, "miou": "high"}])
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "projection.safetensors"])
 @pytest.mark.parametrize("content", ["", "# Mine\n", "---\nlibrary_name: timm\n---\n", "{}"])
 def test_a_card_of_somebody_else_stays(
     model: Talk2DINO, tmp_path: Path, name: str, content: str

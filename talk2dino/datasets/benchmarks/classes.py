@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ class ClassList:
         return self.classes[1:] if self.has_background else self.classes
 
 
+_ENTRY_KEYS = ("name", "id", "synonyms", "color")
 MAX_VALUE = 65535  # of a 16-bit label map
 _SHIPPED = Path(__file__).parent / "class_lists"
 
@@ -103,21 +106,49 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     return classes
 
 
-def typed_classes(entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Names and synonyms of words that somebody typed, `sofa; couch`, in their order.
+def typed_classes(
+    given: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]],
+) -> dict[str, tuple[str, ...]]:
+    """Names and synonyms that somebody typed, in their order.
 
-    Unlike in the list of a benchmark, `background` is a word.
+    Unlike in the list of a benchmark, `background` is a word, and `#` begins no color.
+
+    Args:
+        given: `"sofa; couch"`, or a list of a name and its synonyms; or each name's words.
 
     Raises:
-        DataError: a name is empty or stands twice.
+        DataError: a name is missing or stands twice, or what `check_word` refuses.
     """
-    specs = [_spec(entry, number, "classes") for number, entry in enumerate(entries)]
-    found = {spec.name: spec.synonyms for spec in specs}
-    if len(found) < len(specs):
-        names = [spec.name for spec in specs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"classes: {twice!r} is named twice; leave one out")
+    found: dict[str, tuple[str, ...]] = {}
+    for number, entry in enumerate(given):
+        typed = entry.split(";") if isinstance(entry, str) else entry
+        if isinstance(given, Mapping):
+            typed = given[str(entry)]
+        words = tuple(word.strip() for word in typed if word.strip())
+        name = str(entry).strip() if isinstance(given, Mapping) else words[0] if words else ""
+        for word in (name, *words):
+            check_word(word, f"classes: class {number}")
+        if not words:
+            raise DataError(f"classes: class {number} is {entry!r:.60}; give it a name")
+        if name in found:
+            raise DataError(f"classes: {name!r} is named twice; leave one out")
+        found[name] = words
     return found
+
+
+def check_word(word: object, where: str) -> None:
+    """Refuse what is no name or synonym of a class.
+
+    Raises:
+        DataError: no text, an empty one, or one with control characters or half a character.
+    """
+    if not isinstance(word, str) or not word.strip():
+        raise DataError(f"{where}: a name or synonym is {word!r:.60}; give a text")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
+        raise DataError(
+            f"{where}: {word!a:.60} has a control character or half a character (lone "
+            "surrogate); remove it"
+        )
 
 
 def read_color(given: Any, where: str) -> Color:
@@ -168,7 +199,7 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in map(str.strip, read_text(path).splitlines()) if line]
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
 def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
@@ -178,6 +209,7 @@ def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
         given = content.get("unlabeled", [])
         values = given if isinstance(given, list) else [given]
         ignored = [_label_value(value, f"{path}: unlabeled") for value in values]
+        _refuse_typo(content, ("classes", "unlabeled"), str(path))
         content = content.get("classes", [])
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of classes, found {type(content).__name__}")
@@ -196,25 +228,43 @@ def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
         colors = [part for part in parts if part.startswith("#")]
         names = tuple(part for part in parts if not part.startswith("#"))
         if names and len(colors) < 2:
+            for name in names:
+                check_word(name, f"{origin}: class {number}")
             where = f"{origin}: class {number} ({names[0]}): color"
             color = read_color(colors[0], where) if colors else None
             return ClassSpec(names[0], names, number, color)
-    elif isinstance(entry, Mapping) and str(entry.get("name") or "").strip():
+    elif (
+        isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and entry["name"].strip()
+    ):
         return _from_mapping(entry, number, origin)
-    raise DataError(f"{origin}: class {number} is {entry!r}; give it a name")
+    raise DataError(f"{origin}: class {number} is {entry!r:.200}; give it a name")
 
 
 def _from_mapping(entry: Mapping[str, Any], number: int, origin: str) -> ClassSpec:
-    name = str(entry["name"]).strip()
+    check_word(entry["name"], f"{origin}: class {number}")
+    name = entry["name"].strip()
     where = f"{origin}: class {number} ({name})"
+    _refuse_typo(entry, _ENTRY_KEYS, where)
     given = entry.get("synonyms") or (name,)
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise DataError(f"{where}: synonyms is {given!r}; give a list of names")
-    synonyms = tuple(str(synonym).strip() for synonym in given)
-    if not all(synonyms):
-        raise DataError(f"{where}: a synonym is empty; remove it")
+        raise DataError(f"{where}: synonyms is {given!r:.60}; give a list of names")
+    for synonym in given:
+        if isinstance(synonym, str) and not synonym.strip():
+            raise DataError(f"{where}: a synonym is empty; remove it")
+        check_word(synonym, f"{where}: synonyms")
     value = _label_value(entry.get("id", number), f"{where}: id")
     color = entry.get("color")
     return ClassSpec(
-        name, synonyms, value, None if color is None else read_color(color, f"{where}: color")
+        name,
+        tuple(synonym.strip() for synonym in given),
+        value,
+        None if color is None else read_color(color, f"{where}: color"),
     )
+
+
+def _refuse_typo(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a key that is nearly a known one; others may belong to another program."""
+    for key in given:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
+        if near and key not in known:
+            raise DataError(f"{where}: unknown key {key!r:.60}; did you mean {near[0]!r}?")
