@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from html import escape
 from pathlib import Path
@@ -10,12 +12,14 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from talk2dino.calibration.calibration import AUTO
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.web.session import (
+    IDLE_SECONDS,
     Request,
     Views,
     annotation_files,
@@ -59,7 +63,10 @@ class Page:
         # None of the events is an API of its own: they need a visitor's picture.
         quiet: Any = {"api_visibility": "private"}
         start = round(self.model.background, 3) if self.model.calibration else 0.5
-        with gr.Blocks(title="talk2dino", analytics_enabled=False) as page:
+        often, old = int(IDLE_SECONDS // 6), int(IDLE_SECONDS)  # when files are removed
+        with gr.Blocks(
+            title="talk2dino", analytics_enabled=False, delete_cache=(often, old)
+        ) as page:
             gr.Markdown(
                 "# talk2dino\nDrop a picture, name what to look for, and see where it is. "
                 "Everything stays on this machine."
@@ -129,6 +136,7 @@ class Page:
     def open(self, file: str | None, visitor: gr.Request) -> None:
         """An upload: run the encoder."""
         self.views.forget(_name(visitor))
+        remove_broken_uploads()
         if file:
             view = open_picture(self.model, Path(file), self.short_side)
             self.views.keep(_name(visitor), view)
@@ -192,6 +200,18 @@ class Page:
 def _name(visitor: gr.Request) -> str:
     """What tells open pages apart; the visitor's browser draws it at random."""
     return str(visitor.session_hash)
+
+
+def remove_broken_uploads(seconds: float = IDLE_SECONDS) -> None:
+    """Remove what uploads that broke off left in Gradio's folder, which forgets such files.
+
+    Args:
+        seconds: since a part grew for the last time.
+    """
+    for part in Path(get_upload_folder()).glob("tmp*"):  # a whole upload is moved into a folder
+        with suppress(OSError):
+            if part.is_file() and time.time() - part.stat().st_mtime > seconds:
+                part.unlink()
 
 
 def uploaded_file(upload: Any) -> str | None:

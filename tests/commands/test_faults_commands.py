@@ -2,6 +2,8 @@
 
 More faults than the tests', over all commands and the slow ones too:
 python -c "from tests.commands.test_faults_commands import main; main(kills=100, seed=1)"
+and with a file of the user's at every name that they write:
+python -c "from tests.commands.test_faults_commands import foreign; foreign()"
 """
 
 from __future__ import annotations
@@ -389,10 +391,11 @@ class Trial:
                 wrong.append(f"{name}: half-written, {found[name][-200:]!r}")
         return wrong
 
-    def among_foreign_files(self) -> list[str]:
+    def among_foreign_files(self, names: str = "") -> list[str]:
         """Run with a file of the user's at each name that the command writes, one at a time."""
         wrong = []
-        for name in sorted(visible(self.whole).keys() - self.users.keys()):
+        written = sorted(visible(self.whole).keys() - self.users.keys())
+        for name in [name for name in written if re.search(names, name)]:
             self.renew()
             file = self.here / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -462,6 +465,13 @@ def test_faults_leave_whole_files_and_the_users_own(tmp_path: Path) -> None:
     assert total.total() >= FAULTS and total["kill"] + total["kill writing"] >= FAULTS // 3
 
 
+def test_files_of_the_users_stay_where_results_would_go(tmp_path: Path) -> None:
+    given = {"convert archive": "", "compare": "", "evaluate": r"environment|results|0\.png"}
+    for trial in trials(tuple(given), tmp_path):
+        wrong = trial.among_foreign_files(given[trial.name])
+        assert not wrong, "\n".join(wrong)
+
+
 def test_every_command_that_writes_has_its_case() -> None:
     assert {case.arguments[0] for case in CASES.values()} == commands().keys() - READ_ONLY
 
@@ -481,3 +491,12 @@ def main(kills: int, seed: int, only: str = "") -> None:
             print(f"{trial.name}: {trial.operations} operations, {dict(done)}", flush=True)
             print("\n".join(f"  {line}" for line in wrong) or "  nothing wrong", flush=True)
     print(f"{total.total()} faults: {dict(total)}")
+
+
+def foreign(only: str = "") -> None:
+    """Print what went wrong with a file of the user's in the place of each result."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        for trial in trials([name for name in CASES if re.match(only, name)], Path(folder)):
+            wrong = trial.among_foreign_files()
+            print(trial.name, *wrong or ["nothing wrong"], sep="\n  ", flush=True)

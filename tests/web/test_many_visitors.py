@@ -194,6 +194,13 @@ def test_it_answers_after_uploads_that_break_off(address: str) -> None:
     told = large.open(picture(10_000, 6_000))
     assert not told["success"] and "give at most 50 million" in told["output"]["error"]
     assert visit(address, 5) == ""
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    parts = [path for path in uploads.glob("tmp*") if path.is_file()]
+    assert parts  # younger than an hour
+    for part in parts[1:]:
+        os.utime(part, (0, 0))
+    assert visit(address, 6) == ""
+    assert [path for path in uploads.glob("tmp*") if path.is_file()] == parts[:1]
 
 
 class FakeView:
