@@ -26,7 +26,7 @@ _TEXTS = frozenset(
     )
 )
 _ARGUMENT = re.compile(r"(\+{0,2}([\w@/]+(?:\.[\w@/]+)*)=)(.*)", re.DOTALL)
-_PLAIN = re.compile(r"[A-Za-z/~.][\w./~-]*")  # which Hydra reads as the same text
+_PLAIN = re.compile(r"[A-Za-z/~.][\w./~-]*", re.ASCII)  # which Hydra reads as the same text
 _RESERVED = ("null", "true", "false", "nan", "inf")
 
 

@@ -132,6 +132,8 @@ def test_any_text_survives_hydra(text: str) -> None:
 @given(texts.filter(lambda t: t not in ("", "null") and t[0] not in "['\"" and "${" not in t))
 @example("a\\")
 @example("choice(a,b)")
+@example("café.jpg")
+@example("A¹")
 @example("True")
 @example(" a ")
 def test_any_path_arrives_as_typed(text: str) -> None:
