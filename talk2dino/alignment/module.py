@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import describe_projection
 from talk2dino.alignment.inputs import projected_text, projected_visual
+from talk2dino.alignment.patch_mixture import patch_mixture
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.retrieval import retrieval_metrics
 from talk2dino.alignment.similarity import Similarity
@@ -88,8 +89,7 @@ class AlignmentModule(L.LightningModule):
         self._of_one_image = self._of_one_image + (image_ids == image_ids[0]).all()  # no sync
         if self.words is not None:
             found = self._word_loss(self.words, chosen, batch["image_row"], batch_index)
-            self.log("train/word_loss", found, batch_size=len(image_ids))
-            loss = self.words.caption_weight * loss + self.words.weight * found
+            loss = self.words.caption_weight * loss + found
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image_ids))
         return loss
 
@@ -97,10 +97,24 @@ class AlignmentModule(L.LightningModule):
         self, words: WordLoss, chosen: Tensor, image_row: Tensor, batch_index: int
     ) -> Tensor:
         """Every rank compares the same words with its own images and shares the columns."""
-        step = words.choose(gather_rows(image_row), (self.global_step, batch_index))
+        rows = gather_rows(image_row)
+        step = words.choose(rows, (self.global_step, batch_index))
         text = self.projection.project_text(words.embeddings[step.index])
-        columns = words.similarity.scores(text, chosen)  # [K, B]
-        loss: Tensor = words(gather_rows(columns.T.contiguous()).T, step)
+        columns = words.similarity.scores(text[: len(step.compared)], chosen)  # [K, B]
+        found: Tensor = words(gather_rows(columns.T.contiguous()).T, step)
+        self.log("train/word_loss", found, batch_size=len(rows))
+        loss = words.weight * found
+        if words.mixture:
+            mixed = patch_mixture(
+                text,
+                words.few_patches(chosen),
+                step.positive[:, own_rows(len(image_row))],
+                words.concentration,
+                words.unexplained,
+                gather_rows,
+            )
+            self.log("train/mixture_loss", mixed, batch_size=len(rows))
+            loss = loss + words.mixture * mixed
         return loss
 
     def on_fit_start(self) -> None:
@@ -180,6 +194,12 @@ class AlignmentModule(L.LightningModule):
     def description(self) -> dict[str, Any]:
         """Plain values: the projection's class and arguments, and the encoders' specs."""
         return {"projection": describe_projection(self.projection), **self.encoders}
+
+
+def own_rows(count: int) -> slice:
+    """Where the `count` rows of this rank are among those of `gather_rows`."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return slice(rank * count, (rank + 1) * count)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

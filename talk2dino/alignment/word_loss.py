@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talk2dino.alignment.similarity.base import Similarity, check_positive
+from talk2dino.alignment.similarity import Dense, Similarity
+from talk2dino.alignment.similarity.base import check_positive
+from talk2dino.alignment.similarity.dense import sample_patches
 from talk2dino.errors import ConfigError
 
 
@@ -24,9 +26,10 @@ class StepWords:
     """The words of one step, beside the N images of its batch.
 
     Attributes:
-        index: `[K]` int64, the words; some are none if the images have fewer than K.
-        positive: `[K, N]` bool, true pairs of a word and an image.
-        compared: `[K, N]` bool, pairs that count at all, as true or as wrong ones.
+        index: `[M]` int64, the words; some are none if the images have fewer than M.
+        positive: `[M, N]` bool, true pairs of a word and an image.
+        compared: `[K, N]` bool of the first K words, which are told apart: pairs that count at all,
+            as true or as wrong ones. The mixture takes all M.
     """
 
     index: Tensor
@@ -51,6 +54,13 @@ class WordLoss(nn.Module):
         weight: of this loss.
         caption_weight: of the loss of whole captions beside it; 0 trains on words alone.
         per_step: words of a step at most, drawn from those of its images.
+        mixture: weight of the loss in which the words of an image compete for its patches, see
+            `patch_mixture`; 0 goes without.
+        mixture_per_step: words of a step that compete at most; an image that lacks some of its
+            words has others explain too much.
+        mixture_patches: random patches of every image that they compete for.
+        concentration: of the words there.
+        unexplained: share of the patches that no word explains there.
         logit_scale: factor on the scores, 1/temperature.
         near_synonym: cosine of two embeddings from which on two words may mean the same: an image
             with one of them is no wrong image for the other. None takes every word at its letter.
@@ -88,12 +98,28 @@ class WordLoss(nn.Module):
         near_synonym: float | None = None,
         seed: int = 0,
         digest: str = "",
+        mixture: float = 0.0,
+        mixture_per_step: int = 1024,
+        mixture_patches: int = 32,
+        concentration: float = 30.0,
+        unexplained: float = 0.1,
     ) -> None:
         super().__init__()
         check_positive("words.weight", weight)
         check_positive("words.logit_scale", logit_scale)
-        if caption_weight < 0:
-            raise ConfigError(f"words.caption_weight={caption_weight}: use 0 or more")
+        check_positive("words.concentration", concentration)
+        check_positive("words.mixture_per_step", mixture_per_step)
+        check_positive("words.mixture_patches", mixture_patches)
+        for name, value in (("caption_weight", caption_weight), ("mixture", mixture)):
+            if value < 0:
+                raise ConfigError(f"words.{name}={value}: use 0 or more")
+        if not 0 < unexplained < 1:
+            raise ConfigError(f"words.unexplained={unexplained}: use a share between 0 and 1")
+        if mixture and not isinstance(similarity, Dense):
+            raise ConfigError(
+                f"words.mixture={mixture}: {type(similarity).__name__} compares no patches; use "
+                "similarity=dense, or words.mixture=0"
+            )
         if per_step < 2:
             raise ConfigError(
                 f"words.per_step={per_step}: a word is told apart from others of its step, so use "
@@ -108,6 +134,8 @@ class WordLoss(nn.Module):
         self.weight, self.caption_weight, self.per_step = weight, caption_weight, per_step
         self.logit_scale, self.near_synonym = logit_scale, near_synonym
         self.seed, self.digest = seed, digest
+        self.mixture, self.concentration, self.unexplained = mixture, concentration, unexplained
+        self.mixture_per_step, self.mixture_patches = mixture_per_step, mixture_patches
 
     def choose(self, image_row: Tensor, step: Sequence[int]) -> StepWords:
         """Draw the words of a step: the same ones on all ranks, and again after resuming.
@@ -125,15 +153,18 @@ class WordLoss(nn.Module):
         keys = torch.rand(count, generator=generator, dtype=torch.float64).to(image_row.device)
         # Always as many rows, some of them without a word, so that no device is waited for.
         keys = keys.masked_fill(~has.any(dim=0), -1)
-        values, index = keys.topk(min(self.per_step, count))
+        largest = max(self.per_step, self.mixture_per_step) if self.mixture else self.per_step
+        values, index = keys.topk(min(largest, count))
         again = (image_row[:, None] == image_row[None, :]).tril(-1).any(dim=1)
         counted = (values >= 0)[:, None] & ~again  # [K, N]
         positive = has[:, index].T & counted
-        compared = counted
+        compared = counted[: self.per_step]
         if self.near_synonym is not None:
             unit = F.normalize(self.embeddings, dim=-1)
-            near = (unit[index] @ unit.T >= self.near_synonym).to(unit.dtype)  # [K, V]
-            compared = counted & (positive | (near @ has.T.to(unit.dtype) == 0))
+            first = index[: self.per_step]
+            near = (unit[first] @ unit.T >= self.near_synonym).to(unit.dtype)  # [K, V]
+            other = near @ has.T.to(unit.dtype) == 0
+            compared = compared & (positive[: self.per_step] | other)
         return StepWords(index, positive, compared)
 
     def forward(self, scores: Tensor, words: StepWords) -> Tensor:
@@ -141,15 +172,21 @@ class WordLoss(nn.Module):
 
         It is 0 if no image has a word.
         """
+        positive = words.positive[: len(words.compared)]
         logits = scores * self.logit_scale
         logits = logits.masked_fill(~words.compared, torch.finfo(logits.dtype).min)
         parts = []
         for dim in (0, 1):
-            chances = logits.log_softmax(dim).masked_fill(~words.positive, 0)
-            right = words.positive.sum(dim)
+            chances = logits.log_softmax(dim).masked_fill(~positive, 0)
+            right = positive.sum(dim)
             each = chances.sum(dim) / right.clamp(min=1)
             parts.append(-each.sum() / (right > 0).sum().clamp(min=1))
         return (parts[0] + parts[1]) / 2
+
+    def few_patches(self, patch_tokens: Tensor) -> Tensor:
+        """Those of a mixture: `[B, P, D]` to `[B, mixture_patches, D]`, drawn anew."""
+        generator = self.similarity.generator if isinstance(self.similarity, Dense) else None
+        return sample_patches(patch_tokens, self.mixture_patches, generator)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WordLoss:
         """Move and convert the constants as if they were buffers."""

@@ -49,6 +49,11 @@ class Background:
         if not (0 <= self.threshold <= 1 and 0 <= self.lowest <= 1):
             raise ConfigError(f"background={self.threshold}, {self.lowest}: use scores within 0..1")
 
+    def shifted(self, offset: float) -> Background:
+        """The same with an offset subtracted from the log odds of the threshold."""
+        value = torch.tensor(self.threshold).logit() - offset
+        return Background(round(float(value.sigmoid()), 4), self.lowest)
+
     def after_cleaning(self, weight: float) -> float:
         """The threshold where scores were cleaned (`segmentation.scores.clean_background`).
 

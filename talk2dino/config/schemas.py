@@ -197,6 +197,8 @@ class CalibrateConfig:
     text: Any = None
     store: str | None
     images: str | None
+    masks: str | None
+    classes: Any
     output: str | None
     tokens: int
     templates: str | None

@@ -58,6 +58,11 @@ def caption_word_loss(
     per_step: int = 160,
     logit_scale: float = 30.0,
     near_synonym: float | None = None,
+    mixture: float = 0.0,
+    mixture_per_step: int = 1024,
+    mixture_patches: int = 32,
+    concentration: float = 30.0,
+    unexplained: float = 0.1,
 ) -> WordLoss:
     """The loss of the words that a store's captions contain (`conf/words/captions.yaml`).
 
@@ -75,6 +80,11 @@ def caption_word_loss(
         per_step: words of a step at most.
         logit_scale: factor on the scores.
         near_synonym: cosine from which on two words may mean the same; None for never.
+        mixture: weight of the loss in which words compete for patches.
+        mixture_per_step: words of a step that compete at most.
+        mixture_patches: random patches of every image there.
+        concentration: of the words there.
+        unexplained: share of the patches that no word explains there.
 
     Raises:
         ConfigError: no word is frequent enough, the store has no texts or does not name its text
@@ -109,6 +119,11 @@ def caption_word_loss(
         near_synonym=near_synonym,
         seed=seed,
         digest=found.digest,
+        mixture=mixture,
+        mixture_per_step=mixture_per_step,
+        mixture_patches=mixture_patches,
+        concentration=concentration,
+        unexplained=unexplained,
     )
 
 

@@ -67,12 +67,12 @@ def case(
     ).double()
 
 
-def words(similarity: Similarity) -> WordLoss:
+def words(similarity: Similarity, **options: float) -> WordLoss:
     """Eight words, of which image i has i, i + 1 and 3; six of them a step."""
     embeddings = torch.randn(8, TEXT, generator=torch.Generator().manual_seed(2))
     of_image = torch.tensor([sorted({i % 8, (i + 1) % 8, 3}) for i in range(10) if i not in (2, 3)])
     of_image = torch.cat([of_image[:2], torch.tensor([[2, 3, 8]] * 2), of_image[2:]])
-    return WordLoss(embeddings, of_image, similarity, per_step=6, near_synonym=0.6)
+    return WordLoss(embeddings, of_image, similarity, per_step=6, near_synonym=0.6, **options)
 
 
 def cases() -> dict[str, AlignmentModule]:
@@ -94,6 +94,7 @@ def cases() -> dict[str, AlignmentModule]:
         "visual projection": case(MaxScore(), InfoNCE(), DoubleMLP),
         "tokens": case(MaxRowSum(), InfoNCE(), TokenProjection),
         "dense, words": case(Dense(), InfoNCE(), words=words(Dense(0.2))),
+        "dense, mixture": case(Dense(), InfoNCE(), words=words(Dense(), mixture=2.0)),
         "max_score, words": case(MaxScore(), InfoNCE(), words=words(MaxScore())),
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from talk2dino.alignment.losses import InfoNCE
 from talk2dino.alignment.module import AlignmentModule
+from talk2dino.alignment.patch_mixture import patch_mixture
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.similarity import (
     Dense,
@@ -189,6 +190,36 @@ def test_words_of_a_step_are_drawn_from_its_images() -> None:
     assert [again.choose(rows, (step, 0)).index.tolist() for step in range(20)] != drawn
 
 
+def test_a_mixture_equals_the_loop_over_patches() -> None:
+    """Of all images but the repeated ones, by the density of every word at every patch."""
+    options: dict[str, Any] = {"per_step": 2, "mixture": 2.0, "mixture_patches": 4}
+    options |= {"concentration": 4.0, "unexplained": 0.3}
+    module = module_with(SIMILARITIES["dense"], **options)
+    loss, logged = step_of(module)
+    torch.manual_seed(7)
+    _, _, chosen = module._texts_and_images(batch())
+    text = module.projection.project_text(embeddings().double()).detach()
+    cosines = torch.cosine_similarity(text[:, None, None], chosen[None], dim=-1)  # [V, B, P]
+    densities = (4.0 * cosines).exp()
+    densities /= densities.mean(dim=(1, 2), keepdim=True)
+    losses = []
+    for column in [ROWS.index(row) for row in dict.fromkeys(ROWS) if row != NONE]:
+        own = sorted(words_of(ROWS[column]))
+        ratios = 0.7 * densities[own, column].mean(0) + 0.3
+        losses.append(-float(ratios.log().mean()))
+    assert float(logged["train/mixture_loss"]) == pytest.approx(sum(losses) / len(losses))
+    plain, _ = step_of(module_with(SIMILARITIES["dense"], per_step=2))
+    assert float(loss - plain) == pytest.approx(2 * sum(losses) / len(losses))
+
+
+def test_a_mixture_of_images_without_words_is_nothing() -> None:
+    text = torch.randn(3, WIDTH, requires_grad=True)
+    loss = patch_mixture(text, torch.randn(2, 4, WIDTH), torch.zeros(3, 2, dtype=torch.bool))
+    loss.backward()
+    assert float(loss) == 0
+    assert text.grad is not None and not text.grad.any()
+
+
 def test_images_without_words_leave_no_loss_and_no_nan() -> None:
     words = WordLoss(embeddings(), of_image(), DotProduct())
     scores = torch.rand(WORDS, 2, requires_grad=True)
@@ -216,6 +247,10 @@ def test_words_are_no_part_of_a_checkpoint_and_move_with_the_module() -> None:
         ({"caption_weight": -1.0}, "words.caption_weight=-1.0: use 0 or more"),
         ({"per_step": 1}, "words.per_step=1: .* use 2 or more"),
         ({"logit_scale": -3.0}, "words.logit_scale is -3.0"),
+        ({"concentration": 0.0}, "words.concentration is 0.0: it must be positive"),
+        ({"unexplained": 1.0}, "words.unexplained=1.0: use a share between 0 and 1"),
+        ({"mixture": -1.0}, "words.mixture=-1.0: use 0 or more"),
+        ({"mixture": 1.0}, "words.mixture=1.0: DotProduct compares no patches; use similarity=de"),
         ({"near_synonym": 1.5}, "words.near_synonym=1.5: a cosine above 0 and up to 1, or null"),
     ],
 )

@@ -95,6 +95,45 @@ def test_pictures_make_a_reference_too(calibrated: Path, tmp_path: Path) -> None
     assert made.describe()["share"] == 1
 
 
+def test_a_few_labels_give_every_class_an_offset(
+    calibrated: Path, mosaic_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of ten scenes: a cross-fitted estimate, offsets in the file, and in every score."""
+    bench = MosaicBenchmark(name="scenes", count=10, height=112, width=112)
+    for number in range(10):
+        sample = bench.sample(number)
+        for folder, picture in (
+            ("images", to_picture(sample.image)),
+            ("masks", Image.fromarray(sample.target.numpy().astype(np.uint8))),
+        ):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{number}.png")
+    names = [*bench.class_list.names, "submarine"]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    out = tmp_path / "labeled.safetensors"
+    given = [f"checkpoint={calibrated}", f"store={mosaic_store}", "tokens=500", "short_side=112"]
+    labels = [f"{key}={tmp_path / key}" for key in ("images", "masks")]
+    labels.append(f"classes={tmp_path / 'classes.txt'}")
+    capfd.readouterr()
+    run("calibrate", *given, *labels, f"output={out}")
+    said = capfd.readouterr().out
+    assert "labeled patches of 10 pictures" in said and "(5 folds)" in said
+    made = Calibration.load(out)
+    assert len(made.tokens) == 500
+    if "bring nothing" in said:
+        pytest.fail(f"the labels of the scenes bring nothing: {said}")
+    shown = {names[k] for n in range(10) for k in bench.sample(n).target.unique().tolist()}
+    assert set(made.class_offsets) == shown and "submarine" in said
+    assert made.describe()["class_offsets"] == len(shown)
+    assert made.facts["mean_iou_cross_fitted"] > made.facts["mean_iou_without"]
+    plain = Talk2DINO.from_pretrained(calibrated, "cpu")
+    model = Talk2DINO.from_pretrained(calibrated, "cpu", calibration=out)
+    picture, first = bench.sample(0).image, sorted(shown)[0]
+    before = plain.segment(picture, names, short_side=112).scores[names.index(first)].logit()
+    after = model.segment(picture, names, short_side=112).scores[names.index(first)].logit()
+    np.testing.assert_allclose(before - after, made.class_offsets[first], atol=2e-3)
+
+
 def test_what_cannot_be_done_is_one_line(
     calibrated: Path, mosaic_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +146,10 @@ def test_what_cannot_be_done_is_one_line(
         "rule=KNN: a file can name": [
             *(checkpoint, store, "~rule", "+rule._target_=talk2dino.segmentation.KNN"),
         ],
+        "masks=… not given: labels are": [checkpoint, store, f"images={tmp_path}", "classes=[a,b]"],
+        "images=… not given: labels are": [checkpoint, store, "masks=x", "classes=[a,b]"],
+        "classes=… not given: labels are": [checkpoint, f"images={tmp_path}", "masks=x"],
+        "masks=x: no such folder": [checkpoint, f"images={tmp_path}", "masks=x", "classes=[a,b]"],
         "tokens=99999: use 100 to 65536": [checkpoint, store, "tokens=99999"],
         "not written by talk2dino.calibrate": [
             *(checkpoint, store, f"output={calibrated / 'projection.safetensors'}"),
