@@ -37,6 +37,11 @@ DECIDING = (
     *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.overfit_batches"),
 )
+# Without effect if the first is 0.
+MIXTURE = (
+    *("words.mixture", "words.mixture_per_step", "words.mixture_patches"),
+    *("words.concentration", "words.unexplained"),
+)
 
 
 def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> str | None:
@@ -61,6 +66,8 @@ def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[st
         for key, value in flat.items()
         if any(f"{key}.".startswith(f"{one}.") for one in DECIDING) and value != {}  # words=none
     }
+    if not chosen.get("words.mixture"):  # runs of before have no such keys
+        chosen = {key: value for key, value in chosen.items() if key not in MIXTURE}
     shards = [shard.sha256 for shard in store.manifest.shards]
     encoders = {
         f"store.{kind}": info and (info.weights_sha256 or info.name)
