@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
@@ -32,7 +33,9 @@ from talk2dino import Talk2DINO
 from talk2dino.alignment.inputs import embed_classes
 from talk2dino.datasets.benchmarks.base import present_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.evaluation.images import side_by_side
 from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric
+from talk2dino.segmentation.overlay import overlay
 
 BASE = {
     "max_score": ["experiment=vits_infonce"],
@@ -249,11 +252,54 @@ def scored(
     plain = "".join(letter if letter.isalnum() else "_" for letter in name)
     given = [f"benchmark.split={args.split}"] if args.split else []
     return {
-        f"mIoU {v}": evaluate(args.data, folder, classes, v, plain, "pictures=12", *given, *more)[
-            "miou"
-        ]
+        f"mIoU {v}": evaluate(
+            args.data, folder, classes, v, plain, "pictures=12", "label_maps=true", *given, *more
+        )["miou"]
         for v in VOCABULARIES
     }
+
+
+def write_panels(
+    args: argparse.Namespace, classes: Path, before: str, after: str, file: Path, count: int = 8
+) -> None:
+    """Truth and two rows of label maps of eight photographs, without the photographs.
+
+    Args:
+        args: where the data is.
+        classes: all classes.
+        before: names the folders `RUN/evaluate-present-SETTINGS`.
+        after: likewise.
+        file: the picture to write.
+        count: photographs, evenly spaced.
+    """
+    benchmark = coco100(args, classes)
+    names, rows = benchmark.class_list.names, []
+    for index in range(0, len(benchmark), len(benchmark) // count)[:count]:
+        sample = benchmark.sample(index)
+        present = present_classes(sample.target, benchmark.ignore_index)
+        maps = [sample.target.numpy()]
+        for folder in (before, after):
+            with Image.open(Path(folder) / "label_maps" / f"{sample.name}.png") as opened:
+                maps.append(np.asarray(opened).astype(np.int64))
+        place = np.full(max(benchmark.ignore_index, len(names)) + 1, 255)
+        place[present] = np.arange(len(present))
+        blank = Image.new("RGB", (sample.image.shape[2], sample.image.shape[1]), "white")
+        shown = [
+            overlay(blank, torch.from_numpy(place[m]), [names[k] for k in present], alpha=0.8)
+            for m in maps
+        ]
+        for part in shown:
+            part.thumbnail((320, 320))
+        rows.append(side_by_side(shown, gap=8))
+    left, right = rows[::2], rows[1::2]
+    lines = [side_by_side(pair, gap=24) for pair in zip(left, right, strict=True)]
+    size = max(line.width for line in lines), sum(line.height + 12 for line in lines)
+    sheet = Image.new("RGB", size, "white")
+    top = 0
+    for line in lines:
+        sheet.paste(line, (0, top))
+        top += line.height + 12
+    sheet.quantize(64).save(file, optimize=True)
 
 
 def write_split(args: argparse.Namespace) -> None:
@@ -331,6 +377,12 @@ def main() -> None:
         default=[],
         help="of further evaluations, each a row: refinement=knn,calibration=auto",
     )
+    parser.add_argument(
+        "--panels",
+        nargs=3,
+        metavar=("FILE", "BEFORE", "AFTER"),
+        help="draw label maps of eight photographs, of two folders RUN/evaluate-present-…, and end",
+    )
     parser.add_argument("--half", choices=["tune", "report"], help="of the 100; default: all")
     parser.add_argument("--onnx", action="store_true", help="also compare the exported files")
     parser.add_argument("--window", type=int, default=448, help="of the exported files, pixels")
@@ -340,6 +392,10 @@ def main() -> None:
         raise SystemExit(f"error: --data={args.data}: no folder flickr8k in it")
     args.out.mkdir(parents=True, exist_ok=True)
     args.split = None
+    if args.panels:
+        file, before, after = args.panels
+        write_panels(args, write_classes(args.data, args.out), before, after, Path(file))
+        return
     if args.half:
         write_split(args)
     seconds = sum(

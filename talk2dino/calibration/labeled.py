@@ -10,7 +10,7 @@ docs/calibration.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,12 @@ class LabeledPatches:
 
     def of(self, chosen: Tensor) -> LabeledPatches:
         """Those patches for which `chosen` `[N]` is true."""
-        rows = (part[chosen] for part in (self.scores, self.labels, self.picture))
-        return LabeledPatches(*rows, pictures=self.pictures)
+        return replace(
+            self,
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            picture=self.picture[chosen],
+        )
 
     def mean_iou(self, offsets: Tensor) -> float:
         """Mean IoU of the patches' best classes, over the classes that occur or are found.
@@ -127,9 +131,10 @@ def label_patches(
             )
         advance(index + 1, len(benchmark))
     patches = LabeledPatches(torch.cat(scores), torch.cat(labels), torch.cat(picture), len(scores))
-    if len(patches.labels.unique()) < 2:
+    shown = len(torch.unique(patches.labels))
+    if shown < 2:
         raise DataError(
-            f"masks: {len(scores)} pictures show {len(patches.labels.unique())} of the classes; "
+            f"masks: {len(scores)} pictures show {shown} of the classes; "
             "offsets compare classes, so label pictures that show two or more"
         )
     return patches
@@ -142,7 +147,7 @@ def fit_offsets(patches: LabeledPatches, ridge: float = RIDGE) -> Tensor:
     and then over the classes, plus `ridge * mean((slope * offset)^2)`, over slope and offsets; it
     is convex in the slope and `slope * offset`. Classes without a patch are left out and get 0.
     """
-    present, labels = patches.labels.unique(return_inverse=True)
+    present, labels = torch.unique(patches.labels, return_inverse=True)
     scores = patches.scores[:, present]
     weight = labels.bincount().double().reciprocal().float()
     slope = torch.tensor(SLOPE, requires_grad=True)
