@@ -32,6 +32,7 @@ from talk2dino.inference.outputs import (
     write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
+from talk2dino.inference.shares import Share
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
@@ -64,13 +65,15 @@ def segment(config: DictConfig) -> None:
         settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
     maps = list(classes) if config.heatmaps else []
     cut = options.cut if formats else None
-    left = [job for job in jobs if not (config.resume and job.done_with(settings, maps, cut))]
+    share = Share.of(jobs)
+    left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]
     folder = annotations_folder(jobs, str(config.image))
     if not config.overwrite:
         refuse_foreign(left, maps)
         refuse_changed(folder, formats)
-    if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of {len(jobs)} pictures were done before")
+    share.begin()
+    if len(left) < len(share.mine):
+        print(f"{len(share.mine) - len(left)} of {len(share.mine)} pictures were done before")
     broken: dict[Job, str] = {}
     if left:
         vocabulary = load_model(config, classes=classes).open_vocabulary(
@@ -81,18 +84,25 @@ def segment(config: DictConfig) -> None:
             config.templates,
             negatives=listed(config.negatives),
         )
-        heatmaps, single = bool(config.heatmaps), len(jobs) == 1
         broken = _segment(
-            left, vocabulary, settings, heatmaps, options if formats else None, single
+            left, vocabulary, settings, bool(config.heatmaps), options if formats else None, share
         )
-    done = [job for job in jobs if job not in broken]
-    if formats and done:
-        words = classes.words.synonyms if isinstance(classes, ClassEmbeddings) else classes
-        made = write_annotations(done, words, folder, formats, options, config.overwrite)
-        print(f"annotations: {', '.join(map(str, made))}")
-    if broken:
-        print(f"{len(broken)} of {len(left)} pictures could not be read:", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in broken.values()), file=sys.stderr)
+    with share.finished(broken, lambda job: job.done_with(settings, maps, cut)) as found:
+        if not share.alone:
+            who = f"rank {share.place.rank} of {share.place.world_size}"
+            then = "the last rank to finish gathers" if found is None else "all ranks are done"
+            print(f"{who}: {len(left) - len(broken)} pictures segmented; {then}")
+        if found is None:
+            return
+        done = [job for job in jobs if job not in found]
+        if formats and done:
+            words = classes.words.synonyms if isinstance(classes, ClassEmbeddings) else classes
+            made = write_annotations(done, words, folder, formats, options, config.overwrite)
+            print(f"annotations: {', '.join(map(str, made))}")
+    if found:
+        tried = len(left) if share.alone else len(jobs)
+        print(f"{len(found)} of {tried} pictures could not be read:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in found.values()), file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -102,14 +112,14 @@ def _segment(
     settings: dict[str, Any],
     heatmaps: bool,
     options: Options | None,
-    single: bool,
+    share: Share,
 ) -> dict[Job, str]:
     """Write every result; gives the broken pictures of a folder with what is wrong."""
-    console = Console()
+    console, single = Console(), len(share.jobs) == 1
     totals: dict[str, list[float]] = {}
     broken: dict[Job, str] = {}
     said = LARGE
-    for job in track(jobs, "segment", console=console, disable=single):
+    for job in track(jobs, "segment", console=console, disable=single or share.place.rank > 0):
         needed = vocabulary.memory(job.image)
         if needed is not None and needed.total > said:
             said = needed.total
@@ -125,9 +135,9 @@ def _segment(
             broken[job] = str(error)
             continue
         write(result, job, heatmaps, settings, options)
-        for name, share in result.areas().items():
-            totals.setdefault(name, []).append(share)
-    if totals:
+        for name, part in result.areas().items():
+            totals.setdefault(name, []).append(part)
+    if totals and share.alone:
         console.print(_table(result, None) if single else _table(result, totals))
         print(f"overlay: {jobs[0].overlay if single else jobs[0].overlay.parent}")
         print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")

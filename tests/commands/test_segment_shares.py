@@ -1,0 +1,112 @@
+"""`segment` under torchrun: every picture is one rank's, and one merged result comes of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from tests.helpers.pipeline import files_below, run
+from tests.helpers.ranks import two_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """A command line for five pictures and a broken one, without its output."""
+    vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    specs = {"vision": vision.spec, "text": text.describe()["spec"]}
+    psi = ProjectionLayer(text.embed_dim, vision.embed_dim)
+    save_projection(psi, tmp_path / "psi.safetensors", specs)
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for name in "abdef":
+        pixels = random.integers(0, 255, (40, 52, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{name}.png")
+    (tmp_path / "photos" / "c.png").write_bytes(b"\x89PNG nothing more")
+    return [
+        *("segment", f"checkpoint={tmp_path / 'psi.safetensors'}", "classes=[cat,grass]"),
+        *(f"image={tmp_path / 'photos'}", "short_side=32", "pamr=false", "accelerator=cpu"),
+        *("formats=[coco,geojson]", f"hydra.run.dir={tmp_path / 'run'}"),
+    ]
+
+
+def as_rank(rank: int, command: Sequence[str], said: Path) -> None:
+    """Run in a process of its own; what it prints, and its status, go into files."""
+    out, status = io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(out):
+        try:
+            run(*command)
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+    (said / f"{rank}.txt").write_text(f"{status}\n{out.getvalue()}")
+
+
+def test_two_processes_give_the_result_of_one(given: list[str], tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    with pytest.raises(SystemExit) as stopped:
+        run(*given, f"output={alone}")
+    assert stopped.value.code == 1  # for the broken picture
+    two_ranks(as_rank, [*given, f"output={shared}"], tmp_path)
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert sorted(text[0] for text in texts) == ["0", "1"]  # the last one says what is wrong
+    last = next(text for text in texts if text.startswith("1"))
+    assert "all ranks are done" in last and "1 of 6 pictures could not be read" in last
+    counts = [int(text.split(" pictures segmented")[0].split()[-1]) for text in texts]
+    assert sorted(counts) == [2, 3]  # every picture once
+    assert files_below(shared) == files_below(alone)
+    assert not list((shared / ".parts").glob("*.json"))
+
+
+def test_the_last_one_gathers_and_nobody_before(
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A rank that died is made up for by another start, with any number of processes."""
+    out = tmp_path / "out"
+    command = [*given, f"output={out}", "resume=true"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for said in ("3 pictures segmented", "0 pictures segmented"):
+        run(*command)
+        assert f"rank 1 of 2: {said}; the last rank to finish" in capfd.readouterr().out
+        assert not (out / "annotations").exists()
+    assert sorted(path.stem for path in out.glob("*_labels.png")) == [
+        f"{name}_labels" for name in "bdf"
+    ]
+    (tmp_path / "photos" / "c.png").unlink()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    run(*command)
+    assert (out / "annotations" / "coco" / "instances.json").is_file()
+    assert "3 of 5 pictures were done before" in capfd.readouterr().out
+
+
+def test_a_record_of_an_earlier_run_does_not_count(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pictures are not there with these settings, so nothing is gathered without them."""
+    out = tmp_path / "out"
+    (out / ".parts").mkdir(parents=True)
+    (out / ".parts" / "segment-00000-of-00002.json").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run(*given, f"output={out}")
+    assert not (out / "annotations").exists()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as stopped:
+        run(*given, f"output={out}")
+    assert stopped.value.code == 1 and (out / "annotations" / "geojson").is_dir()
+    assert [path.name for path in (out / ".parts").iterdir()] == ["lock"]
