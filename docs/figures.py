@@ -1,4 +1,4 @@
-"""Draw the figures of docs/concepts.md, which notebook 2 shows in their order, and of two pages.
+"""Draw the figures of docs/concepts.md, which notebook 2 shows in their order, and of other pages.
 
 `python docs/figures.py` after `make quickstart`.
 """
@@ -14,14 +14,18 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import torch
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 
-from talk2dino import Talk2DINO
-from talk2dino.datasets.mosaic import Mosaic
+from talk2dino import Exemplar, Talk2DINO
+from talk2dino.alignment import ProjectionLayer
+from talk2dino.datasets.mosaic import CONCEPTS, Mosaic, MosaicScenes
+from talk2dino.encoders import TimmVisionEncoder
 from talk2dino.finding.found_files import write_found
-from talk2dino.segmentation.overlay import legend_colors
+from talk2dino.segmentation.overlay import ignored_label, legend_colors, overlay
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = ("components", "heads", "picked-heads", "cosines", "pamr")
@@ -44,6 +48,7 @@ def main() -> None:
         print(path.relative_to(REPOSITORY))
     annotations(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
     search(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
+    exemplars(REPOSITORY / "docs" / "images")
 
 
 def annotations(quickstart: Path, images: Path) -> None:
@@ -110,6 +115,44 @@ def search(quickstart: Path, images: Path) -> None:
         draw.text((0, row * line + 2), query, (0, 0, 0), font)
     sheet.save(images / "search.png")
     print("docs/images/search.png")
+
+
+def exemplars(images: Path) -> None:
+    """Two scenes with masks, and a third one segmented by them; ψ is random, for it has no part."""
+    vision = TimmVisionEncoder("vit_small_patch14_dinov2.lvd142m", weights="bundled")
+    model = Talk2DINO(vision, None, ProjectionLayer(384, vision.embed_dim))
+    train, heldout = (MosaicScenes(split, 40, 336, 336) for split in ("train", "heldout"))
+    kinds = [set(np.unique(scene.labels)) for scene in train]
+    wanted, scene = next(
+        (found, scene)
+        for scene in heldout
+        if len(found := set(np.unique(scene.labels))) == 3
+        and any(found <= one | other for one in kinds for other in kinds)
+    )
+    pairs = ((one, other) for one in range(40) for other in range(one + 1, 40))
+    chosen = next(pair for pair in pairs if wanted <= kinds[pair[0]] | kinds[pair[1]])
+    shown = [train[number] for number in chosen]
+    names = [CONCEPTS[number].name for number in sorted(wanted)]
+    classes = {
+        CONCEPTS[number].name: [
+            Exemplar(one.image, one.labels == number) for one in shown if number in one.labels
+        ]
+        for number in sorted(wanted)
+    }
+    parts = []
+    for one in shown:
+        labels = np.full(one.labels.shape, ignored_label(len(names)), np.int64)
+        for index, number in enumerate(sorted(wanted)):
+            labels[one.labels == number] = index
+        labels = torch.from_numpy(labels)
+        parts.append(overlay(Image.fromarray(one.image), labels, names, legend=False))
+    seg = model.segment(scene.image, classes, pamr=True)
+    parts += [Image.fromarray(scene.image), seg.overlay()]
+    joined = Image.new("RGB", (4 * 336 + 3 * 12, parts[-1].height), "white")
+    for place, part in enumerate(parts):
+        joined.paste(part, (place * (336 + 12), 0))
+    joined.save(images / "exemplars.png")
+    print("docs/images/exemplars.png")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from talk2dino.alignment.checkpoint import load_projection
     from talk2dino.inference.class_embeddings import ClassEmbeddings
+    from talk2dino.inference.exemplars import Exemplar
     from talk2dino.inference.model import Talk2DINO
 
     __version__: str
 
-__all__ = ["ClassEmbeddings", "Talk2DINO", "__version__", "load_projection"]
+__all__ = ["ClassEmbeddings", "Exemplar", "Talk2DINO", "__version__", "load_projection"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from talk2dino.inference.class_embeddings import ClassEmbeddings
 
         return ClassEmbeddings
+    if name == "Exemplar":
+        from talk2dino.inference.exemplars import Exemplar
+
+        return Exemplar
     if name == "load_projection":
         from talk2dino.alignment.checkpoint import load_projection
 

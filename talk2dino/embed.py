@@ -1,24 +1,37 @@
-"""`python -m talk2dino.embed`: class names into a file of their embeddings."""
+"""`python -m talk2dino.embed`: classes, said or shown, into a file of their embeddings."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.config.command import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require_classes,
+)
 from talk2dino.errors import ConfigError
 from talk2dino.inference.class_embeddings import ClassEmbeddings, check_new
 
 
 def embed(config: DictConfig) -> None:
     """Embed the classes and write the file, which `classes=` takes in place of words."""
-    classes = class_words(config.classes)
+    classes = named_classes(config)
     if isinstance(classes, ClassEmbeddings):
         raise ConfigError(f"classes={classes.origin}: holds embeddings already; give words")
     output = check_new(config.output)
     command.require_output_folder(output.parent, "output")
-    made = load_model(config).embed_classes(
-        classes, config.templates, negatives=listed(config.negatives)
+    if config.exemplars is None:
+        config.calibration = None  # words need none
+    model = load_model(config)
+    embed_exemplars(model, classes, config.short_side)
+    made = model.embed_classes(
+        classes,
+        config.templates,
+        negatives=listed(config.negatives),
+        short_side=config.short_side,
     )
     path = made.save(output)
     count, width = made.rows.shape
@@ -26,4 +39,4 @@ def embed(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command.run("embed", embed, lambda config: require(config, "checkpoint", "classes"))
+    command.run("embed", embed, lambda config: require_classes(config, "checkpoint"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from talk2dino.annotations.base import Options
 from talk2dino.annotations.data_sets import check_formats, refuse_changed
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
-from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.config.command import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require_classes,
+)
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest
@@ -33,14 +39,15 @@ from talk2dino.inference.outputs import (
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.shares import Share
-from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.inference.vocabulary import OpenVocabulary, Shown, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
 
 
 def segment(config: DictConfig) -> None:
     """Segment the picture, or all pictures of the folder or pattern, that the config names."""
-    classes = class_words(config.classes)
+    classes = named_classes(config)
+    words, shown = _words_and_digests(classes)
     background_threshold(config.background)  # refuses it before the model is loaded
     formats = listed(config.formats)
     options = Options(
@@ -63,6 +70,8 @@ def segment(config: DictConfig) -> None:
         settings["calibration"] = calibration.digest
     if isinstance(classes, ClassEmbeddings):
         settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
+    if shown:
+        settings["exemplars"] = shown
     maps = list(classes) if config.heatmaps else []
     cut = options.cut if formats else None
     share = Share.of(jobs)
@@ -76,7 +85,9 @@ def segment(config: DictConfig) -> None:
         print(f"{len(share.mine) - len(left)} of {len(share.mine)} pictures were done before")
     broken: dict[Job, str] = {}
     if left:
-        vocabulary = load_model(config, classes=classes).open_vocabulary(
+        model = load_model(config, classes=classes)
+        embed_exemplars(model, classes, config.short_side)
+        vocabulary = model.open_vocabulary(
             classes,
             config.background,
             config.pamr,
@@ -96,7 +107,6 @@ def segment(config: DictConfig) -> None:
             return
         done = [job for job in jobs if job not in found]
         if formats and done:
-            words = classes.words.synonyms if isinstance(classes, ClassEmbeddings) else classes
             made = write_annotations(done, words, folder, formats, options, config.overwrite)
             print(f"annotations: {', '.join(map(str, made))}")
     if found:
@@ -104,6 +114,16 @@ def segment(config: DictConfig) -> None:
         print(f"{len(found)} of {tried} pictures could not be read:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in found.values()), file=sys.stderr)
         raise SystemExit(1)
+
+
+def _words_and_digests(
+    classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
+    """The words of each class, and the digests of the exemplars of those that are shown."""
+    if isinstance(classes, ClassEmbeddings):  # a digest of the file says what is in it
+        return classes.words.synonyms, {}
+    words = {n: tuple(e for e in given if isinstance(e, str)) for n, given in classes.items()}
+    return words, {n: [e.digest for e in given] for n, given in exemplars_of(classes).items()}
 
 
 def _segment(
@@ -163,6 +183,4 @@ def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Tab
 
 
 if __name__ == "__main__":
-    command.run(
-        "segment", segment, lambda config: require(config, "checkpoint", "image", "classes")
-    )
+    command.run("segment", segment, lambda config: require_classes(config, "checkpoint", "image"))

@@ -166,6 +166,8 @@ class SegmentConfig:
     checkpoint: str | None
     image: str | None
     classes: Any
+    exemplars: str | None
+    exemplar_weight: float
     output: str
     vision: Any = None
     text: Any = None
@@ -213,11 +215,15 @@ class EmbedConfig:
 
     checkpoint: str | None
     classes: Any
+    exemplars: str | None
+    exemplar_weight: float
     output: str
     vision: Any = None
     text: Any = None
     negatives: list[str]
     templates: str | None
+    calibration: str | None
+    short_side: int
     accelerator: str
 
 

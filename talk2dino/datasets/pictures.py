@@ -179,20 +179,22 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def read_values(path: Path) -> NDArray[Any]:
+_ONE_CHANNEL = (
+    "save the class values as one 8-bit channel, or give the classes' colors as benchmark.palette"
+)
+
+
+def read_values(path: Path, fix: str = _ONE_CHANNEL) -> NDArray[Any]:
     """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
 
-    An EXIF tag turns it like a picture.
+    An EXIF tag turns it like a picture. `fix` says what to do about color channels.
 
     Raises:
         DataError: not a picture, truncated, or with color channels.
     """
     with _readable(path), _open(path) as file:
         if file.mode not in _SINGLE_CHANNEL:
-            raise DataError(
-                f"{path}: a {file.mode} picture, not a label map; save the class values as one "
-                "8-bit channel, or give the classes' colors as benchmark.palette"
-            )
+            raise DataError(f"{path}: a {file.mode} picture, not a label map; {fix}")
         return np.asarray(_upright(file))
 
 

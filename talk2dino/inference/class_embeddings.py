@@ -1,4 +1,4 @@
-"""Classes as a file: their unit text rows and what they were made with; no text encoder needed.
+"""Classes as a file: their unit rows and what they were made with; no text encoder needed.
 
 A safetensors file holds `rows` `[N, D]` float32, one per word, and as metadata a JSON entry
 `talk2dino_classes`:
@@ -10,13 +10,17 @@ A safetensors file holds `rows` `[N, D]` float32, one per word, and as metadata 
 | `rows` | `{"class": index or null for a negative word, "word": …, "sentences": […]}` each |
 | `templates` | name of the prompt templates, or sentences with `{}` |
 | `made_with` | `vision`, `text`, `projection`: `spec` and `weights_sha256` each |
+| `exemplars` | digests by class name, where classes were shown |
+
+A class that exemplars alone stand for has one row, without word and sentences; where there are no
+words at all, `text` is null.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
@@ -27,6 +31,8 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import Classes as ClassWords
@@ -49,7 +55,8 @@ class ClassEmbeddings:
         words: names, sentences and the class of every row.
         rows: `[N, D]` float32 of unit length, on the CPU.
         templates: of the prompts.
-        made_with: spec and digest of `vision`, `text` and `projection`.
+        made_with: spec and digest of `vision`, `text` (None without words) and `projection`.
+        exemplars: digests of those that show a class, by its name.
         origin: the file.
 
     Examples:
@@ -72,6 +79,7 @@ class ClassEmbeddings:
     rows: Tensor = field(repr=False)
     templates: str | Sequence[str]
     made_with: Mapping[str, Any] = field(repr=False)
+    exemplars: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     origin: str = "ClassEmbeddings"
 
     @classmethod
@@ -105,12 +113,17 @@ class ClassEmbeddings:
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, known is {VERSION}")
             words = _read_words(content)
-            made_with = {part: dict(content["made_with"][part]) for part in _PARTS}
+            made_with: dict[str, Any] = {}
             for part in _PARTS:
+                if part == "text" and not any(words.rows) and content["made_with"][part] is None:
+                    made_with[part] = None
+                    continue
+                made_with[part] = dict(content["made_with"][part])
                 made_with[part]["spec"].get("name")  # a mapping
+            shown = {k: tuple(map(str, v)) for k, v in content.get("exemplars", {}).items()}
             _check_rows(rows, words)
             rows = rows.clone()  # aligned as computed ones are: the file's place decides otherwise
-            return cls(words, rows, content["templates"], made_with, str(path))
+            return cls(words, rows, content["templates"], made_with, shown, str(path))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{where}: damaged ({reason}); {_HOW}") from error
@@ -133,6 +146,7 @@ class ClassEmbeddings:
             ],
             "templates": self.templates,
             "made_with": self.made_with,
+            **({"exemplars": dict(self.exemplars)} if self.exemplars else {}),
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
@@ -164,23 +178,22 @@ class ClassEmbeddings:
             self.words.has_negatives,
             tuple(self.words.row_words[row] for row in chosen),
         )
-        return ClassEmbeddings(
-            words, self.rows[chosen], self.templates, self.made_with, self.origin
-        )
+        shown = {name: self.exemplars[name] for name in names if name in self.exemplars}
+        return replace(self, words=words, rows=self.rows[chosen], exemplars=shown)
 
     def _rows_of(self, number: int) -> list[int]:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
 
     def check(
         self,
-        vision: Mapping[str, Any],
+        vision: TimmVisionEncoder,
         text: Mapping[str, Any] | None,
         projection: Projection,
     ) -> None:
-        """Refuse a model whose text rows these are not.
+        """Refuse a model whose rows these are not.
 
         Args:
-            vision: spec of the model's vision encoder.
+            vision: the model's encoder; where there are exemplars, its weights count as well.
             text: spec of its text encoder, which need not exist; None if the checkpoint names none.
             projection: ψ.
 
@@ -188,10 +201,13 @@ class ClassEmbeddings:
             CheckpointError: another projection or other encoders.
         """
         wrong = ""
-        for part, spec in (("vision", vision), ("text", text)):
-            theirs = self.made_with[part]["spec"]
+        for part, spec in (("vision", vision.spec), ("text", text)):
+            theirs = (self.made_with[part] or {"spec": spec})["spec"]
             if spec is not None and _identity(theirs) != _identity(spec):
                 wrong = f"{part} encoder ({theirs.get('name')}, not {spec.get('name')})"
+        weights = self.made_with["vision"]["weights_sha256"]
+        if not wrong and self.exemplars and weights != state_dict_digest(vision.model):
+            wrong = f"vision encoder (other weights of {vision.name})"
         if not wrong and self.made_with["projection"] != identify_projection(projection):
             wrong = "projection"
         if wrong:
@@ -225,12 +241,14 @@ def check_new(path: str | Path) -> Path:
 
 
 def describe_model(
-    vision: Mapping[str, Any], text: Mapping[str, Any], projection: Projection
+    vision: Mapping[str, Any], text: Mapping[str, Any] | None, projection: Projection
 ) -> dict[str, Any]:
     """What `made_with` says; `vision` and `text` are what the encoders' `describe` gives."""
     encoders = {"vision": vision, "text": text}
     kept = ("spec", "weights_sha256")
-    described = {part: {key: told[key] for key in kept} for part, told in encoders.items()}
+    described: dict[str, Any] = {
+        part: told and {key: told[key] for key in kept} for part, told in encoders.items()
+    }
     return described | {"projection": identify_projection(projection)}
 
 

@@ -26,9 +26,10 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, ResultWarning
 from talk2dino.inference.class_embeddings import Classes
+from talk2dino.inference.exemplars import Exemplar, class_row, see
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.text_side import TextSide
+from talk2dino.inference.text_side import TextSide, projection_state
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmenter
@@ -231,6 +232,38 @@ class Talk2DINO(TextSide):
         found = self._encode(segmenter, [images] if several is None else several)  # type: ignore[list-item]
         return found[0] if several is None else found
 
+    @torch.no_grad()
+    def embed_exemplars(
+        self, exemplars: Sequence[Exemplar], short_side: int | None = None
+    ) -> Tensor:
+        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_row`.
+
+        Rows of earlier calls are not computed again.
+
+        Args:
+            exemplars: at least one.
+            short_side: working size in pixels, as for `segment`.
+
+        Raises:
+            DataError: an exemplar that cannot be read, has an empty mask or one of another size,
+                or does not differ from all else.
+        """
+        segmenter, calibration = self.segmenter(None, False, short_side), self.calibration
+
+        def look(_: object) -> Tensor:
+            views = (exemplar.read() for exemplar in exemplars)
+            seen = (
+                see(self._encode(segmenter, [pixels])[0].windows, inside, visual_side(psi))
+                for pixels, inside in views
+            )
+            known = None if calibration is None else calibration.reference(psi, self.device)
+            return class_row(seen, None if known is None else known.tokens)[None]
+
+        psi = self.projection
+        kind = (segmenter.protocol.short_side, calibration and calibration.digest, self.dtype)
+        names = tuple(exemplar.digest for exemplar in exemplars)
+        return self._cache.get([names], (*kind, *projection_state(psi)), look)[0]
+
     @overload
     def segment(  # type: ignore[overload-overlap]  # a str is a sequence, too
         self,
@@ -275,8 +308,9 @@ class Talk2DINO(TextSide):
             image: PIL image, path, bytes of a file, tensor `[3, H, W]` or array `[H, W, 3]` (uint8,
                 or float in 0..1), an encoded picture, or a list of these.
             classes: names; a list inside the list is a name and its synonyms; or a mapping of a
-                name to the words that stand for it. The best word counts. `ClassEmbeddings`, or
-                the `.safetensors` file of such, need no text encoder.
+                name to the words that stand for it. The best word counts. Exemplars among the
+                words show the class, or stand alone in their place. `ClassEmbeddings`, or the
+                `.safetensors` file of such, need no text encoder.
             background: True, or a threshold of the score, adds a background class in front and
                 cleans the scores by the attention maps; True is 0.55.
             pamr: refine the edges.
@@ -313,7 +347,7 @@ class Talk2DINO(TextSide):
         (`ResultWarning`) of a single class with nothing to compare it with.
         """
         threshold = background_threshold(background, self.background)
-        words, rows = self._rows(classes, templates, negatives, prompts)
+        words, rows = self._rows(classes, templates, negatives, prompts, short_side)
         if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
             raise ConfigError(
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"

@@ -30,8 +30,15 @@ from talk2dino.finding.scan import (
     searched_field,
 )
 from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
+from talk2dino.inference.exemplars import Exemplar, mix
 from talk2dino.inference.segmented import BACKGROUND_SCORE
-from talk2dino.inference.vocabulary import Sentences, TextCache, Words, read_words
+from talk2dino.inference.vocabulary import (
+    Sentences,
+    TextCache,
+    Words,
+    exemplars_of,
+    read_words,
+)
 
 EncoderT = TypeVar("EncoderT")
 
@@ -124,6 +131,7 @@ class TextSide(nn.Module):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
+        short_side: int | None = None,
     ) -> ClassEmbeddings:
         """Classes with their vectors: `segment` takes them, or the file that their `save` writes.
 
@@ -131,19 +139,22 @@ class TextSide(nn.Module):
         """
         given = ClassEmbeddings.of(classes)
         if given is None:
-            words, rows = self._rows(classes, templates, negatives, prompts)
-            with self._turn:
-                texts = self.text.describe()
+            words, rows = self._rows(classes, templates, negatives, prompts, short_side)
+            texts, used = None, templates or ""
+            if any(words.rows):
+                with self._turn:
+                    texts, used = self.text.describe(), templates or self.text.templates
             made_with = describe_model(self.vision.describe(), texts, self.projection)
-            used = templates or self.text.templates
             used = used if isinstance(used, str) else list(used)
-            return ClassEmbeddings(words, rows.cpu(), used, made_with)
+            named: Any = classes
+            shown = {k: tuple(e.digest for e in v) for k, v in exemplars_of(named).items()}
+            return ClassEmbeddings(words, rows.cpu(), used, made_with, shown)
         if templates or negatives or prompts:
             raise ConfigError(
                 f"classes={given.origin}: holds embeddings, so templates, negatives and prompts "
                 "are settled; leave them out, or embed the classes with them"
             )
-        given.check(self.vision.spec, self.text_spec, self.projection)
+        given.check(self.vision, self.text_spec, self.projection)
         return given
 
     def search(
@@ -191,12 +202,19 @@ class TextSide(nn.Module):
         scan = Scan(opened, rows, torch.tensor(words.row_classes), self.projection)
         return found_pictures(scan, words.names, top, best, advance)
 
+    def embed_exemplars(
+        self, exemplars: Sequence[Exemplar], short_side: int | None = None
+    ) -> Tensor:
+        """The unit row `[D]` of a class that these show; `Talk2DINO` looks at the pictures."""
+        raise NotImplementedError
+
     def _rows(
         self,
         classes: Classes,
         templates: str | Sequence[str] | None,
         negatives: Sequence[str],
         prompts: Mapping[str, str | Sequence[str]] | None,
+        short_side: int | None = None,
     ) -> tuple[Words, Tensor]:
         """Words and their unit rows `[N, D]`, given as class embeddings or computed where new."""
         given = ClassEmbeddings.of(classes)
@@ -204,8 +222,23 @@ class TextSide(nn.Module):
             kept = self.embed_classes(given, templates, negatives=negatives, prompts=prompts)
             return kept.words, kept.rows.to(self.device)
         named: Any = classes
-        words = read_words(named, negatives, prompts, templates or self.text.templates)
-        return words, self._embed(words.rows)
+        words = read_words(named, negatives, prompts, templates or "plain")
+        if any(words.rows) and not templates:  # only words need a text encoder
+            words = read_words(named, negatives, prompts, self.text.templates)
+        said = iter(self._embed([sentences for sentences in words.rows if sentences]))
+        shown = exemplars_of(named)
+        seen = {name: self.embed_exemplars(e, short_side) for name, e in shown.items()}
+        names = [None, *words.names] if words.has_negatives else words.names
+        rows = []
+        for number, sentences in zip(words.row_classes, words.rows, strict=True):
+            name = names[number]
+            if not sentences:
+                rows.append(seen[str(name)])
+            elif name in shown:
+                rows.append(mix(next(said), seen[name], shown[name]))
+            else:
+                rows.append(next(said))
+        return words, torch.stack(rows)
 
     def _calibrated(self, words: Words, rows: Tensor) -> Tensor:
         """Rows `[N, D]` as the segmenter takes them: with offsets, if there is a calibration."""
@@ -218,12 +251,14 @@ class TextSide(nn.Module):
 
     def _embed(self, rows: Sequence[Sentences]) -> Tensor:
         """`[N, D]` unit rows; those of earlier calls are not computed again."""
+        if not rows:
+            return torch.empty(0)
 
         def compute(new: Sequence[Sentences]) -> Tensor:
             with self._turn:
                 return embed_prompts(new, self.text, self.projection)
 
-        return self._cache.get(rows, _state(self.projection), compute)
+        return self._cache.get(rows, projection_state(self.projection), compute)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a lock cannot travel."""
@@ -245,7 +280,7 @@ def fitting(key: str, encoder: EncoderT, wanted: int) -> EncoderT:
     return encoder
 
 
-def _state(projection: Projection) -> tuple[object, ...]:
+def projection_state(projection: Projection) -> tuple[object, ...]:
     """Changes when the projection moves to another device or its weights are written to."""
     parameters = list(projection.parameters())
     versions = (0 if p.is_inference() else p._version for p in parameters)

@@ -16,11 +16,13 @@ from talk2dino.datasets.benchmarks.classes import check_word
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
+from talk2dino.inference.exemplars import Exemplar
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.memory import WorkingMemory
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
-Classes: TypeAlias = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+Shown: TypeAlias = str | Exemplar  # a class is said in words, or shown
+Classes: TypeAlias = Sequence[str | Sequence[Shown]] | Mapping[str, Shown | Sequence[Shown]]
 Sentences: TypeAlias = tuple[str, ...]
 
 
@@ -31,9 +33,11 @@ class Words:
     Attributes:
         names: of the K classes.
         rows: the sentences of every text row, negatives first; their embeddings are averaged.
+            None for a class that exemplars alone stand for.
         row_classes: class of every row; with negatives, class 0 is all of them.
         has_negatives: whether it is.
-        row_words: the word that every row stands for: a name, a synonym or a negative.
+        row_words: the word that every row stands for: a name, a synonym or a negative; empty for
+            exemplars alone.
     """
 
     names: tuple[str, ...]
@@ -44,10 +48,10 @@ class Words:
 
     @property
     def synonyms(self) -> dict[str, tuple[str, ...]]:
-        """The words that stand for each class."""
+        """The words that stand for each class; none, where only exemplars do."""
         rows = list(zip(self.row_classes, self.row_words, strict=True))
         return {
-            name: tuple(word for number, word in rows if number == index)
+            name: tuple(word for number, word in rows if number == index and word)
             for index, name in enumerate(self.names, start=int(self.has_negatives))
         }
 
@@ -62,7 +66,7 @@ def read_words(
 
     Args:
         classes: names; a list inside the list is a name and its synonyms; or a mapping of a name
-            to the words that stand for it.
+            to the words that stand for it. Exemplars among them are left to `exemplars_of`.
         negatives: words whose pixels count as background.
         prompts: by class name, whole sentences in place of templates and synonyms.
         templates: name of a set of `encoders.prompts`, or sentences with `{}` for the name.
@@ -78,8 +82,11 @@ def read_words(
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
     negative = _words(negatives)
     rows = [(0, *row) for row in zip(negative, _sentences(negative, templates), strict=True)]
-    for number, (name, synonyms) in enumerate(groups.items(), start=1 if negative else 0):
-        stated, given = synonyms, _sentences(synonyms, templates)
+    for number, (name, entries) in enumerate(groups.items(), start=1 if negative else 0):
+        stated = tuple(entry for entry in entries if isinstance(entry, str))
+        given = _sentences(stated, templates)
+        if not stated:
+            stated, given = ("",), [()]
         if name in own:
             stated, given = (name,), [own[name]]
         rows += [(number, *row) for row in zip(stated, given, strict=True)]
@@ -92,17 +99,28 @@ def read_words(
     )
 
 
-def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
-    """Names and their synonyms, in order."""
+def exemplars_of(classes: Classes) -> dict[str, tuple[Exemplar, ...]]:
+    """The exemplars of every class that has some; errors as `read_words`."""
+    shown = {
+        name: tuple(entry for entry in entries if isinstance(entry, Exemplar))
+        for name, entries in _groups(classes).items()
+    }
+    return {name: exemplars for name, exemplars in shown.items() if exemplars}
+
+
+def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
+    """Names and what stands for them, in order."""
     if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise ConfigError(
             f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
             "class embeddings"
         )
     if isinstance(classes, Mapping):
-        pairs = [(name, _words(words)) for name, words in classes.items()]
+        pairs = [(name, _shown(words)) for name, words in classes.items()]
     else:
-        pairs = [(words[0] if words else "", words) for words in map(_words, classes)]
+        pairs = [(words[0] if words else "", words) for words in map(_shown, classes)]
+    if any(isinstance(name, Exemplar) for name, _ in pairs):
+        raise ConfigError("classes: an exemplar has no name; use {'crack': Exemplar(…)}")
     if not pairs or not all(isinstance(n, str) and n.strip() and words for n, words in pairs):
         raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
     names = [name for name, _ in pairs]
@@ -112,11 +130,16 @@ def _groups(classes: Classes) -> dict[str, tuple[str, ...]]:
     return dict(pairs)
 
 
-def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+def _shown(given: Shown | Sequence[Shown]) -> tuple[Any, ...]:
+    return _words(given, Exemplar)
+
+
+def _words(given: Any, *also: type) -> tuple[Any, ...]:
+    """Words as a tuple; entries of the classes `also` are none, but may stand there."""
     single = isinstance(given, str) or not isinstance(given, Iterable)
     words: tuple[Any, ...] = (given,) if single else tuple(given)
     for word in words:
-        if not isinstance(word, str) or not word.strip():
+        if not isinstance(word, (str, *also)) or (isinstance(word, str) and not word.strip()):
             raise ConfigError(
                 "classes: the list is empty or has an empty name; use ['cat', 'sofa'], "
                 f"not {word!r}"

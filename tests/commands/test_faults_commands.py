@@ -116,6 +116,13 @@ CASES = {
     "search": Case(
         ("search", *MODEL, "store=given/dense", "query=[cat,sofa]", "output=out", "recall=true")
     ),
+    "embed, shown": Case(
+        (
+            *("embed", *MODEL, "exemplars=given/shown", "short_side=32"),
+            "output=out/classes.safetensors",
+        ),
+        final=True,
+    ),
     "export": Case(("export", MODEL[0], "output=out", "image_size=32", "tolerance=0.001")),
     "export, everything": Case(
         (
@@ -249,6 +256,10 @@ def prepare(folder: Path) -> Path:
         pixels = random_.integers(0, 256, (40, 50 + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(given / "photos" / f"{number}.png")
         (given / "photos" / f"{number}.txt").write_text(f"picture {number}\n")
+    (given / "shown" / "left").mkdir(parents=True)
+    Image.fromarray(pixels).save(given / "shown" / "left" / "a.png")
+    left = (np.arange(pixels.shape[1]) < pixels.shape[1] // 2) * np.ones(len(pixels))[:, None]
+    Image.fromarray(left.astype(np.uint8)).save(given / "shown" / "left" / "a_mask.png")
     vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
     text = OpenClipTextEncoder(CLIP, weights="random", templates="plain")
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}

@@ -67,6 +67,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             **{"tolerance": NUMBERS, "minimum_area": NUMBERS, "polygons": ("true", "x", "[]")},
             **{"instances": ("true", "2"), "image_root_url": ("", "x\ty", LONG)},
             **{"background": NUMBERS, "output": ("p.png", "/proc/x/y.png"), "templates": PATHS[:4]},
+            **{"exemplars": (*PATHS, "photos"), "exemplar_weight": NUMBERS},
         },
     ),
     "calibrate": (
@@ -75,7 +76,10 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "embed": (
         ("checkpoint=psi.pth", "classes=[cat]", "output=new.safetensors"),
-        {"classes": WORDS, "output": ("p.png", "", LONG), "negatives": WORDS},
+        {
+            **{"classes": WORDS, "output": ("p.png", "", LONG), "negatives": WORDS},
+            **{"exemplars": (*PATHS, "photos"), "exemplar_weight": NUMBERS, "short_side": NUMBERS},
+        },
     ),
     "search": (
         ("checkpoint=psi.safetensors", "store=features", "query=cat", "output=found"),

@@ -1,0 +1,256 @@
+"""`Exemplar`: a class shown in a picture instead of said in words, and the vector that it gives.
+
+A folder of them has a folder per class, and in it pictures, each with its mask beside it:
+`crack/wall.jpg` and `crack/wall_mask.png`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from talk2dino.datasets.pictures import ImageLike, is_picture, read_values, to_pixels
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.segmenter import EncodedImage
+
+WEIGHT = 0.5
+SHRINKAGE = 1.0  # of the covariance, in units of its mean variance; see docs/exemplars.md
+MASK = "_mask"  # ends the name of a mask, before its suffix
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplar:
+    """A picture in which a mask shows what a class looks like.
+
+    Attributes:
+        image: as `Talk2DINO.segment` takes it.
+        mask: of the same size, 0 outside and anything else inside: a path of a lossless picture
+            with one channel, a PIL image, an array or tensor `[H, W]`.
+        weight: share of the exemplars in the vector of a class that has words, too, 0..1; of
+            several with different ones the mean. Nothing, where there are no words.
+
+    Raises:
+        ConfigError: a weight out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino import Exemplar, Talk2DINO
+        >>> from talk2dino.alignment import ProjectionLayer
+        >>> from talk2dino.encoders import TimmVisionEncoder
+        >>> vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+        >>> model = Talk2DINO(vision, None, ProjectionLayer(8, vision.embed_dim))  # no words
+        >>> image = torch.zeros(3, 32, 64, dtype=torch.uint8)
+        >>> image[0, :, 32:] = 255
+        >>> classes = {"red": Exemplar(image, image[0]), "black": Exemplar(image, image[0] == 0)}
+        >>> model.segment(image, classes, short_side=32).labels[16, ::21]
+        tensor([1, 1, 0, 0])
+    """
+
+    image: ImageLike = field(repr=False)
+    mask: ImageLike = field(repr=False)
+    weight: float = WEIGHT
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight, "weight")
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The picture `[3, H, W]` uint8 and its mask `[H, W]` bool, on the CPU.
+
+        Raises:
+            DataError: one of them cannot be read, they differ in size, or the mask is empty.
+        """
+        pixels, inside = to_pixels(self.image), _read_mask(self.mask)
+        size, wanted = tuple(inside.shape), tuple(pixels.shape[-2:])
+        if size != wanted:
+            raise DataError(
+                f"{self._mask_name}: {size[0]}x{size[1]} pixels (rows x columns), but its picture "
+                f"has {wanted[0]}x{wanted[1]}; give a mask of the same size"
+            )
+        if not inside.any():
+            raise DataError(f"{self._mask_name}: is empty; pixels of the class are not 0")
+        return pixels, inside
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pixels, the mask and the weight, hex; errors as `read`."""
+        pixels, inside = self.read()
+        found = hashlib.sha256(f"{tuple(inside.shape)} {self.weight}".encode())
+        found.update(pixels.contiguous().numpy().tobytes())
+        found.update(np.packbits(inside.numpy()).tobytes())
+        return found.hexdigest()
+
+    @property
+    def _mask_name(self) -> str:
+        return f"mask={self.mask}" if isinstance(self.mask, (str, Path)) else "mask of an exemplar"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """An encoded exemplar.
+
+    Attributes:
+        tokens: `[N, D]` unit patch tokens of all windows.
+        share: `[N]` how much of each patch lies inside the mask, 0..1.
+    """
+
+    tokens: Tensor
+    share: Tensor
+
+
+def check_weight(weight: object, key: str) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ConfigError: no number of 0..1.
+    """
+    if not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+        raise ConfigError(f"{key}={weight!r}: use 0..1, the share of exemplars beside words")
+
+
+def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[Exemplar, ...]]:
+    """The exemplars of a folder by class, in the order of the names; every file is read once.
+
+    Args:
+        folder: holds a folder per class, and that `NAME.jpg` (any kind of picture) and
+            `NAME_mask.png` (any lossless kind) in pairs.
+        weight: of every exemplar.
+
+    Raises:
+        DataError: no such folder, no class in it, a class without pictures or masks, a picture or
+            mask without the other, or an exemplar that `Exemplar.read` refuses.
+        ConfigError: a weight out of its range.
+    """
+    root, where = Path(folder).expanduser(), f"exemplars={folder}"
+    check_weight(weight, "exemplar_weight")
+    if not root.is_dir():
+        raise DataError(f"{where}: no such folder; {_LAYOUT}")
+    if stray := next((path for path in sorted(root.iterdir()) if is_picture(path)), None):
+        raise DataError(f"{where}: {stray.name} lies in no folder of a class; {_LAYOUT}")
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if not folders:
+        raise DataError(f"{where}: holds no folder of a class; {_LAYOUT}")
+    found = {one.name: tuple(Exemplar(*pair, weight) for pair in _pairs(one)) for one in folders}
+    for exemplars in found.values():
+        for exemplar in exemplars:
+            exemplar.read()
+    return found
+
+
+_LAYOUT = "a folder per class holds pictures and masks: crack/wall.jpg with crack/wall_mask.png"
+
+
+def _pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Pictures of a class and their masks."""
+    files = [path for path in sorted(folder.iterdir()) if is_picture(path)]
+    masks = {path.stem.removesuffix(MASK): path for path in files if path.stem.endswith(MASK)}
+    pictures = [path for path in files if not path.stem.endswith(MASK)]
+    where = f"exemplars={folder.parent}: {folder.name}"
+    if not pictures or not masks:
+        raise DataError(f"{where} holds no {'masks' if pictures else 'pictures'}; {_LAYOUT}")
+    names = [path.stem for path in pictures]
+    for path in pictures:
+        if path.stem not in masks or names.count(path.stem) > 1:
+            wanted = f"needs a mask of its own, {path.stem}{MASK}.png"
+            raise DataError(f"{where}/{path.name} {wanted}")
+    if alone := sorted(masks.keys() - set(names)):
+        raise DataError(f"{where}/{masks[alone[0]].name} has no picture {alone[0]}.jpg beside it")
+    return [(path, masks[path.stem]) for path in pictures]
+
+
+def _read_mask(mask: ImageLike) -> Tensor:
+    """`[H, W]` bool on the CPU."""
+    if isinstance(mask, (str, Path)):
+        path = Path(mask).expanduser()
+        if not path.is_file():
+            raise DataError(f"mask={mask}: no such file")
+        if path.suffix.lower() in _LOSSY:
+            raise DataError(f"mask={mask}: JPEG changes pixels; save the mask as PNG")
+        values = read_values(path, "save the mask with one channel, 0 outside the class")
+    elif isinstance(mask, Image.Image):
+        values = np.asarray(mask)
+    else:
+        values = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if values.ndim != 2 or values.dtype.kind not in "buif":
+        raise DataError(
+            f"mask of an exemplar: {values.dtype} {values.shape}; give [H, W], 0 outside the class"
+        )
+    return torch.from_numpy(values != 0)
+
+
+@torch.no_grad()
+def see(encoded: EncodedImage, inside: Tensor, project: nn.Module | None) -> Seen:
+    """What the encoder saw of an exemplar.
+
+    Args:
+        encoded: its picture.
+        inside: `[H, W]` bool, its mask.
+        project: the image side of a projection, see `Segmenter`.
+    """
+    tokens, grid = encoded.features.patch_tokens, encoded.features.grid
+    if project is not None:
+        tokens = project(tokens)
+    size = (encoded.image.shape[-2], encoded.image.shape[-1])
+    mask = F.adaptive_avg_pool2d(inside.float()[None], size)
+    parts = [F.adaptive_avg_pool2d(w.crop(mask), grid).flatten() for w in encoded.windows]
+    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1, eps=1e-6)
+    return Seen(unit, torch.cat(parts).to(unit))
+
+
+def class_row(exemplars: Iterable[Seen], reference: Tensor | None) -> Tensor:
+    """The row of a class as its exemplars show it, `[D]` of unit length.
+
+    The mean of the patches inside, less what other patches have in common, along the directions
+    in which patches hardly differ otherwise: Fisher's linear discriminant, with a covariance that
+    is shrunk towards a multiple of the identity. As a row its cosine with raw patch tokens is
+    that of centered and decorrelated ones in the numerator.
+
+    Args:
+        exemplars: at least one; all count the same. They are gone through once.
+        reference: `[R, D]` unit patch tokens of unlabeled pictures, of a calibration; without,
+            the exemplars' own pictures take their part.
+
+    Raises:
+        DataError: patches inside do not differ from those that they are compared with.
+    """
+    inside, outside, spread = [], [], []
+    for seen in exemplars:
+        inside.append(_mean(seen.tokens, seen.share))
+        if (1 - seen.share).sum() >= 1:  # a patch
+            outside.append(_mean(seen.tokens, 1 - seen.share))
+        if reference is None:
+            spread.append(torch.cov(seen.tokens.T, correction=0))
+    others = [torch.stack(outside).mean(0)] if outside else []
+    if reference is not None:
+        others.append(reference.mean(0))
+        spread.append(torch.cov(reference.T, correction=0))
+    if not others:
+        raise DataError(
+            "exemplars: the masks cover their pictures whole, so there is nothing to tell the "
+            "class from; show what is not the class as well, or calibrate the checkpoint"
+        )
+    covariance = torch.stack(spread).mean(0)
+    added = (SHRINKAGE * covariance.diagonal().mean()).clamp(min=1e-8)
+    shrunk = covariance + added * torch.eye(len(covariance)).to(covariance)
+    row = torch.linalg.solve(shrunk, torch.stack(inside).mean(0) - torch.stack(others).mean(0))
+    if not row.norm() > 0:
+        raise DataError("exemplars: the patches inside a mask are like all others; show another")
+    return F.normalize(row, dim=0)
+
+
+def mix(text: Tensor, shown: Tensor, exemplars: Sequence[Exemplar]) -> Tensor:
+    """A row `[D]` of words and that of exemplars, by the exemplars' weight, of unit length."""
+    weight = sum(exemplar.weight for exemplar in exemplars) / len(exemplars)
+    return F.normalize(torch.lerp(text, shown, weight), dim=0)
+
+
+def _mean(tokens: Tensor, share: Tensor) -> Tensor:
+    return share @ tokens / share.sum()

@@ -1,0 +1,447 @@
+"""Classes that are shown: rows as counted by NumPy, without words and with them, kept in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from talk2dino import ClassEmbeddings, Exemplar, Talk2DINO
+from talk2dino.alignment.checkpoint import save_projection
+from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
+from talk2dino.calibration.calibration import Calibration
+from talk2dino.calibration.rules import MeanOffset
+from talk2dino.encoders.text import OpenClipTextEncoder
+from talk2dino.encoders.vision import TimmVisionEncoder
+from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.inference.class_embeddings import KEY
+from talk2dino.inference.exemplars import Seen, class_row, read_folder, see
+from tests.helpers.encoders import HashText, hash_model, noise_pixels
+from tests.helpers.pipeline import fails, need, run
+from tests.helpers.stores import CLIP
+
+SIDE = 32  # pixels; four patches of test_vit in a window
+
+
+@pytest.fixture(scope="module")
+def model() -> Talk2DINO:
+    return hash_model()
+
+
+@pytest.fixture(scope="module")
+def wordless() -> Talk2DINO:
+    """The same, but no text encoder."""
+    made = hash_model()
+    return Talk2DINO(made.vision, None, made.projection)
+
+
+def half(pixels: torch.Tensor, right: bool = False) -> torch.Tensor:
+    """A mask of the left or right half."""
+    columns = torch.arange(pixels.shape[-1]) < pixels.shape[-1] // 2
+    return (columns ^ right).expand(pixels.shape[-2:])
+
+
+def halves(seed: int = 0) -> torch.Tensor:
+    """Dark noise beside bright noise, `[3, 48, 96]` uint8."""
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 90, (3, 48, 96), generator=random, dtype=torch.uint8)
+    pixels[:, :, 48:] += 160
+    return pixels
+
+
+def calibrated(model: Talk2DINO) -> Talk2DINO:
+    tokens = torch.randn(300, model.vision.embed_dim, generator=torch.Generator().manual_seed(1))
+    made = Talk2DINO(model.vision, model.text, model.projection)
+    rows = model.embed_classes(["sky", "road"]).rows
+    made.calibration = Calibration.of(
+        tokens + 0.5, rows, MeanOffset(), model.vision, model.projection
+    )
+    return made
+
+
+def test_a_patch_counts_by_its_share_inside(model: Talk2DINO) -> None:
+    """Pixel by pixel, where the picture keeps its size."""
+    pixels = torch.randint(0, 256, (3, SIDE, 48), dtype=torch.uint8)
+    inside = torch.zeros(SIDE, 48, dtype=torch.bool)
+    inside[5:20, 10:37] = True
+    encoded = model.encode(pixels, SIDE).windows
+    patch = model.vision.patch_size
+    want = [
+        inside[w.y1 + y : w.y1 + y + patch, w.x1 + x : w.x1 + x + patch].numpy().mean()
+        for w in encoded.windows
+        for y in range(0, SIDE, patch)
+        for x in range(0, SIDE, patch)
+    ]
+    seen = see(encoded, inside, None)
+    np.testing.assert_allclose(seen.share, want, atol=1e-6)
+    tokens = encoded.features.patch_tokens.flatten(0, 1)
+    torch.testing.assert_close(seen.tokens, F.normalize(tokens, dim=-1))
+    one = torch.zeros_like(inside)
+    one[3, 40] = True  # a single pixel of many
+    assert model.embed_exemplars([Exemplar(pixels, one)], SIDE).norm() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_row_is_numpys(pictures: int, reference: bool) -> None:
+    random = np.random.default_rng(0)
+    tokens = [random.standard_normal((20, 6)) + 1 for _ in range(pictures)]
+    shares = [random.random(20) for _ in tokens]
+    others = random.standard_normal((50, 6)) + 0.3
+    inside = np.mean([np.average(t, 0, s) for t, s in zip(tokens, shares, strict=True)], 0)
+    outside = np.mean([np.average(t, 0, 1 - s) for t, s in zip(tokens, shares, strict=True)], 0)
+    if reference:
+        covariance, mean = np.cov(others.T, bias=True), (outside + others.mean(0)) / 2
+    else:
+        covariance = np.mean([np.cov(t.T, bias=True) for t in tokens], 0)
+        mean = outside
+    covariance += np.trace(covariance) / 6 * np.eye(6)
+    want = np.linalg.inv(covariance) @ (inside - mean)
+    seen = [Seen(torch.tensor(t), torch.tensor(s)) for t, s in zip(tokens, shares, strict=True)]
+    got = class_row(seen, torch.tensor(others) if reference else None)
+    np.testing.assert_allclose(got, want / np.linalg.norm(want), atol=1e-8)
+
+
+def test_the_direction_is_that_of_a_discriminant_analysis() -> None:
+    """With as many patches of either kind, and the same shrinkage of the same covariance."""
+    random = np.random.default_rng(0)
+    spread = np.diag([3.0, 1.0, 0.3, 0.1])
+    patches = np.concatenate([random.standard_normal((200, 4)) @ spread + m for m in (0.0, 0.5)])
+    labels = np.repeat([0, 1], 200)
+    within = np.concatenate([patches[labels == k] - patches[labels == k].mean(0) for k in (0, 1)])
+    by = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.5).fit(patches, labels)
+    seen = Seen(torch.tensor(patches), torch.tensor(labels).double())
+    # (cov + trace/D) / 2 is half of each; a reference of the spread within, around the mean outside
+    reference = torch.tensor(within + patches[labels == 0].mean(0))
+    got = class_row([seen], reference).numpy()
+    want = by.coef_[0] / np.linalg.norm(by.coef_[0])
+    assert got @ want == pytest.approx(1, abs=1e-4)
+
+
+def test_shown_classes_are_found_in_another_picture(wordless: Talk2DINO) -> None:
+    shown = [halves(seed) for seed in (0, 1)]
+    classes = {
+        "dark": [Exemplar(pixels, half(pixels)) for pixels in shown],
+        "bright": Exemplar(shown[0], half(shown[0], right=True)),
+    }
+    seg = wordless.segment(halves(2), classes, short_side=48)
+    assert seg.classes == ["dark", "bright"]
+    truth = half(seg.image, right=True).long()
+    assert (seg.labels == truth).float().mean() > 0.9
+    assert seg.synonyms == {"dark": (), "bright": ()}
+    turned = wordless.segment(halves(2).flip(-1), classes, short_side=48)
+    assert (turned.labels == 1 - truth).float().mean() > 0.9
+    with pytest.raises(CheckpointError, match="does not name its text encoder"):
+        wordless.segment(halves(2), {**classes, "words": "words"}, short_side=48)
+
+
+def test_words_and_exemplars_are_mixed_by_weight(model: Talk2DINO) -> None:
+    pixels = halves()
+    given = {"none": 0.0, "some": 0.3, "all": 1.0}
+    classes: dict[str, Any] = {
+        name: [name, "thing", Exemplar(pixels, half(pixels), weight)]
+        for name, weight in given.items()
+    }
+    made = model.embed_classes({"word": "word", **classes}, negatives=["sky"], short_side=SIDE)
+    text = model.embed_classes(
+        {"word": "word", **{name: [name, "thing"] for name in given}}, negatives=["sky"]
+    )
+    assert made.words == text.words and made.words.synonyms["some"] == ("some", "thing")
+    shown = model.embed_exemplars([Exemplar(pixels, half(pixels))], SIDE)
+    assert torch.equal(made.rows[:2], text.rows[:2])  # sky, word
+    torch.testing.assert_close(made.rows[2:4], text.rows[2:4])
+    torch.testing.assert_close(made.rows[6:], shown.expand(2, -1))
+    want = 0.7 * text.rows[4:6] + 0.3 * shown
+    torch.testing.assert_close(made.rows[4:6], want / want.norm(dim=1, keepdim=True))
+    two = model.embed_classes(
+        {"x": ["x", Exemplar(pixels, half(pixels), 0.2), Exemplar(pixels, half(pixels), 0.6)]},
+        short_side=SIDE,
+    )
+    want = 0.6 * model.embed_classes(["x"]).rows[0] + 0.4 * shown
+    torch.testing.assert_close(two.rows[0], want / want.norm())
+
+
+def test_a_calibration_is_compared_with_and_gives_offsets(model: Talk2DINO) -> None:
+    pixels = halves()
+    other, exemplar = calibrated(model), Exemplar(pixels, half(pixels))
+    assert other.calibration is not None
+    row = other.embed_exemplars([exemplar], SIDE)
+    assert not torch.allclose(row, model.embed_exemplars([exemplar], SIDE), atol=1e-2)
+    vocabulary = other.open_vocabulary({"dark": exemplar, "cat": "cat"}, short_side=SIDE)
+    tokens = F.normalize(other.calibration.tokens.float(), dim=-1)
+    torch.testing.assert_close(vocabulary.rows[0, :-1], row)
+    assert float(vocabulary.rows[0, -1]) == pytest.approx(float(row @ tokens.mean(0)), abs=1e-6)
+    whole = Exemplar(pixels, torch.ones(48, 96))
+    assert other.embed_exemplars([whole], SIDE).norm() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(DataError, match="masks cover their pictures whole"):
+        model.embed_exemplars([whole], SIDE)
+    flat = torch.full((3, 40, 40), 7, dtype=torch.uint8)
+    same = Seen(F.normalize(torch.ones(4, 3), dim=1), torch.tensor([1.0, 0, 0, 1]))
+    with pytest.raises(DataError, match="like all others"):
+        class_row([same], None)
+    assert Exemplar(flat, flat[0]).read()[1].all()
+
+
+def test_an_image_side_is_passed(model: Talk2DINO) -> None:
+    torch.manual_seed(0)
+    both = Talk2DINO(model.vision, HashText(), DoubleMLP(8, 64))
+    pixels = halves()
+    encoded = both.encode(pixels, SIDE).windows
+    with torch.no_grad():
+        tokens = both.projection.project_visual(encoded.features.patch_tokens)
+    seen = see(encoded, half(pixels), both.segmenter(None, False, SIDE).project_patches)
+    torch.testing.assert_close(seen.tokens, F.normalize(tokens.flatten(0, 1), dim=-1))
+    row = both.embed_exemplars([Exemplar(pixels, half(pixels))], SIDE)
+    torch.testing.assert_close(row, class_row([seen], None))
+
+
+def test_exemplars_are_looked_at_once(model: Talk2DINO, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Talk2DINO(model.vision, model.text, model.projection)
+    calls: list[int] = []
+    forward = model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda x: calls.append(len(x)) or forward(x))
+    array = halves().permute(1, 2, 0).numpy().copy()
+    exemplar = Exemplar(array, half(halves()).numpy())
+    first = made.embed_exemplars([exemplar], SIDE)
+    seen = len(calls)
+    assert torch.equal(made.embed_exemplars([exemplar], SIDE), first) and len(calls) == seen
+    array[:, ::5] = 255  # another picture in the same place
+    assert not torch.equal(made.embed_exemplars([exemplar], SIDE), first) and len(calls) > seen
+
+
+def test_a_file_of_shown_classes_needs_no_text_encoder(
+    model: Talk2DINO, wordless: Talk2DINO, tmp_path: Path
+) -> None:
+    pixels = halves()
+    exemplar = Exemplar(pixels, half(pixels))
+    classes: dict[str, Any] = {"dark": exemplar, "bright": Exemplar(pixels, half(pixels, True))}
+    made = wordless.embed_classes(classes, short_side=48)
+    file = made.save(tmp_path / "shown.safetensors")
+    with safe_open(file, framework="np") as opened:
+        content = json.loads(opened.metadata()[KEY])
+    assert content["made_with"]["text"] is None
+    assert content["exemplars"]["dark"] == [exemplar.digest]
+    assert content["rows"][0] == {"class": 0, "word": "", "sentences": []}
+    want = wordless.segment(halves(1), classes, short_side=48)
+    for other in (wordless, model):
+        got = other.segment(halves(1), file, short_side=48)
+        assert torch.equal(got.labels, want.labels) and torch.equal(got.scores, want.scores)
+    loaded = ClassEmbeddings.load(file)
+    assert loaded.words == made.words and loaded.exemplars == made.exemplars
+    assert list(loaded.select(["bright"]).exemplars) == ["bright"]
+    weights = TimmVisionEncoder("test_vit", "random", image_size=32)
+    with torch.no_grad():
+        next(weights.model.parameters()).add_(1)
+    with pytest.raises(CheckpointError, match=r"vision encoder \(other weights of test_vit\)"):
+        Talk2DINO(weights, None, wordless.projection).segment(pixels, file)
+    torch.manual_seed(1)
+    with pytest.raises(CheckpointError, match="another projection"):
+        Talk2DINO(model.vision, None, ProjectionLayer(8, 64)).segment(pixels, file)
+
+
+def test_masks_of_every_kind(tmp_path: Path) -> None:
+    pixels = halves()
+    inside = half(pixels).numpy()
+    Image.fromarray(inside.astype(np.uint8) * 255).save(tmp_path / "gray.png")
+    Image.fromarray(inside.astype(np.uint8)).save(tmp_path / "values.png")
+    Image.fromarray(inside).save(tmp_path / "bits.png")
+    kinds = [
+        *(tmp_path / name for name in ("gray.png", "values.png", "bits.png")),
+        *(str(tmp_path / "gray.png"), Image.open(tmp_path / "gray.png")),
+        *(inside, inside.astype(np.float32), torch.tensor(inside), torch.tensor(inside) * 3),
+    ]
+    digests = {Exemplar(pixels, mask).digest for mask in kinds}
+    assert len(digests) == 1
+    assert Exemplar(pixels, ~inside).digest not in digests
+    assert Exemplar(pixels, inside, 0.25).digest not in digests
+    assert Exemplar(pixels.flip(0), inside).digest not in digests
+
+
+def test_exemplars_that_are_refused(model: Talk2DINO, tmp_path: Path) -> None:
+    pixels = halves()
+    inside = half(pixels)
+    Image.fromarray(inside.numpy()).convert("L").save(tmp_path / "m.jpg")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "m.png")
+    refused: list[tuple[Any, str]] = [
+        (inside[:-1], "47x96 pixels .* but its picture has 48x96; give a mask of the same size"),
+        (inside & False, "mask of an exemplar: is empty"),
+        (tmp_path / "no.png", r"no\.png: no such file"),
+        (tmp_path / "m.jpg", "JPEG changes pixels; save the mask as PNG"),
+        (tmp_path / "m.png", "a RGB picture, not a label map; save the mask with one channel"),
+        (pixels, r"\(3, 48, 96\); give \[H, W\]"),
+        ("", "no such file"),
+        (None, "give"),
+    ]
+    for mask, said in refused:
+        with pytest.raises(DataError, match=said) as error:
+            model.segment(pixels, {"x": Exemplar(pixels, mask)})
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="no such file"):
+        model.segment(pixels, {"x": Exemplar(tmp_path / "no.jpg", inside)})
+    for weight in (-0.1, 1.5, float("nan"), "1"):
+        with pytest.raises(ConfigError, match=r"weight=.*use 0\.\.1"):
+            Exemplar(pixels, inside, weight)  # type: ignore[arg-type]
+    nameless: Any = [Exemplar(pixels, inside)]
+    for classes in (nameless, [nameless]):
+        with pytest.raises(ConfigError, match="an exemplar has no name"):
+            model.segment(pixels, classes)
+    with pytest.raises(ConfigError, match="empty name"):
+        model.segment(pixels, {"x": []})
+
+
+# --- the commands -----------------------------------------------------------------------------
+
+
+def save_pair(folder: Path, name: str, pixels: torch.Tensor, mask: torch.Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+    Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(folder / f"{name}_mask.png")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose text encoder cannot be built, a picture, and exemplars of two classes."""
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    text = OpenClipTextEncoder(CLIP, "random", templates="plain")
+    torch.manual_seed(0)
+    psi = ProjectionLayer(text.embed_dim, vision.embed_dim)
+    specs = {"vision": vision.spec, "text": text.describe()["spec"]}
+    save_projection(psi, tmp_path / "psi.safetensors", specs)
+    pixels = halves()
+    save_pair(tmp_path / "shown" / "dark", "a", pixels, half(pixels))
+    save_pair(tmp_path / "shown" / "dark", "b", halves(1), half(pixels))
+    save_pair(tmp_path / "shown" / "bright", "a", pixels, half(pixels, right=True))
+    Image.fromarray(halves(2).permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text encoder was built")
+
+    monkeypatch.setattr(OpenClipTextEncoder, "__init__", refuse)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+GIVEN = ("checkpoint=psi.safetensors", "accelerator=cpu", "short_side=48", "hydra.run.dir=run")
+SEGMENT = ("segment", *GIVEN, "image=p.png", "pamr=false")
+
+
+def test_a_folder_of_exemplars(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*SEGMENT, "exemplars=shown", "output=out.png", "resume=true")
+    labels = torch.from_numpy(np.array(Image.open("out_labels.png")).astype(int))
+    assert (labels == half(labels).long()).float().mean() > 0.9  # bright, dark: by name
+    figures = json.loads(Path("out.json").read_text())
+    assert [one["name"] for one in figures["classes"]] == ["bright", "dark"]
+    found = read_folder("shown")
+    digests = {name: [one.digest for one in shown] for name, shown in found.items()}
+    assert figures["settings"]["exemplars"] == digests and len(digests["dark"]) == 2
+
+    run(*SEGMENT, "exemplars=shown", "output=out.png", "resume=true")
+    assert "1 of 1 pictures were done before" in capfd.readouterr().out
+    for change in ("another mask", "another weight"):
+        if change == "another mask":
+            save_pair(Path("shown/dark"), "b", halves(1), half(halves()) & (torch.arange(96) > 9))
+        weight = 0.4 if change == "another weight" else 0.5
+        run(*SEGMENT, "exemplars=shown", f"exemplar_weight={weight}", "output=out.png",
+            "resume=true")  # fmt: skip
+        assert "were done before" not in capfd.readouterr().out, change
+
+    run("embed", *GIVEN, "exemplars=shown", "exemplar_weight=0.4", "output=shown.safetensors")
+    assert "2 classes, 2 rows of width 64" in capfd.readouterr().out
+    before = Path("out_labels.png").read_bytes()
+    run(*SEGMENT, "classes=shown.safetensors", "output=file.png")
+    assert Path("file_labels.png").read_bytes() == before
+    said = fails(capfd, *SEGMENT, "classes=shown.safetensors", "exemplars=shown")
+    assert "are embedded already; give the exemplars to talk2dino.embed" in said
+
+
+def test_annotations_name_the_words_only(place: Path) -> None:
+    need("pycocotools", "cv2", "shapely")
+    run(*SEGMENT, "exemplars=shown", "output=out.png", "formats=[coco]")
+    coco = json.loads(Path("out_annotations/coco/instances.json").read_text())
+    assert [(c["name"], c["synonyms"]) for c in coco["categories"]] == [
+        ("bright", []),
+        ("dark", []),
+    ]
+
+
+def test_onnx_files_of_shown_classes(place: Path) -> None:
+    need("onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
+
+    run("embed", *GIVEN, "exemplars=shown", "output=shown.safetensors")
+    run(
+        *("export", GIVEN[0], "classes=shown.safetensors", "output=shown.onnx"),
+        *(f"image_size={SIDE}", "hydra.run.dir=run"),
+    )
+    network = onnxruntime.InferenceSession("shown.onnx", providers=["CPUExecutionProvider"])
+    picture = noise_pixels()[:, :SIDE, :SIDE]
+    got = network.run(None, {"image": (picture[None].float() / 255).numpy()})[0]
+    model = Talk2DINO.from_pretrained("psi.safetensors", device="cpu")
+    want = model.segment(picture, "shown.safetensors", short_side=SIDE).scores
+    np.testing.assert_allclose(got[0], want.numpy(), atol=1e-4)
+
+
+def test_a_name_in_both_is_one_class(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    run("embed", *GIVEN, "classes=[cat,[dark,gloomy]]", "exemplars=shown", "output=x.safetensors")
+    made = ClassEmbeddings.load("x.safetensors")
+    assert made.words.synonyms == {"cat": ("cat",), "dark": ("dark", "gloomy"), "bright": ()}
+    assert {name: len(shown) for name, shown in made.exemplars.items()} == {"dark": 2, "bright": 1}
+    model = Talk2DINO.from_pretrained("psi.safetensors", device="cpu")
+    text = model.embed_classes(["cat", ["dark", "gloomy"]]).rows
+    shown = model.embed_exemplars(read_folder("shown")["dark"], 48)
+    torch.testing.assert_close(made.rows[0], text[0])
+    torch.testing.assert_close(made.rows[1:3], F.normalize(text[1:] + shown, dim=1))
+
+
+def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def refused(said: str, weight: float = 0.5) -> None:
+        with pytest.raises((DataError, ConfigError)) as error:
+            read_folder("bad", weight)
+        assert said in str(error.value) and "\n" not in str(error.value), error.value
+
+    bad = place / "bad"
+    refused("exemplars=bad: no such folder; a folder per class holds pictures and masks")
+    bad.mkdir()
+    (bad / ".hidden").mkdir()
+    refused("holds no folder of a class")
+    (bad / "dark").mkdir()
+    refused("dark holds no pictures")
+    pixels = halves()
+    save_pair(bad / "dark", "a", pixels, half(pixels)[:, :50])
+    refused("a_mask.png: 48x50 pixels (rows x columns), but its picture has 48x96")
+    save_pair(bad / "dark", "a", pixels, half(pixels) & False)
+    refused("a_mask.png: is empty")
+    refused("exemplar_weight=2.0: use 0..1", 2.0)
+    (bad / "dark" / "a_mask.png").rename(bad / "dark" / "c_mask.png")
+    refused("dark/a.png needs a mask of its own, a_mask.png")
+    save_pair(bad / "dark", "a", pixels, half(pixels))
+    refused("dark/c_mask.png has no picture c.jpg beside it")
+    (bad / "dark" / "c_mask.png").unlink()
+    (bad / "dark" / "a.jpg").write_bytes((bad / "dark" / "a.png").read_bytes())
+    refused("needs a mask of its own")  # a.jpg and a.png share one
+    (bad / "dark" / "a.jpg").unlink()
+    (bad / "dark" / "a_mask.png").unlink()
+    refused("dark holds no masks")
+    save_pair(bad / "dark", "a", pixels, half(pixels))
+    (bad / "dark" / "a.png").write_bytes(b"")
+    refused("a.png: cannot be read as an image")
+    save_pair(bad, "b", pixels, half(pixels))
+    refused("b.png lies in no folder of a class")
+    missing = ("segment", "checkpoint=none.safetensors", "image=p.png")
+    assert "b.png lies in no folder" in fails(capfd, *missing, "exemplars=bad")  # checkpoint unread
+    said = fails(capfd, *missing)
+    assert "classes=… not given" in said
