@@ -106,6 +106,19 @@ class Seen:
     share: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How patch tokens lie: mean `[D]` and covariance `[D, D]`."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Spread:
+        """That of `[N, D]`."""
+        return cls(tokens.mean(0), torch.cov(tokens.T, correction=0))
+
+
 def check_weight(weight: object, key: str) -> None:
     """Refuse what is no share.
 
@@ -205,7 +218,7 @@ def see(encoded: EncodedImage, inside: Tensor, project: nn.Module | None) -> See
     return Seen(unit, torch.cat(parts).to(unit))
 
 
-def class_row(exemplars: Iterable[Seen], reference: Tensor | None) -> Tensor:
+def class_row(exemplars: Iterable[Seen], reference: Spread | None) -> Tensor:
     """The row of a class as its exemplars show it, `[D]` of unit length.
 
     The mean of the patches inside, less what other patches have in common, along the directions
@@ -215,8 +228,8 @@ def class_row(exemplars: Iterable[Seen], reference: Tensor | None) -> Tensor:
 
     Args:
         exemplars: at least one; all count the same. They are gone through once.
-        reference: `[R, D]` unit patch tokens of unlabeled pictures, of a calibration; without,
-            the exemplars' own pictures take their part.
+        reference: unit patch tokens of unlabeled pictures, of a calibration; without, the
+            exemplars' own pictures take their part.
 
     Raises:
         DataError: patches inside do not differ from those that they are compared with.
@@ -227,11 +240,11 @@ def class_row(exemplars: Iterable[Seen], reference: Tensor | None) -> Tensor:
         if (1 - seen.share).sum() >= 1:  # a patch
             outside.append(_mean(seen.tokens, 1 - seen.share))
         if reference is None:
-            spread.append(torch.cov(seen.tokens.T, correction=0))
+            spread.append(Spread.of(seen.tokens).covariance)
     others = [torch.stack(outside).mean(0)] if outside else []
     if reference is not None:
-        others.append(reference.mean(0))
-        spread.append(torch.cov(reference.T, correction=0))
+        others.append(reference.mean)
+        spread.append(reference.covariance)
     if not others:
         raise DataError(
             "exemplars: the masks cover their pictures whole, so there is nothing to tell the "

@@ -26,7 +26,7 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, ResultWarning
 from talk2dino.inference.class_embeddings import Classes
-from talk2dino.inference.exemplars import Exemplar, class_row, see
+from talk2dino.inference.exemplars import Exemplar, Spread, class_row, see
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.text_side import TextSide, projection_state
@@ -257,7 +257,7 @@ class Talk2DINO(TextSide):
                 for pixels, inside in views
             )
             known = None if calibration is None else calibration.reference(psi, self.device)
-            return class_row(seen, None if known is None else known.tokens)[None]
+            return class_row(seen, None if known is None else Spread.of(known.tokens))[None]
 
         psi = self.projection
         kind = (segmenter.protocol.short_side, calibration and calibration.digest, self.dtype)

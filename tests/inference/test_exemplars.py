@@ -23,7 +23,7 @@ from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.class_embeddings import KEY
-from talk2dino.inference.exemplars import Seen, class_row, read_folder, see
+from talk2dino.inference.exemplars import Seen, Spread, class_row, read_folder, see
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
 from tests.helpers.pipeline import fails, need, run
 from tests.helpers.stores import CLIP
@@ -106,7 +106,7 @@ def test_the_row_is_numpys(pictures: int, reference: bool) -> None:
     covariance += np.trace(covariance) / 6 * np.eye(6)
     want = np.linalg.inv(covariance) @ (inside - mean)
     seen = [Seen(torch.tensor(t), torch.tensor(s)) for t, s in zip(tokens, shares, strict=True)]
-    got = class_row(seen, torch.tensor(others) if reference else None)
+    got = class_row(seen, Spread.of(torch.tensor(others)) if reference else None)
     np.testing.assert_allclose(got, want / np.linalg.norm(want), atol=1e-8)
 
 
@@ -121,7 +121,7 @@ def test_the_direction_is_that_of_a_discriminant_analysis() -> None:
     seen = Seen(torch.tensor(patches), torch.tensor(labels).double())
     # (cov + trace/D) / 2 is half of each; a reference of the spread within, around the mean outside
     reference = torch.tensor(within + patches[labels == 0].mean(0))
-    got = class_row([seen], reference).numpy()
+    got = class_row([seen], Spread.of(reference)).numpy()
     want = by.coef_[0] / np.linalg.norm(by.coef_[0])
     assert got @ want == pytest.approx(1, abs=1e-4)
 
