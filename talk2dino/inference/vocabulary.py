@@ -144,7 +144,8 @@ def _words(given: Any, *also: type) -> tuple[Any, ...]:
                 "classes: the list is empty or has an empty name; use ['cat', 'sofa'], "
                 f"not {word!r}"
             )
-        check_word(word, "classes")
+        if isinstance(word, str):
+            check_word(word, "classes")
     return words
 
 
