@@ -54,6 +54,7 @@ def segment(config: DictConfig) -> None:
     )
     check_formats(formats)
     options.refuse_idle(formats)
+    refinement = command.build(config.refinement) if config.refinement else None
     output = Path(config.output).expanduser()
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")
@@ -89,6 +90,7 @@ def segment(config: DictConfig) -> None:
             config.short_side,
             config.templates,
             negatives=listed(config.negatives),
+            refinement=refinement,
         )
         broken = _segment(
             left, vocabulary, settings, bool(config.heatmaps), options if formats else None, share

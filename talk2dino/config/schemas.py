@@ -175,6 +175,7 @@ class SegmentConfig:
     templates: str | None
     calibration: str | None
     background: Any  # a score, true, or null
+    refinement: Any
     pamr: bool
     short_side: int
     heatmaps: bool

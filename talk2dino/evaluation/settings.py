@@ -29,7 +29,7 @@ DECIDING = {
     "evaluate": ("benchmark", "refinement", "pamr", "pamr_whole_image", "trainer.precision"),
     "segment": (
         *("checkpoint", "classes", "negatives", "templates", "background", "pamr", "short_side"),
-        *("vision", "text"),
+        *("refinement", "vision", "text"),
     ),
 }
 # keys that a refinement did not have at first, with what its results were then
@@ -58,6 +58,8 @@ def deciding(config: Mapping[str, Any], command: str) -> dict[str, Any]:
     if isinstance(given, Mapping):
         usual = [key for key, value in _LATER.items() if key in given and given[key] == value]
         chosen["refinement"] = {key: given[key] for key in given if key not in usual}
+    if command == "segment" and not given:  # results of before do not name it
+        chosen.pop("refinement")
     return chosen
 
 

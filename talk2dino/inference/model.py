@@ -31,6 +31,7 @@ from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.text_side import TextSide, projection_state
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
+from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import Segmenter
 
@@ -276,6 +277,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
+        refinement: KNN | PAMR | None = None,
     ) -> SegmentedImage: ...
     @overload
     def segment(
@@ -289,6 +291,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
+        refinement: KNN | PAMR | None = None,
     ) -> list[SegmentedImage]: ...
     def segment(
         self,
@@ -301,6 +304,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
+        refinement: KNN | PAMR | None = None,
     ) -> SegmentedImage | list[SegmentedImage]:
         """Segment a picture, or each of several, into named classes.
 
@@ -319,6 +323,8 @@ class Talk2DINO(TextSide):
                 the set that suits the text encoder.
             negatives: words that are looked for and count as background where they win.
             prompts: by class name, whole sentences that replace its templates and synonyms.
+            refinement: `KNN(…)` spreads scores between patches that look alike, before `pamr`;
+                `PAMR(…)` is `pamr` with settings of its own.
 
         Raises:
             ConfigError: no class, or an argument out of its range.
@@ -326,7 +332,14 @@ class Talk2DINO(TextSide):
             CheckpointError: class embeddings of another checkpoint.
         """
         vocabulary = self.open_vocabulary(
-            classes, background, pamr, short_side, templates, negatives=negatives, prompts=prompts
+            classes,
+            background,
+            pamr,
+            short_side,
+            templates,
+            negatives=negatives,
+            prompts=prompts,
+            refinement=refinement,
         )
         return vocabulary(image)
 
@@ -340,6 +353,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
+        refinement: KNN | PAMR | None = None,
     ) -> OpenVocabulary:
         """Settle the classes once, then call the result on the frames of a video or a folder.
 
@@ -359,21 +373,30 @@ class Talk2DINO(TextSide):
                 ResultWarning,
                 stacklevel=2,
             )
-        segmenter = self.segmenter(threshold, pamr, short_side)
+        segmenter = self.segmenter(threshold, pamr, short_side, refinement)
         rows = self._calibrated(words, rows)
         return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))
 
     def segmenter(
-        self, threshold: float | None, pamr: bool, short_side: int | None = None
+        self,
+        threshold: float | None,
+        pamr: bool,
+        short_side: int | None = None,
+        refinement: KNN | PAMR | None = None,
     ) -> Segmenter:
         """The sliding-window segmenter for whole pictures, with square windows of the working size.
 
         Raises:
-            ConfigError: `short_side` is not positive.
+            ConfigError: `short_side` is not positive, or another refinement.
         """
         given: Any = short_side  # whatever a caller without types may give
         if given is not None and (not hasattr(given, "__index__") or not 1 <= given <= 8192):
             raise ConfigError(f"short_side={given!r}: give pixels up to 8192, for instance 448")
+        if not isinstance(refinement, KNN | PAMR | None):
+            raise ConfigError(f"refinement={refinement!r}: give KNN(…), PAMR(…) or None")
+        along_edges = PAMR() if pamr else None
+        if isinstance(refinement, PAMR):
+            along_edges, refinement = refinement, None
         patch = self.vision.patch_size
         side = max(patch, round((short_side or 448) / patch) * patch)
         return Segmenter(
@@ -384,7 +407,8 @@ class Talk2DINO(TextSide):
             input_size=side,
             background_cleaning=threshold is not None,
             background_threshold=threshold,
-            pamr=PAMR() if pamr else None,
+            pamr=along_edges,
+            knn=refinement,
             project_patches=visual_side(self.projection),
         )
 

@@ -52,7 +52,7 @@ def test_one_picture(
     monkeypatch.setattr("talk2dino.segmentation.memory.LARGE", 1000)
     out = tmp_path / "new" / "a.png"
     given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", f"output={out}"]
-    run("segment", *given, "heatmaps=true", "negatives=[sky]")
+    run("segment", *given, "heatmaps=true", "negatives=[sky]", "refinement=knn", "refinement.k=5")
     labels = np.asarray(Image.open(out.with_name("a_labels.png")))
     assert labels.shape == (50, 70)
     assert set(np.unique(labels)) <= {0, 1, 2, 3}
@@ -64,6 +64,7 @@ def test_one_picture(
     assert [entry["pixels"] for entry in figures["classes"]] == [
         int((labels == index).sum()) for index in range(4)
     ]
+    assert figures["settings"]["refinement"]["k"] == 5
     assert figures["heatmaps"]["brick wall"] == "a_heat_brick-wall.png"
     assert set(figures["heatmaps"]) == set(names[1:])
     assert Image.open(out.with_name("a_heat_cat.png")).size == (70, 50)

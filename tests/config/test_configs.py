@@ -45,7 +45,7 @@ USED = {  # groups of each command
         "launcher",
     ),
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
-    "segment": ("vision", "text", "launcher"),
+    "segment": ("refinement", "vision", "text", "launcher"),
     "calibrate": ("rule", "vision", "text", "launcher"),
     "embed": ("vision", "text", "launcher"),
     "search": ("val_similarity", "vision", "text", "launcher"),

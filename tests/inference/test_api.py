@@ -20,6 +20,7 @@ from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.vocabulary import TextCache
+from talk2dino.segmentation import KNN, PAMR
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
 
 
@@ -126,6 +127,20 @@ def test_segment(
     assert picture.width >= 64  # a legend may be wider than a small picture
     assert picture.height > 40
     assert found.overlay(legend=False).size == (64, 40)
+
+
+def test_refinements_with_settings(model: Talk2DINO, pixels: torch.Tensor) -> None:
+    def scores(**how: Any) -> torch.Tensor:
+        return model.segment(pixels, ["cat", "dog"], short_side=32, **how).class_scores[:]
+
+    plain, spread = scores(), scores(refinement=KNN())
+    assert not torch.equal(spread, plain)
+    assert torch.equal(scores(refinement=KNN(keep=1.0)), plain)
+    assert torch.equal(scores(refinement=PAMR()), scores(pamr=True))
+    both = scores(refinement=KNN(), pamr=True)
+    assert not torch.equal(both, spread) and not torch.equal(both, scores(pamr=True))
+    with pytest.raises(ConfigError, match="refinement='crf': give KNN"):
+        model.segment(pixels, ["cat"], refinement="crf")  # type: ignore[call-overload]
 
 
 def test_synonyms_stand_for_one_class(model: Talk2DINO, pixels: torch.Tensor) -> None:
