@@ -25,7 +25,7 @@ OTHERS = {
     },
     "segment": {
         *("image", "output", "heatmaps", "resume", "overwrite", "accelerator"),
-        "calibration",  # its digest is compared
+        *("calibration", "exemplars", "exemplar_weight"),  # their digests are compared
         # annotations are gathered from the pictures' own records
         *("formats", "instances", "minimum_area", "tolerance", "polygons", "image_root_url"),
     },
