@@ -14,8 +14,8 @@ import talk2dino
 
 # along the data's way; commands that are not named here come after these
 ORDER = (
-    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "search"),
-    *("app", "serve", "embed", "export", "convert", "doctor"),
+    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "video"),
+    *("search", "app", "serve", "embed", "export", "convert", "doctor"),
 )
 
 

@@ -39,6 +39,7 @@ TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client", "defusedxml"),
         "serve",
     ),
+    ("videos", ("av",), "video"),
     ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),
     (
         "search with pruning, sweeps side by side",

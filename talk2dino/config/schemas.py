@@ -295,6 +295,27 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True)
+class VideoConfig:
+    """video.yaml."""
+
+    checkpoint: str | None
+    video: str | None
+    classes: Any
+    output: str
+    vision: Any = None
+    text: Any = None
+    smoothing: float
+    negatives: list[str]
+    templates: str | None
+    calibration: str | None
+    background: Any  # a score, true, or null
+    pamr: bool
+    short_side: int
+    overwrite: bool
+    accelerator: str
+
+
+@dataclass(kw_only=True)
 class ExportConfig:
     """export.yaml."""
 
@@ -340,6 +361,7 @@ SCHEMAS = {
     "calibrate": CalibrateConfig,
     "embed": EmbedConfig,
     "search": SearchConfig,
+    "video": VideoConfig,
     "app": AppConfig,
     "serve": ServeConfig,
     "export": ExportConfig,

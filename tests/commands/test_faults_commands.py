@@ -110,6 +110,13 @@ CASES = {
             *("short_side=32", "pamr=false", "heatmaps=true", "resume=true"),
         )
     ),
+    "video": Case(
+        (
+            *("video", *MODEL, "video=given/clip.mp4", "classes=[cat,sofa]"),
+            *("output=out/clip.mp4", "short_side=32"),
+        ),
+        slow=True,
+    ),
     "embed": Case(
         ("embed", *MODEL, "classes=[cat,sofa]", "output=out/classes.safetensors"), final=True
     ),
@@ -272,6 +279,7 @@ def prepare(folder: Path) -> Path:
     tiny_store(given / "dense", patches, text_dim=text.embed_dim, vision=vision.describe())
     write_benchmark(given / "bench", count=2, size=(32, 40))
     write_features(given)
+    write_clip(given / "clip.mp4")
     maps = given / "maps" / "val2017"
     maps.mkdir(parents=True)
     for number in range(2):
@@ -317,6 +325,20 @@ def write_features(folder: Path) -> None:
             info = tarfile.TarInfo(f"{image['id']}.pth")
             info.size = len(buffer.getvalue())
             tar.addfile(info, io.BytesIO(buffer.getvalue()))
+
+
+def write_clip(path: Path) -> None:
+    """A video of three frames, where its library is."""
+    with suppress(ImportError):
+        import av
+
+        with av.open(str(path), "w") as made:
+            stream = made.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 40, 64, "yuv420p"
+            for number in range(3):
+                pixels = np.full((40, 64, 3), 60 * number, np.uint8)
+                made.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            made.mux(stream.encode(None))
 
 
 def visible(folder: Path) -> dict[str, bytes]:

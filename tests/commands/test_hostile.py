@@ -89,6 +89,13 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         },
     ),
     "app": (("checkpoint=psi.pth",), {"classes": WORDS, "port": NUMBERS, "short_side": NUMBERS}),
+    "video": (
+        ("checkpoint=psi.safetensors", "video=p.png", "classes=[cat]", "output=new.mp4"),
+        {
+            **{"video": PATHS, "classes": WORDS, "smoothing": NUMBERS},
+            "output": ("p.png", "/proc/x/y.mp4", LONG),
+        },
+    ),
     "serve": (
         ("checkpoint=psi.pth",),
         {

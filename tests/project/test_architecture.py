@@ -29,6 +29,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "training",
     "web",
     "serving",
+    "videos",
 ]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 BELOW_ALL = {"errors", "files", "renamed", "tables"}
@@ -45,6 +46,7 @@ ONLY_IN = {
     "omegaconf": HYDRA,
     "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
+    "av": {"videos/frames.py"},
     "fastapi": {"serving/server.py"},
     "httpx": {"serving/ml_backend.py"},
     "prometheus_client": {"serving/gate.py", "serving/server.py"},

@@ -1,0 +1,99 @@
+"""`python -m talk2dino.video`: a video and class names into a video with the classes in color."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+import talk2dino
+from talk2dino.config import command
+from talk2dino.config.command import class_words, listed, load_model, progress, require
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.files import read_json, write_json
+from talk2dino.inference.segmented import background_threshold
+from talk2dino.videos.frames import (
+    WRITTEN_BY,
+    Smoother,
+    is_our_video,
+    open_video,
+    segment_video,
+)
+
+
+def require_all(config: DictConfig) -> None:
+    """Say what is missing before anything is loaded.
+
+    Raises:
+        ConfigError: a key is not given, or PyAV is not installed.
+    """
+    require(config, "checkpoint", "video", "classes")
+    if importlib.util.find_spec("av") is None:
+        raise ConfigError("videos need PyAV: pip install 'talk2dino[video]'")
+
+
+def video(config: DictConfig) -> None:
+    """Segment the frames of a video; writes the overlay and a JSON of figures beside it."""
+    classes = class_words(config.classes)
+    background_threshold(config.background)  # refuses it before the model is loaded
+    smoother = Smoother(config.smoothing)
+    source, output = Path(config.video).expanduser(), Path(config.output).expanduser()
+    open_video(source).close()
+    figures = output.with_suffix(".json")
+    if output.suffix.lower() != ".mp4":
+        raise ConfigError(f"output={output}: the name must end in .mp4")
+    if output.exists() and output.samefile(source):
+        raise ConfigError(f"output={output}: is the video itself; use another name")
+    if not config.overwrite:
+        refuse_foreign(output, figures)
+    command.require_output_folder(output.parent, "output")
+    vocabulary = load_model(config, classes=classes).open_vocabulary(
+        classes,
+        config.background,
+        config.pamr,
+        config.short_side,
+        config.templates,
+        negatives=listed(config.negatives),
+    )
+    with progress("frames") as advance:
+        found = segment_video(source, output, vocabulary, smoother, advance)
+    content = {
+        "written_by": f"{WRITTEN_BY} {talk2dino.__version__}",
+        "video": str(source),
+        "overlay": output.name,
+        "frames": found.frames,
+        "size": list(found.size),
+        "shares": found.shares,
+        "flicker": found.flicker,
+        "smoothing": config.smoothing,
+    }
+    write_json(figures, content)
+    print(f"{output}: {found.frames} frames, {100 * found.flicker:.2f} % of labels change a frame")
+
+
+def refuse_foreign(output: Path, figures: Path) -> None:
+    """Refuse to overwrite what this command did not write.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    if output.exists() and not is_our_video(output):
+        foreign: Path | None = output
+    elif figures.exists():
+        try:
+            noted = read_json(figures, dict, "figures").get("written_by")
+        except DataError:
+            noted = None
+        foreign = None if str(noted).startswith(WRITTEN_BY) else figures
+    else:
+        foreign = None
+    if foreign is not None:
+        raise ConfigError(
+            f"output={foreign}: is there and was not written by talk2dino.video; use another "
+            "output, or overwrite=true"
+        )
+
+
+if __name__ == "__main__":
+    command.run("video", video, require_all)

@@ -1,0 +1,160 @@
+"""Videos: frames in and out with their times, and labels that flicker less and lag little."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talk2dino.errors import ConfigError, DataError
+from talk2dino.inference.vocabulary import EncodedPicture
+from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
+from talk2dino.segmentation.windows import sliding_windows
+from talk2dino.videos.frames import Smoother, segment_video
+from tests.helpers.encoders import hash_model
+from tests.helpers.pipeline import fails, run
+
+av = pytest.importorskip("av")
+
+
+def write(path: Path, frames: list[np.ndarray], seconds: list[float]) -> Path:
+    """A lossless video whose frames have these times."""
+    with av.open(str(path), "w") as made:
+        stream = made.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv444p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for pixels, second in zip(frames, seconds, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(1000 * second), Fraction(1, 1000)
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode(None))
+    return path
+
+
+def scene(count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    small = random.integers(0, 256, (5, 8, 3)).repeat(8, 0).repeat(8, 1)
+    return [np.uint8((small + random.normal(0, 9, small.shape)).clip(0, 255)) for _ in range(count)]
+
+
+def encoded(tokens: torch.Tensor) -> EncodedPicture:
+    """`[B, P, D]` of two windows with 4 x 4 patches, attention maps of their first two numbers."""
+    windows = sliding_windows(32, 64, 32, 32)
+    maps = tokens[..., :2].transpose(1, 2)
+    image = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    features = WindowFeatures(tokens, maps, (4, 4))
+    return EncodedPicture(image, EncodedImage(image, windows, features, (32, 64)))
+
+
+def mixed(smoother: Smoother, tokens: torch.Tensor) -> torch.Tensor:
+    found = smoother(encoded(tokens)).windows.features
+    assert torch.allclose(found.self_attn_maps.transpose(1, 2), found.patch_tokens[..., :2])
+    return found.patch_tokens
+
+
+def test_noise_is_averaged_where_the_patches_are_moved_or_not() -> None:
+    """Against a plain moving average of the same patches, which is told where they went."""
+    truth = F.normalize(torch.randn(2, 16, 64), dim=-1) * 8
+    smoother, shift = Smoother(0.8), 0
+    errors, plain = [], []
+    for step in range(12):
+        shift += step % 3
+        noisy = truth.roll(shift, 1) + 0.3 * torch.randn(2, 16, 64)
+        found = mixed(smoother, noisy)
+        errors.append(float((found - truth.roll(shift, 1)).square().mean()))
+        plain.append(float((noisy - truth.roll(shift, 1)).square().mean()))
+    assert errors[0] == plain[0]
+    assert np.mean(errors[4:]) < 0.4 * np.mean(plain)
+
+
+def test_a_cut_begins_anew_and_zero_changes_nothing() -> None:
+    one, other = (F.normalize(torch.randn(2, 16, 64), dim=-1) for _ in range(2))
+    smoother = Smoother(0.9)
+    assert torch.equal(mixed(smoother, one), one)
+    assert torch.equal(mixed(smoother, other), other)  # no cosine of 64 random numbers is 0.5
+    assert torch.equal(mixed(smoother, other[:1]), other[:1])  # another size
+    plain = Smoother(0)
+    for _ in range(3):
+        tokens = one + 0.1 * torch.randn_like(one)
+        assert torch.equal(mixed(plain, tokens), tokens)
+    for strength in (-0.1, 1, float("nan")):
+        with pytest.raises(ConfigError, match="smoothing"):
+            Smoother(strength)
+
+
+def test_frames_keep_their_times_and_the_overlay_is_that_of_the_model(tmp_path: Path) -> None:
+    model, times = hash_model(), [0.0, 0.1, 0.3, 0.35, 1.0]
+    source = write(tmp_path / "in.mkv", scene(5), times)
+    vocabulary = model.open_vocabulary(["cat", "grass", "sofa"], short_side=32)
+    told: list[int] = []
+    target = tmp_path / "out.mp4"
+    found = segment_video(source, target, vocabulary, None, lambda done, _: told.append(done))
+    with av.open(str(source)) as opened:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+    alone = [vocabulary(one) for one in pictures]
+    with av.open(str(target)) as opened:
+        frames = list(opened.decode(video=0))
+    assert [round(frame.time - frames[0].time, 2) for frame in frames] == times
+    for frame, want in zip(frames, alone, strict=True):
+        pixels = np.asarray(want.overlay(legend=False), np.int16)
+        assert np.abs(frame.to_ndarray(format="rgb24") - pixels).mean() < 12  # H.264 loses a little
+    assert found.frames == 5 and found.size == (40, 64) and told == [1, 2, 3, 4, 5]
+    changed = [float((a.labels != b.labels).double().mean()) for a, b in pairwise(alone)]
+    assert found.flicker == pytest.approx(np.mean(changed))
+    for name, share in found.shares.items():
+        assert share == pytest.approx(np.mean([one.areas()[name] for one in alone]))
+    smooth = segment_video(source, target, vocabulary, Smoother(0.9))
+    assert smooth.flicker < 0.7 * found.flicker
+
+
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from talk2dino.alignment.checkpoint import save_projection
+    from talk2dino.alignment.projection import ProjectionLayer
+    from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+
+    vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
+    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    specs = {"vision": vision.spec, "text": text.describe()["spec"]}
+    psi = tmp_path / "psi.safetensors"
+    save_projection(ProjectionLayer(text.embed_dim, vision.embed_dim), psi, specs)
+    source, target = write(tmp_path / "in.mp4", scene(3), [0, 0.1, 0.2]), tmp_path / "o" / "out.mp4"
+    given = (f"checkpoint={psi}", f"video={source}", "classes=[cat,sofa]", "short_side=32")
+    for _ in range(2):  # its own files are replaced
+        run("video", *given, f"output={target}")
+        assert "3 frames" in capfd.readouterr().out
+    figures = json.loads(target.with_suffix(".json").read_text())
+    assert figures["frames"] == 3 and sum(figures["shares"].values()) == pytest.approx(1)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out.json", "out.mp4"]
+    assert "is the video itself" in fails(capfd, "video", *given, f"output={source}")
+    other = write(tmp_path / "mine.mp4", scene(1), [0])
+    before = other.read_bytes()
+    assert "was not written by" in fails(capfd, "video", *given, f"output={other}")
+    assert other.read_bytes() == before
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(source.read_bytes()[:200])
+    wrong = {"none.mp4": "no such file", "broken.mp4": "not a video", "psi.safetensors": "not a"}
+    for name, said in wrong.items():
+        asked = (given[0], f"video={tmp_path / name}", *given[2:], f"output={tmp_path / 'x.mp4'}")
+        assert said in fails(capfd, "video", *asked)
+    assert "must end in .mp4" in fails(capfd, "video", *given, "output=x.avi")
+
+
+def test_a_damaged_video_leaves_nothing(tmp_path: Path) -> None:
+    model, source = hash_model(), write(tmp_path / "in.mkv", scene(9), [n / 10 for n in range(9)])
+    content = bytearray(source.read_bytes())
+    content[len(content) // 3 :] = b""
+    source.write_bytes(content)
+    vocabulary, target = model.open_vocabulary(["cat"], short_side=32), tmp_path / "out.mp4"
+    try:
+        found = segment_video(source, target, vocabulary)
+    except DataError as error:
+        assert "in.mkv" in str(error) and not target.exists()
+    else:  # FFmpeg reads what is there
+        assert 0 < found.frames < 9 and target.exists()
+    assert not list(tmp_path.glob(".*"))
