@@ -15,16 +15,21 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import rasterio
+import skimage.data
 import torch
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
+from rasterio.transform import from_origin
 
 from talk2dino import Exemplar, Talk2DINO
 from talk2dino.alignment import ProjectionLayer
 from talk2dino.datasets.mosaic import CONCEPTS, Mosaic, MosaicScenes
 from talk2dino.encoders import TimmVisionEncoder
 from talk2dino.finding.found_files import write_found
+from talk2dino.maps.blocks import segment_map
+from talk2dino.maps.geotiff import MapImage
 from talk2dino.segmentation.overlay import ignored_label, legend_colors, overlay
 
 REPOSITORY = Path(__file__).parents[1]
@@ -49,6 +54,7 @@ def main() -> None:
     annotations(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
     search(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
     exemplars(REPOSITORY / "docs" / "images")
+    land(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
 
 
 def annotations(quickstart: Path, images: Path) -> None:
@@ -153,6 +159,38 @@ def exemplars(images: Path) -> None:
         joined.paste(part, (place * (336 + 12), 0))
     joined.save(images / "exemplars.png")
     print("docs/images/exemplars.png")
+
+
+def land(quickstart: Path, images: Path) -> None:
+    """Fields of three textures as a map, and the labels of two files that overlap."""
+    fields = [getattr(skimage.data, name)() for name in ("grass", "gravel", "brick")]
+    down, right = np.mgrid[:800, :1600]
+    kind = (np.sin(right / 210 + down / 400) + np.sin(down / 170 - right / 500)).round() % 3
+    tiled = [np.tile(field[::2, ::2], (4, 7))[:800, :1600] for field in fields]
+    pixels = np.choose(kind.astype(int), tiled).astype(np.uint8)
+    model = Talk2DINO.from_pretrained(quickstart / "dense")
+    vocabulary = model.open_vocabulary(["grass", "gravel", "brick wall"], short_side=224)
+    sheet = Image.new("RGB", (1620, 400), (255, 255, 255))
+    sheet.paste(Image.fromarray(pixels).resize((800, 400)))
+    with tempfile.TemporaryDirectory() as name:
+        for number, (start, stop, top) in enumerate(((0, 900, 0), (700, 1600, 400))):
+            file = Path(name, f"{number}.tif")
+            corner = from_origin(500_000 + start / 2, 5_400_000, 0.5, 0.5)
+            profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "crs": "EPSG:32632"}
+            part = pixels[:, start:stop]
+            size = {"height": 800, "width": stop - start}
+            with rasterio.open(file, "w", transform=corner, **profile, **size) as out:
+                out.write(part, 1)
+            with MapImage(file, meters_per_pixel=0.5) as image:
+                segment_map(vocabulary, image, Path(name, "labels.tif"))
+            with rasterio.open(Path(name, "labels.tif")) as found:
+                colors = np.array([found.colormap(1)[n][:3] for n in range(3)], np.uint8)
+                shown = Image.fromarray(colors[found.read(1)])
+            half = shown.resize(((stop - start) // 2, 400), Image.Resampling.NEAREST)
+            half = half.crop((0, top // 2, half.width, top // 2 + 200))
+            sheet.paste(half, (820 + start // 2, top // 2))
+    sheet.save(images / "map.png")
+    print("docs/images/map.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "talk2dino"
-COMMANDS = ("extract", "train", "evaluate", "segment", "search", "convert")
+COMMANDS = ("extract", "train", "evaluate", "segment", "map", "search", "convert")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

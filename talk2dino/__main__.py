@@ -14,7 +14,7 @@ import talk2dino
 
 # along the data's way; commands that are not named here come after these
 ORDER = (
-    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "video"),
+    *("extract", "train", "calibrate", "evaluate", "compare", "segment", "video", "map"),
     *("search", "app", "serve", "embed", "export", "convert", "doctor"),
 )
 

@@ -41,6 +41,7 @@ TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     ("videos", ("av",), "video"),
     ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),
+    ("maps", ("rasterio",), "geo"),
     (
         "search with pruning, sweeps side by side",
         ("optuna", "hydra_plugins.hydra_joblib_launcher"),

@@ -191,6 +191,33 @@ class SegmentConfig:
 
 
 @dataclass(kw_only=True)
+class MapConfig:
+    """map.yaml."""
+
+    checkpoint: str | None
+    image: str | None
+    classes: Any
+    output: str
+    vision: Any = None
+    text: Any = None
+    negatives: list[str]
+    templates: str | None
+    calibration: str | None
+    background: Any  # a score, true, or null
+    pamr: bool
+    meters_per_pixel: float | None
+    scale: float | None
+    window: int
+    bands: list[int] | None
+    stretch: list[float] | None
+    value_range: list[float] | None
+    polygons: bool
+    minimum_area: int
+    overwrite: bool
+    accelerator: str
+
+
+@dataclass(kw_only=True)
 class CalibrateConfig:
     """calibrate.yaml."""
 
@@ -358,6 +385,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "segment": SegmentConfig,
+    "map": MapConfig,
     "calibrate": CalibrateConfig,
     "embed": EmbedConfig,
     "search": SearchConfig,

@@ -18,6 +18,7 @@ from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
 from talk2dino.inference.exemplars import Exemplar
 from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.memory import WorkingMemory
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
@@ -288,11 +289,14 @@ class OpenVocabulary:
         ]
 
     @torch.no_grad()
-    def _score(self, picture: EncodedPicture) -> SegmentedImage:
+    def scores(self, picture: EncodedPicture) -> ClassMaps:
+        """Scores at working size, `[K, h, w]`; with negatives, the best of them comes first."""
         rows = self.rows.to(picture.windows.features.patch_tokens.device)
         classes = torch.tensor(self.words.row_classes, device=rows.device)
-        scores = self.segmenter.class_maps(picture.windows, rows, classes)  # [K (+ 1), h, w]
-        negative = None
+        return self.segmenter.class_maps(picture.windows, rows, classes)
+
+    def _score(self, picture: EncodedPicture) -> SegmentedImage:
+        scores, negative = self.scores(picture), None
         if self.words.has_negatives:
             negative, scores = scores.split(1)
         return SegmentedImage.from_scores(

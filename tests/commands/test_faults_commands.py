@@ -117,6 +117,12 @@ CASES = {
         ),
         slow=True,
     ),
+    "map": Case(
+        (
+            *("map", *MODEL, "image=given/photos/0.png", "classes=[cat,sofa]", "window=32"),
+            *("output=out/labels.tif", "pamr=false", "polygons=true"),
+        )
+    ),
     "embed": Case(
         ("embed", *MODEL, "classes=[cat,sofa]", "output=out/classes.safetensors"), final=True
     ),
@@ -170,6 +176,7 @@ QUICK = (
     "evaluate",
     "compare",
     "segment",
+    "map",
     "embed",
     "search",
     "convert archive",

@@ -70,6 +70,18 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             **{"exemplars": (*PATHS, "photos"), "exemplar_weight": NUMBERS},
         },
     ),
+    "map": (
+        (
+            *("checkpoint=psi.safetensors", "image=p.png", "classes=[cat]", "output=new.tif"),
+            *("window=32", "pamr=false"),
+        ),
+        {
+            **{"image": PATHS, "classes": WORDS, "meters_per_pixel": NUMBERS, "scale": NUMBERS},
+            **{"bands": (*NUMBERS, "[1,2]", "[[1]]"), "stretch": ("[2,98]", "[nan,1]", "[1]", "x")},
+            **{"value_range": ("[0,1e400]", "[5,5]"), "minimum_area": NUMBERS, "window": NUMBERS},
+            **{"output": ("p.png", "/proc/x/y.tif", f"{LONG}.tif", ""), "background": NUMBERS},
+        },
+    ),
     "calibrate": (
         ("checkpoint=psi.safetensors", "images=photos", "output=new.safetensors"),
         {"images": PATHS, "output": ("p.png", "", LONG), "tokens": NUMBERS, "seed": NUMBERS},

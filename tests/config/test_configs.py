@@ -26,7 +26,7 @@ from tests.helpers.configs import CONF, GIVEN, compose, needed
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import tiny_store
 
-COMMANDS = ("extract", "train", "evaluate", "segment", "calibrate", "embed", "search")
+COMMANDS = ("extract", "train", "evaluate", "segment", "map", "calibrate", "embed", "search")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
     "extract": ("source", "vision", "text", "features", "launcher"),
@@ -46,6 +46,7 @@ USED = {  # groups of each command
     ),
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
     "segment": ("refinement", "vision", "text", "launcher"),
+    "map": ("vision", "text", "launcher"),
     "calibrate": ("rule", "vision", "text", "launcher"),
     "embed": ("vision", "text", "launcher"),
     "search": ("val_similarity", "vision", "text", "launcher"),
@@ -294,6 +295,7 @@ TYPOS = [
     ("evaluate", ["vision=dinov2_vits"], "vision=dinov2_vits", "vision=dinov2_vits14?"),
     ("embed", ["outptu=x"], "outptu", "output?"),
     ("search", ["qeury=x"], "qeury", "query?"),
+    ("map", ["meters_per_pixle=1"], "meters_per_pixle", "meters_per_pixel?"),
     ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
     ("segment", ["short_side=tall"], "short_side=tall", "Integer"),

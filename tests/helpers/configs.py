@@ -15,6 +15,7 @@ GIVEN = {  # values that have no default
     "train": ["store=s", "projection.text_dim=4", "projection.vision_dim=6"],
     "evaluate": ["checkpoint=c", "benchmark.images=i", "benchmark.masks=m", "benchmark.classes=t"],
     "segment": ["checkpoint=c", "image=i", "classes=[cat]"],
+    "map": ["checkpoint=c", "image=i", "classes=[cat]"],
     "calibrate": ["checkpoint=c", "store=s"],
     "embed": ["checkpoint=c", "classes=[cat]"],
     "search": ["checkpoint=c", "store=s", "query=cat"],

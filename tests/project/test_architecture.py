@@ -24,6 +24,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "calibration",
     "finding",
     "inference",
+    "maps",
     "config",
     "sweeps",
     "training",
@@ -58,6 +59,7 @@ ONLY_IN = {
         *(source for source in SOURCES if source.startswith("segmentation/")),
     },
     "optuna": {"sweeps/study.py"},
+    "rasterio": {"maps/geotiff.py", "maps/map_files.py"},
     "lightning": {
         "features/datamodule.py",
         "alignment/module.py",

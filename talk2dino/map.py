@@ -1,0 +1,76 @@
+"""`python -m talk2dino.map`: a map of any size into a label map of the same place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from talk2dino.config import command
+from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.errors import ConfigError
+from talk2dino.inference.segmented import background_threshold
+from talk2dino.maps.blocks import MapResult, output_files, refuse_foreign_maps, segment_map
+from talk2dino.maps.geotiff import MapImage
+
+
+def run_map(config: DictConfig) -> None:
+    """Segment the file that the config names."""
+    classes = class_words(config.classes)
+    background_threshold(config.background)  # refuses it before the model is loaded
+    if config.minimum_area < 1:
+        raise ConfigError(f"minimum_area={config.minimum_area}: give pixels, 1 or more")
+    with MapImage(
+        config.image,
+        config.meters_per_pixel,
+        config.scale,
+        *(listed(config[key]) or None for key in ("bands", "stretch", "value_range")),
+    ) as image:
+        files = output_files(Path(config.output).expanduser(), config.polygons)
+        command.require_output_folder(files[0].parent, "output")
+        refuse_foreign_maps(files, image.path, config.overwrite)
+        vocabulary = load_model(config, classes=classes).open_vocabulary(
+            classes,
+            config.background,
+            config.pamr,
+            config.window,
+            config.templates,
+            negatives=listed(config.negatives),
+        )
+        with command.progress("map") as advance:
+            result = segment_map(
+                vocabulary,
+                image,
+                files[0],
+                polygons=config.polygons,
+                minimum_area=config.minimum_area,
+                overwrite=config.overwrite,
+                advance=advance,
+            )
+        report(result, image.pixel_area, files)
+
+
+def report(result: MapResult, pixel_area: float | None, files: list[Path]) -> None:
+    """Print the area of each class, and what was left out."""
+    table = Table()
+    table.add_column("class", overflow="fold")
+    table.add_column("share", justify="right")
+    table.add_column("pixels" if pixel_area is None else "square meters", justify="right")
+    seen = max(sum(result.pixels.values()), 1)
+    for name, pixels in sorted(result.pixels.items(), key=lambda pair: -pair[1]):
+        area = pixels * (pixel_area or 1)
+        table.add_row(name, f"{100 * pixels / seen:.1f} %", f"{area:,.0f}")
+    Console().print(table, markup=False)
+    if result.before:
+        print(f"{result.before} of {result.blocks} blocks were done before")
+    if result.ignored:
+        print(f"{result.ignored} pixels without data are labeled as ignored")
+    print(f"label map: {files[0]}")
+    if result.polygons is not None:
+        print(f"polygons: {files[1]} ({result.polygons})")
+
+
+if __name__ == "__main__":
+    command.run("map", run_map, lambda config: require(config, "checkpoint", "image", "classes"))

@@ -1,0 +1,1 @@
+"""Maps: georeferenced files of any size, segmented by windows at a fixed ground scale."""

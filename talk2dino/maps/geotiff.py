@@ -1,0 +1,379 @@
+"""Georeferenced files: pixels at a ground scale, read by windows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from talk2dino.errors import ConfigError, DataError, ResultWarning, UserError
+
+if TYPE_CHECKING:
+    from rasterio.windows import Window
+
+CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
+OVERVIEW = 1024  # pixels a side, from which percentiles are taken
+COARSEST = 32  # pixels of the file to one; a block of GDAL's then takes 200 MB
+STRETCH = (2.0, 98.0)  # percentiles, of what has more than eight bits
+
+
+def require_rasterio() -> None:
+    """Refuse to go on without the library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec("rasterio") is None:
+        raise ConfigError("maps need rasterio; pip install 'talk2dino[geo]'")
+
+
+class MapImage:
+    """A picture of any size on a grid of square ground pixels that does not depend on its extent.
+
+    The grid is that of all multiples of `meters_per_pixel` in the file's coordinates, so two files
+    of the same place share it. Rows and columns of the grid are counted southward and eastward from
+    the origin of the coordinates, and may be negative.
+
+    Args:
+        path: a file that GDAL reads.
+        meters_per_pixel: side of a pixel of the grid on the ground; None takes `scale`.
+        scale: side in pixels of the file; None is 1.
+        bands: three for red, green and blue, or one; counted from 1. None takes the first three.
+        stretch: percentiles of a band that become black and white, measured over an overview of the
+            whole file. None: 2 and 98, unless the file has eight bits.
+        value_range: the values that become black and white, in place of percentiles.
+
+    Attributes:
+        first: row and column of the grid in which the file begins.
+        shape: rows and columns of the grid that it covers.
+        ratio: pixels of the file to one of the grid, along rows and columns.
+        limits: `[n, 2]` values of each band that become black and white, or None.
+
+    Raises:
+        ConfigError: an argument that does not fit the file, or no rasterio.
+        DataError: a file that cannot be read, or is rotated, in degrees, or of an unfit kind.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        meters_per_pixel: float | None = None,
+        scale: float | None = None,
+        bands: Sequence[int] | None = None,
+        stretch: Sequence[float] | None = None,
+        value_range: Sequence[float] | None = None,
+    ) -> None:
+        require_rasterio()
+        _check_range("stretch", stretch, 0, 100)
+        _check_range("value_range", value_range, -math.inf, math.inf)
+        if stretch and value_range:
+            raise ConfigError("stretch, value_range: give percentiles or values, not both")
+        self.path = Path(path).expanduser()
+        with reading(self.path):
+            self._file = _opened(self.path)
+        self.bands = _bands(self._file, bands)
+        self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
+        self._offset = offset
+        self.limits = self._limits(stretch, value_range)
+        self._grid_file = self._resampled()
+
+    def _grid(
+        self, meters_per_pixel: float | None, scale: float | None
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[float, float], tuple[float, float]]:
+        """First cell, cells, pixels of the file to a cell, and where the first cell begins."""
+        file, name = self._file, f"image={self.path}"
+        for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale)):
+            if value is not None and not 0 < value < 1e9:
+                raise ConfigError(f"{key}={value}: give a positive number")
+        if scale is not None and meters_per_pixel is not None:
+            raise ConfigError("meters_per_pixel, scale: give one of them")
+        transform = file.transform
+        if meters_per_pixel is not None:
+            unit = _meters(file, name)
+            sides = (-transform.e * unit, transform.a * unit)
+            ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
+        else:
+            ratio = (scale or 1.0, scale or 1.0)
+        for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale or 1.0)):
+            if value is not None and not 1 / COARSEST <= max(ratio) <= COARSEST:
+                raise ConfigError(
+                    f"{key}={value}: {max(ratio):.3g} pixels of {self.path} become one; between "
+                    f"1/{COARSEST} and {COARSEST} work; scale the file first"
+                )
+        origins = (0.0, 0.0)
+        if not transform.is_identity:
+            origins = (transform.f / transform.e, transform.c / transform.a)
+        axes = [
+            _axis(*values) for values in zip(origins, (file.height, file.width), ratio, strict=True)
+        ]
+        first, shape, offset = zip(*axes, strict=True)
+        return (first[0], first[1]), (shape[0], shape[1]), ratio, (offset[0], offset[1])
+
+    def _resampled(self) -> Any:
+        """The file on the grid; GDAL resamples, from pixels of the file as coordinates."""
+        from rasterio import Affine
+        from rasterio.crs import CRS
+        from rasterio.enums import Resampling
+        from rasterio.vrt import WarpedVRT
+
+        (rows, columns), (top, left) = self.ratio, self._offset
+        exact = (rows, columns) == (1.0, 1.0)
+        kind = Resampling.average if max(rows, columns) > 1 else Resampling.bilinear
+        plane = CRS.from_epsg(3857)  # any; nothing is reprojected
+        return WarpedVRT(
+            self._file,
+            src_crs=plane,
+            crs=plane,
+            src_transform=Affine(1, 0, 0, 0, -1, 0),
+            transform=Affine(columns, 0, left, 0, -rows, -top),
+            height=self.shape[0],
+            width=self.shape[1],
+            resampling=Resampling.nearest if exact else kind,
+        )
+
+    def _limits(
+        self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
+    ) -> npt.NDArray[np.float64] | None:
+        if value_range is not None:
+            return np.tile(np.array(value_range, float), (len(self.bands), 1))
+        if stretch is None and self._file.dtypes[0] == "uint8":
+            return None
+        shape = (min(self._file.height, OVERVIEW), min(self._file.width, OVERVIEW))
+        with reading(self.path):
+            seen = self._file.read(self.bands, out_shape=(len(self.bands), *shape), masked=True)
+        limits = []
+        for number, band in zip(self.bands, seen, strict=True):
+            values = band.compressed().astype(float)
+            values = values[np.isfinite(values)]
+            if not len(values):
+                raise DataError(
+                    f"image={self.path}: band {number} has no valid pixel to stretch; "
+                    "give value_range=[LOW,HIGH]"
+                )
+            limits.append(np.percentile(values, stretch or STRETCH))
+        return np.array(limits)
+
+    @property
+    def referenced(self) -> bool:
+        """Whether the file says where it lies."""
+        return self._file.crs is not None and not self._file.transform.is_identity
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the file."""
+        return self._file.height, self._file.width
+
+    @property
+    def pixel_area(self) -> float | None:
+        """Square meters of a pixel of the file, or None where they are unknown."""
+        if not self.referenced or self._file.crs.is_geographic:
+            return None
+        factor = self._file.crs.linear_units_factor[1]
+        return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
+
+    def read(self, rows: range, columns: range) -> tuple[npt.NDArray[np.uint8], Any]:
+        """Pixels of the grid, and which of them show anything.
+
+        Args:
+            rows: of the grid, consecutive.
+            columns: likewise; what lies outside the file mirrors what lies inside.
+
+        Returns:
+            `[3, h, w]` uint8, and `[h, w]` bool.
+        """
+        from rasterio.windows import Window
+
+        (y1, y2), (x1, x2) = (
+            (max(want.start - first, 0), min(want.stop - first, cells))
+            for want, first, cells in zip((rows, columns), self.first, self.shape, strict=True)
+        )
+        window = Window(x1, y1, x2 - x1, y2 - y1)
+        with reading(self.path):
+            values = self._grid_file.read(self.bands, window=window)
+            valid = self._grid_file.dataset_mask(window=window) > 0
+        pixels = np.broadcast_to(self._eight_bits(values), (3, *valid.shape))
+        pad = (
+            (y1 + self.first[0] - rows.start, rows.stop - y2 - self.first[0]),
+            (x1 + self.first[1] - columns.start, columns.stop - x2 - self.first[1]),
+        )
+        return np.pad(pixels, ((0, 0), *pad), "symmetric"), np.pad(valid, pad)
+
+    def _eight_bits(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        if self.limits is None:
+            return values.astype(np.uint8, copy=False)
+        low, high = self.limits.T[:, :, None, None].astype(np.float32)
+        scaled = (np.nan_to_num(values.astype(np.float32)) - low) / np.maximum(high - low, 1e-12)
+        whole: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+        return whole
+
+    def valid(self, window: Window) -> npt.NDArray[np.bool_]:
+        """Which pixels of the file hold anything, by nodata, alpha or mask: `[h, w]`."""
+        with reading(self.path):
+            found: npt.NDArray[np.bool_] = self._file.dataset_mask(window=window) > 0
+            if self._file.dtypes[0].startswith("float"):
+                found &= np.isfinite(self._file.read(self.bands, window=window)).all(0)
+        return found
+
+    def cells(self, axis: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """The cell of the grid, from 0, in which the center of each row (or column) lies."""
+        places = np.arange(start, stop) + 0.5 - self._offset[axis]
+        cells = np.floor(places / self.ratio[axis]).clip(0, self.shape[axis] - 1)
+        found: npt.NDArray[np.int64] = cells.astype(np.int64)
+        return found
+
+    def profile(self) -> dict[str, Any]:
+        """Size and georeference of the file, for another one."""
+        file = self._file
+        return {
+            **{"height": file.height, "width": file.width},
+            **({} if file.transform.is_identity else {"transform": file.transform}),
+            **({"crs": file.crs} if self.referenced else {}),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that decide what `read` gives."""
+        about = self.path.stat()
+        return {
+            **{"image": str(self.path.absolute()), "bytes": about.st_size},
+            **{"modified": about.st_mtime_ns, "bands": list(self.bands)},
+            **{"first": list(self.first), "shape": list(self.shape), "ratio": list(self.ratio)},
+            "limits": None if self.limits is None else self.limits.tolist(),
+        }
+
+    def close(self) -> None:
+        """Close the file."""
+        self._grid_file.close()
+        self._file.close()
+
+    def __enter__(self) -> MapImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _axis(origin: float, size: int, ratio: float) -> tuple[int, int, float]:
+    """One side: the first cell, how many there are, and where the first begins, in file pixels.
+
+    Args:
+        origin: pixels of the file from the origin of its coordinates to its edge.
+        size: of the file, pixels.
+        ratio: pixels to a cell.
+    """
+    place = origin / ratio
+    if abs(ratio - 1) < 1e-9:  # the file's own pixels, wherever they lie
+        return round(place), size, 0.0
+    first = math.floor(place + 1e-6)
+    last = math.ceil(place + size / ratio - 1e-6)
+    return first, last - first, round((first - place) * ratio, 6)
+
+
+def _opened(path: Path) -> Any:
+    """The file, open, if it is of a kind that can be segmented."""
+    import rasterio
+
+    name = f"image={path}"
+    if not path.is_file():
+        raise DataError(f"{name}: no such file; give a GeoTIFF or another picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        file = rasterio.open(path)
+    transform = file.transform
+    if file.gcps[0] or (transform.b, transform.d) != (0, 0):
+        raise DataError(
+            f"{name}: rotated, or placed by control points; warp it first: {_warp(file)}"
+        )
+    if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
+        raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
+    if not file.count:
+        raise DataError(
+            f"{name}: holds several pictures or none; name one that gdal_translate cut out"
+        )
+    return file
+
+
+def _warp(file: Any, crs: str | None = None) -> str:
+    return f"rio warp {Path(file.name).name} north-up.tif --dst-crs {crs or file.crs or 'EPSG:…'}"
+
+
+def _meters(file: Any, name: str) -> float:
+    """Meters of the unit of a file's coordinates."""
+    from rasterio.warp import transform_bounds
+
+    if file.crs is None or file.transform.is_identity:
+        raise DataError(
+            f"{name}: has no georeference, so meters_per_pixel means nothing; give "
+            "scale=PIXELS, for instance scale=2 for half the resolution"
+        )
+    if not file.crs.is_geographic:
+        if file.crs.to_epsg() == 3857:
+            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+            latitude = math.radians((south + north) / 2)
+            warnings.warn(
+                f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
+                f"{math.cos(latitude):.2f} m",
+                ResultWarning,
+                stacklevel=2,
+            )
+        return float(file.crs.linear_units_factor[1])
+    west, south, east, north = file.bounds
+    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
+    code = (32700 if (south + north) / 2 < 0 else 32600) + zone
+    raise DataError(
+        f"{name}: its coordinates are degrees, not meters; reproject first: "
+        f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
+    )
+
+
+def _bands(file: Any, given: Sequence[int] | None) -> list[int]:
+    """Checked numbers of one or three bands."""
+    from rasterio.enums import ColorInterp
+
+    name = f"image={file.name}"
+    found = list(given) if given else ([1, 2, 3] if file.count >= 3 else [1])
+    if len(found) not in (1, 3) or not all(
+        isinstance(n, int) and 1 <= n <= file.count for n in found
+    ):
+        raise ConfigError(
+            f"bands={found}: give three bands or one of {file.name}, which has {file.count}"
+        )
+    if file.colorinterp[found[0] - 1] == ColorInterp.palette:
+        raise DataError(f"{name}: has a color table; expand it first: gdal_translate -expand rgb")
+    kinds = {file.dtypes[number - 1] for number in found}
+    if any(kind.startswith("complex") for kind in kinds):
+        raise DataError(f"{name}: holds complex numbers; give a file of intensities")
+    return found
+
+
+def _check_range(key: str, given: Sequence[float] | None, low: float, high: float) -> None:
+    if given is None:
+        return
+    fitting = len(given) == 2 and all(isinstance(v, (int, float)) for v in given)
+    if not fitting or not low <= given[0] < given[1] <= high or math.inf in map(abs, given):
+        raise ConfigError(f"{key}={list(given)}: give two numbers, the lower first")
+
+
+@contextmanager
+def reading(path: Path, kind: type[UserError] = DataError, how: str = "read") -> Iterator[None]:
+    """A library's error as one line, with a block cache of bounded size.
+
+    Args:
+        path: for the line.
+        kind: of the error.
+        how: `written`, for a file that is.
+    """
+    import rasterio
+
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE):
+            yield
+    except rasterio.errors.RasterioError as error:
+        line = " ".join(str(error.__cause__ or error).split())
+        raise kind(f"{path}: cannot be {how} as a map ({line:.200})") from error

@@ -1,0 +1,358 @@
+"""Maps by windows against `Talk2DINO.segment`, another cut of the same place, and rasterio."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from talk2dino import Talk2DINO
+from talk2dino.errors import ConfigError, DataError, StoreError
+from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.maps import blocks as blocks_module
+from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
+from talk2dino.maps.geotiff import MapImage, require_rasterio
+from tests.helpers.encoders import hash_model
+
+rasterio = pytest.importorskip("rasterio")
+Affine, from_origin = rasterio.Affine, rasterio.transform.from_origin
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+Pixels = npt.NDArray[Any]
+UTM, EAST, NORTH = "EPSG:32632", 500_000.5, 5_400_003.0  # of the first pixel's corner
+CLASSES = ["road", "roof", "tree", "water"]
+SIDE = 32  # of a window; the stride is half of it
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    """Smooth noise `[3, height, width]` uint8: places differ, so classes do."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, height // 4 + 1, width // 4 + 1))
+    return coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width].astype(np.uint8)
+
+
+def write(path: Path, pixels: Pixels, **options: Any) -> Path:
+    """A tiled GeoTIFF of half a meter a pixel."""
+    profile = {
+        **{"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, "crs": UTM},
+        **{"height": pixels.shape[1], "width": pixels.shape[2], "tiled": True},
+        **{"blockxsize": 16, "blockysize": 16, "transform": from_origin(EAST, NORTH, 0.5, 0.5)},
+    }
+    with rasterio.open(path, "w", **{**profile, **options}) as file:
+        file.write(pixels)
+    return path
+
+
+def read(path: Path) -> Pixels:
+    with rasterio.open(path) as file:
+        found: Pixels = file.read(1)
+        return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Talk2DINO:
+    return hash_model()
+
+
+@pytest.fixture
+def vocabulary(model: Talk2DINO) -> OpenVocabulary:
+    return model.open_vocabulary(CLASSES, short_side=SIDE)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, maps: int = 4) -> None:
+    """Blocks of two strides."""
+    monkeypatch.setattr(blocks_module, "SCORES", 4 * maps * SIDE**2)
+
+
+def segment(vocabulary: OpenVocabulary, source: Path, target: Path, **options: Any) -> MapResult:
+    keys = ("polygons", "minimum_area", "overwrite", "advance")
+    own = {key: options.pop(key) for key in keys if key in options}
+    with MapImage(source, **options) as image:
+        return segment_map(vocabulary, image, target, **own)
+
+
+def test_one_window_is_what_segment_gives(model: Talk2DINO, tmp_path: Path) -> None:
+    pixels = noise(SIDE, SIDE)
+    source = write(tmp_path / "map.tif", pixels)
+    options: dict[str, Any] = {"background": 0.5, "pamr": True, "short_side": SIDE}
+    options["negatives"] = ["sky"]
+    found = segment(model.open_vocabulary(CLASSES, **options), source, tmp_path / "out.tif")
+    wanted = model.segment(pixels.transpose(1, 2, 0), CLASSES, **options)
+    assert np.array_equal(read(tmp_path / "out.tif"), wanted.labels.numpy())
+    assert len(np.unique(wanted.labels)) > 2
+    assert list(found.pixels) == wanted.classes
+    assert found.pixels["road"] == int((wanted.labels == 1).sum())
+
+
+def test_georeference_colors_and_names_stay(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    source = write(tmp_path / "map.tif", noise(70, 90))
+    segment(vocabulary, source, tmp_path / "out.tif")
+    with rasterio.open(source) as one, rasterio.open(tmp_path / "out.tif") as other:
+        assert (one.crs, one.transform, one.shape) == (other.crs, other.transform, other.shape)
+        assert other.profile["tiled"] and other.nodata == 255 and other.dtypes == ("uint8",)
+        assert json.loads(other.tags()["classes"]) == CLASSES
+        colors = other.colormap(1)
+        assert len({colors[n] for n in range(len(CLASSES))}) == len(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "cut"),
+    [({}, 1, (21, 26)), ({"meters_per_pixel": 1.0}, 2, (44, 58)), ({"scale": 1.5}, 1.5, (30, 33))],
+)
+def test_the_same_place_cut_differently(
+    vocabulary: OpenVocabulary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, float],
+    ratio: float,
+    cut: tuple[int, int],
+) -> None:
+    """Another extent, and blocks of another size: no label differs a window from the border."""
+    size = (int(150 * ratio), int(170 * ratio))
+    pixels = noise(*size)
+    whole = write(tmp_path / "whole.tif", pixels)
+    top, left = cut
+    corner = from_origin(EAST + left / 2, NORTH - top / 2, 0.5, 0.5)
+    part = write(tmp_path / "part.tif", pixels[:, top:-7, left:-11], transform=corner)
+    segment(vocabulary, whole, tmp_path / "one.tif", **options)
+    small_blocks(monkeypatch)
+    segment(vocabulary, part, tmp_path / "other.tif", **options)
+    away = int((SIDE + 1) * ratio)
+    one = read(tmp_path / "one.tif")[top:-7, left:-11][away:-away, away:-away]
+    other = read(tmp_path / "other.tif")[away:-away, away:-away]
+    assert min(one.shape) > SIDE / 2 and len(np.unique(one)) > 1
+    assert np.array_equal(one, other)
+
+
+def test_windows_lie_at_multiples_of_the_stride() -> None:
+    for first, cells in ((0, 32), (-5, 100), (1000, 7), (17, 333)):
+        found = starts(first, cells, 32, 16)
+        covered = {c for start in found for c in range(start, start + 32)}
+        assert covered == set(range(first, first + max(cells, 32)))
+        assert all(start % 16 == 0 for start in found[1:-1])
+
+
+def test_scores_are_blended_by_tents(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    """Against the weighted mean written out for the whole map at once."""
+    pixels = noise(48, 64)
+    source = write(tmp_path / "map.tif", pixels, transform=from_origin(0, 0, 1, 1))
+    segment(vocabulary, source, tmp_path / "out.tif")
+    total, weights = np.zeros((4, 48, 64)), np.zeros((48, 64))
+    tent = 1 - np.abs(np.arange(SIDE) + 0.5 - SIDE / 2) / (SIDE / 2)
+    for y in (0, 16):
+        for x in (0, 16, 32):
+            view = pixels[:, y : y + SIDE, x : x + SIDE].transpose(1, 2, 0)
+            scores = vocabulary(np.ascontiguousarray(view)).scores.numpy()
+            total[:, y : y + SIDE, x : x + SIDE] += scores * tent[:, None] * tent
+            weights[y : y + SIDE, x : x + SIDE] += tent[:, None] * tent
+    assert np.array_equal(read(tmp_path / "out.tif"), (total / weights).argmax(0))
+
+
+def test_memory_does_not_grow_with_the_map(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    seen: list[int] = []
+    original = MapImage.read
+
+    def read_and_count(self: MapImage, *given: range) -> Any:
+        pixels, valid = original(self, *given)
+        seen.append(pixels.size)
+        return pixels, valid
+
+    monkeypatch.setattr(MapImage, "read", read_and_count)
+    largest = []
+    for name, size in (("small", (90, 110)), ("large", (210, 230))):
+        seen.clear()
+        source = write(tmp_path / f"{name}.tif", noise(*size))
+        result = segment(vocabulary, source, tmp_path / f"{name}-out.tif")
+        assert result.blocks == len(seen)
+        largest.append(max(seen))
+    assert max(largest) <= 3 * (3 * SIDE) ** 2  # a block and a window around it
+    assert largest[1] < 1.1 * largest[0]
+
+
+def test_an_interrupted_run_goes_on(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    whole = segment(vocabulary, source, tmp_path / "whole.tif")
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(vocabulary, source, target, advance=stop)
+    assert not target.exists()
+    encoded: list[Any] = []
+    original = Blocks.labels
+    monkeypatch.setattr(Blocks, "labels", lambda s, b: encoded.append(b) or original(s, b))
+    result = segment(vocabulary, source, target)
+    assert (result.before, len(encoded)) == (4, result.blocks - 4)
+    assert np.array_equal(read(target), read(tmp_path / "whole.tif"))
+    assert result.pixels == whole.pixels
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif", "whole.tif"]
+
+
+def test_other_settings_start_anew(
+    model: Talk2DINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(model.open_vocabulary(CLASSES[::-1], short_side=SIDE), source, target, advance=stop)
+    assert segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
+
+
+@pytest.mark.parametrize("kind", ["nodata", "alpha", "mask"])
+def test_pixels_without_data_are_ignored(
+    vocabulary: OpenVocabulary, tmp_path: Path, kind: str
+) -> None:
+    pixels = noise(60, 70).clip(1)
+    hole = np.zeros((60, 70), bool)
+    hole[20:33, 50:] = True
+    source = tmp_path / "map.tif"
+    if kind == "nodata":
+        write(source, np.where(hole, 0, pixels).astype(np.uint8), nodata=0)
+    elif kind == "alpha":
+        alpha = np.where(hole, 0, 255).astype(np.uint8)[None]
+        write(source, np.concatenate([pixels, alpha]), photometric="RGB", alpha="yes")
+    else:
+        write(source, pixels)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source, "r+") as file:
+            file.write_mask(~hole)
+    result = segment(vocabulary, source, tmp_path / "out.tif", scale=2)
+    assert np.array_equal(read(tmp_path / "out.tif") == 255, hole)
+    assert result.ignored == hole.sum()
+    assert sum(result.pixels.values()) == (~hole).sum()
+
+
+def test_polygons_cover_the_labels(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    from rasterio.features import rasterize
+    from rasterio.warp import transform_geom
+
+    source = write(tmp_path / "map.tif", noise(60, 70))
+    result = segment(vocabulary, source, tmp_path / "out.tif", polygons=True)
+    content = json.loads((tmp_path / "out.geojson").read_text())
+    assert len(content["features"]) == result.polygons
+    with rasterio.open(tmp_path / "out.tif") as file:
+        shapes = [
+            (transform_geom("EPSG:4326", UTM, one["geometry"]), CLASSES.index(name))
+            for one in content["features"]
+            for name in [one["properties"]["class"]]
+        ]
+        drawn = rasterize(shapes, file.shape, fill=99, transform=file.transform)
+        assert np.array_equal(drawn, file.read(1))
+    total = sum(one["properties"]["pixels"] for one in content["features"])
+    assert total == 60 * 70
+    few = segment(vocabulary, source, tmp_path / "out.tif", polygons=True, minimum_area=200)
+    large = [one for one in content["features"] if one["properties"]["pixels"] >= 200]
+    assert few.polygons == len(large) < len(content["features"])
+
+
+def test_sixteen_bits_are_stretched_over_the_whole_file(tmp_path: Path) -> None:
+    values = np.arange(40 * 50, dtype=np.uint16).reshape(1, 40, 50) * 7
+    source = write(tmp_path / "map.tif", values)
+    with MapImage(source, stretch=[0, 100]) as image:
+        (y, x), (height, width) = image.first, image.shape
+        pixels, _ = image.read(range(y, y + height), range(x, x + width))
+        wanted = np.rint(values / values.max() * 255)
+        assert np.abs(pixels - wanted).max() <= 1 and (pixels[0] == pixels[2]).all()
+        corner, _ = image.read(range(y + 30, y + 40), range(x, x + 10))
+        assert np.array_equal(corner, pixels[:, 30:, :10])
+    with MapImage(source) as image:
+        assert np.allclose(image.limits, np.percentile(values, [2, 98]))
+    with MapImage(source, value_range=[0, 100]) as image:
+        assert np.array_equal(image.limits, [[0, 100]])
+
+
+def test_a_coarser_grid_holds_means(tmp_path: Path) -> None:
+    pixels = noise(40, 60).astype(np.uint8)
+    source = write(tmp_path / "map.tif", pixels, transform=from_origin(10, 20, 0.5, 0.5))
+    with MapImage(source, meters_per_pixel=2, bands=[3, 2, 1]) as image:
+        assert (image.first, image.shape, image.ratio) == ((-10, 5), (10, 15), (4, 4))
+        found, valid = image.read(range(-10, 0), range(5, 20))
+        means = pixels[::-1].reshape(3, 10, 4, 15, 4).mean((2, 4))
+        assert np.abs(found - means).max() <= 0.51 and valid.all()
+        assert image.pixel_area == 0.25
+
+
+def test_without_georeference(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    source = write(tmp_path / "map.tif", noise(60, 70), crs=None, transform=Affine.identity())
+    segment(vocabulary, source, tmp_path / "out.tif", scale=2, polygons=True)
+    with rasterio.open(tmp_path / "out.tif") as file:
+        assert file.crs is None and file.shape == (60, 70)
+    content = json.loads((tmp_path / "out.geojson").read_text())
+    rings = [ring for one in content["features"] for ring in one["geometry"]["coordinates"]]
+    assert np.concatenate(rings).max(0).tolist() == [70, 60]
+    with pytest.raises(DataError, match=r"no georeference.*scale=2"):
+        MapImage(source, meters_per_pixel=1)
+
+
+@pytest.mark.parametrize(
+    ("profile", "options", "message"),
+    [
+        ({"transform": Affine.rotation(10)}, {}, "rotated.*rio warp map.tif"),
+        ({"transform": Affine(1, 0, 3, 0, 1, 3)}, {}, "north is not up"),
+        (
+            {"crs": "EPSG:4326", "transform": from_origin(8, -49, 1e-5, 1e-5)},
+            {"meters_per_pixel": 1},
+            "degrees.*EPSG:32732",
+        ),
+        ({}, {"meters_per_pixel": 100}, "200 pixels"),
+        ({}, {"meters_per_pixel": float("nan")}, "positive"),
+        ({}, {"meters_per_pixel": 1, "scale": 2}, "one of them"),
+        ({}, {"bands": [1, 2]}, r"bands=\[1, 2\]"),
+        ({}, {"bands": [1, 2, 4]}, "which has 3"),
+        ({}, {"stretch": [98, 2]}, "stretch"),
+        ({}, {"value_range": [0, float("nan")]}, "value_range"),
+        ({}, {"value_range": [0, 1], "stretch": [0, 1]}, "not both"),
+    ],
+)
+def test_what_cannot_be_segmented_is_said(
+    tmp_path: Path, profile: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    source = write(tmp_path / "map.tif", noise(20, 20), **profile)
+    with pytest.raises((ConfigError, DataError), match=message):
+        MapImage(source, **options)
+
+
+def test_files_of_other_origin_stay(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    source = write(tmp_path / "map.tif", noise(40, 40))
+    other = write(tmp_path / "other.tif", noise(40, 40))
+    before = other.read_bytes()
+    with pytest.raises(ConfigError, match=r"other.tif.*overwrite=true"):
+        segment(vocabulary, source, other)
+    with pytest.raises(ConfigError, match="is the image itself"):
+        segment(vocabulary, source, source, overwrite=True)
+    (tmp_path / ".third.tif.parts").mkdir()
+    (tmp_path / ".third.tif.parts" / "mine.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"third.tif.parts"):
+        segment(vocabulary, source, tmp_path / "third.tif")
+    assert other.read_bytes() == before
+    segment(vocabulary, source, other, overwrite=True)
+    segment(vocabulary, source, other)  # it is ours now
+    with pytest.raises(ConfigError, match=r"labels.png"):
+        segment(vocabulary, source, tmp_path / "labels.png")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talk2dino.maps.geotiff.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'talk2dino\[geo\]'"):
+        require_rasterio()
+
+
+def test_a_broken_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "map.tif").write_bytes(b"II*\0 nothing")
+    with pytest.raises(DataError, match=r"map.tif: cannot be read as a map"):
+        MapImage(tmp_path / "map.tif")
+    with pytest.raises(DataError, match="no such file"):
+        MapImage(tmp_path / "absent.tif")
