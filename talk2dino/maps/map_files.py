@@ -101,7 +101,24 @@ def write_labels(
         if levels:
             with rasterio.open(temporary, "r+") as file:
                 file.build_overviews(levels, Resampling.nearest)
+        if not np.array_equal(_counted(temporary, nodata), counts):
+            raise StoreError(f"{target}: not written whole; free some space and start again")
     return counts
+
+
+def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64] | None:
+    """Pixels of each class as a file holds them: GDAL does not say when the disk is full."""
+    import rasterio
+    from rasterio.windows import Window
+
+    with rasterio.open(path) as file:
+        counts = np.zeros(nodata + 1, np.int64)
+        for top in range(0, file.height, CHUNK):
+            for left in range(0, file.width, CHUNK):
+                part = file.read(1, window=Window(left, top, CHUNK, CHUNK))
+                counts += np.bincount(part.ravel(), minlength=nodata + 1)
+        classes = json.loads(file.tags().get("classes", "[]"))
+        return counts[: len(classes)] if file.nodata == nodata else None
 
 
 def write_polygons(source: Path, target: Path, minimum_area: int, advance: Advance) -> int:
