@@ -32,8 +32,8 @@ from talk2dino.evaluation.runs import (
     read_runs,
     summarize,
 )
+from talk2dino.evaluation.tables import percent
 from talk2dino.files import read_json, refuse_foreign_run, replacing
-from talk2dino.tables import percent
 
 Counts = npt.NDArray[np.int64]
 

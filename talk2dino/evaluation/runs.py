@@ -17,8 +17,8 @@ from rich.table import Table
 
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.settings import compared
+from talk2dino.evaluation.tables import markdown_table, percent
 from talk2dino.files import read_json
-from talk2dino.tables import markdown_table, percent
 
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
 

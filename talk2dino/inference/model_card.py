@@ -19,8 +19,8 @@ from talk2dino.encoders.hub import WEIGHTS
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
 from talk2dino.evaluation.settings import settled
+from talk2dino.evaluation.tables import markdown_table, percent
 from talk2dino.files import read_json, replacing, write_json
-from talk2dino.tables import markdown_table, percent
 
 LIBRARY = "talk2dino"
 LICENSE = "other"  # the owner of the weights decides; the card says so

@@ -19,9 +19,9 @@ from talk2dino.config.command import FAILED
 from talk2dino.errors import DataError
 from talk2dino.evaluation.report import compare
 from talk2dino.evaluation.runs import read_sweep
+from talk2dino.evaluation.tables import markdown_table
 from talk2dino.files import read_json, replacing
 from talk2dino.sweeps.study import PRUNED
-from talk2dino.tables import markdown_table
 
 OVERRIDES = ".hydra/overrides.yaml"
 PANELS = 4  # varied keys that get a panel in the picture

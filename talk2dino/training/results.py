@@ -29,8 +29,8 @@ from talk2dino.alignment.module import AlignmentModule, gather_rows
 from talk2dino.alignment.similarity import Similarity, head_choice
 from talk2dino.errors import ConfigError
 from talk2dino.evaluation.runs import read_config
+from talk2dino.evaluation.tables import markdown_table
 from talk2dino.files import refuse_foreign_run, replacing, write_json
-from talk2dino.tables import markdown_table
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
 RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")

@@ -33,7 +33,7 @@ LAYERS = [  # imports point to the left; commands stand to the right of all
     "videos",
 ]
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-BELOW_ALL = {"errors", "files", "renamed", "tables"}
+BELOW_ALL = {"errors", "files", "renamed"}
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if path.stem not in (*BELOW_ALL, "__init__")}
 HYDRA = {  # what composes a config or builds from it

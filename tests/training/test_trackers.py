@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino.tables import markdown_table
+from talk2dino.evaluation.tables import markdown_table
 from tests.helpers.pipeline import TRAIN, fails, need, run
 
 EVERY_SECOND = ("sample_segmentations.every_n_epochs=2",)

@@ -12,7 +12,7 @@ _RULES = {"l": "---", "r": "---:"}
 def percent(value: float | None) -> str:
     """A figure in percent with one digit; a dash for None and NaN.
 
-    >>> from talk2dino.tables import percent
+    >>> from talk2dino.evaluation.tables import percent
     >>> percent(87.06), percent(None)
     ('87.1', '–')
     """
