@@ -345,5 +345,9 @@ class Blocks:
             **{"classes": self.classes, "row_classes": list(words.row_classes)},
             **{"rows": hashlib.sha256(rows.tobytes()).hexdigest(), "side": self.side},
             **{"threshold": self.vocabulary.threshold, "window": self.window},
-            **{"pamr": segmenter.pamr is not None, "encoder": type(segmenter.vision).__name__},
+            **{
+                "pamr": repr(segmenter.pamr),
+                "knn": repr(segmenter.knn),
+                "encoder": type(segmenter.vision).__name__,
+            },
         }

@@ -106,7 +106,7 @@ def write_labels(
     return counts
 
 
-def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64] | None:
+def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64]:
     """Pixels of each class as a file holds them: GDAL does not say when the disk is full."""
     import rasterio
     from rasterio.windows import Window
@@ -118,7 +118,7 @@ def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64] | None:
                 part = file.read(1, window=Window(left, top, CHUNK, CHUNK))
                 counts += np.bincount(part.ravel(), minlength=nodata + 1)
         classes = json.loads(file.tags().get("classes", "[]"))
-        return counts[: len(classes)] if file.nodata == nodata else None
+        return counts[: len(classes)]
 
 
 def write_polygons(source: Path, target: Path, minimum_area: int, advance: Advance) -> int:
