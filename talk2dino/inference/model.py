@@ -26,14 +26,13 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, ResultWarning
 from talk2dino.inference.class_embeddings import Classes
-from talk2dino.inference.exemplars import Exemplar, Spread, class_row, see
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.text_side import TextSide, projection_state
+from talk2dino.inference.text_side import TextSide
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
-from talk2dino.segmentation.segmenter import Segmenter
+from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
 DTYPES = {dtype or torch.float32: name for name, dtype in PRECISIONS.items()}
 
@@ -233,38 +232,6 @@ class Talk2DINO(TextSide):
         found = self._encode(segmenter, [images] if several is None else several)  # type: ignore[list-item]
         return found[0] if several is None else found
 
-    @torch.no_grad()
-    def embed_exemplars(
-        self, exemplars: Sequence[Exemplar], short_side: int | None = None
-    ) -> Tensor:
-        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_row`.
-
-        Rows of earlier calls are not computed again.
-
-        Args:
-            exemplars: at least one.
-            short_side: working size in pixels, as for `segment`.
-
-        Raises:
-            DataError: an exemplar that cannot be read, has an empty mask or one of another size,
-                or does not differ from all else.
-        """
-        segmenter, calibration = self.segmenter(None, False, short_side), self.calibration
-
-        def look(_: object) -> Tensor:
-            views = (exemplar.read() for exemplar in exemplars)
-            seen = (
-                see(self._encode(segmenter, [pixels])[0].windows, inside, visual_side(psi))
-                for pixels, inside in views
-            )
-            known = None if calibration is None else calibration.reference(psi, self.device)
-            return class_row(seen, None if known is None else Spread.of(known.tokens))[None]
-
-        psi = self.projection
-        kind = (segmenter.protocol.short_side, calibration and calibration.digest, self.dtype)
-        names = tuple(exemplar.digest for exemplar in exemplars)
-        return self._cache.get([names], (*kind, *projection_state(psi)), look)[0]
-
     @overload
     def segment(  # type: ignore[overload-overlap]  # a str is a sequence, too
         self,
@@ -411,6 +378,9 @@ class Talk2DINO(TextSide):
             knn=refinement,
             project_patches=visual_side(self.projection),
         )
+
+    def _look(self, image: ImageLike, short_side: int | None) -> EncodedImage:
+        return self.encode(image, short_side).windows
 
     def _encode(self, segmenter: Segmenter, images: Sequence[ImageLike]) -> list[EncodedPicture]:
         pixels = [to_pixels(image) for image in images]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.alignment.inputs import embed_prompts, embed_texts
-from talk2dino.alignment.projection import Projection
+from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.reference import Advance, require_encoder
 from talk2dino.datasets.benchmarks.base import Protocol
+from talk2dino.datasets.pictures import ImageLike
 from talk2dino.encoders.build import build_text, check_spec
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
@@ -30,7 +31,7 @@ from talk2dino.finding.scan import (
     searched_field,
 )
 from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
-from talk2dino.inference.exemplars import Exemplar, mix
+from talk2dino.inference.exemplars import Exemplar, Spread, class_row, mix, see
 from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import (
     Sentences,
@@ -39,6 +40,7 @@ from talk2dino.inference.vocabulary import (
     exemplars_of,
     read_words,
 )
+from talk2dino.segmentation.segmenter import EncodedImage
 
 EncoderT = TypeVar("EncoderT")
 
@@ -55,6 +57,8 @@ class TextSide(nn.Module):
         CheckpointError: the projection's widths are not those of the encoders, or a spec of
             another class than this package's own encoders.
     """
+
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -202,10 +206,39 @@ class TextSide(nn.Module):
         scan = Scan(opened, rows, torch.tensor(words.row_classes), self.projection)
         return found_pictures(scan, words.names, top, best, advance)
 
+    @torch.no_grad()
     def embed_exemplars(
         self, exemplars: Sequence[Exemplar], short_side: int | None = None
     ) -> Tensor:
-        """The unit row `[D]` of a class that these show; `Talk2DINO` looks at the pictures."""
+        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_row`.
+
+        Rows of earlier calls are not computed again.
+
+        Args:
+            exemplars: at least one.
+            short_side: working size in pixels, as for `segment`.
+
+        Raises:
+            DataError: an exemplar that cannot be read, has an empty mask or one of another size,
+                or does not differ from all else.
+        """
+        psi, calibration = self.projection, self.calibration
+
+        def look(_: object) -> Tensor:
+            views = (exemplar.read() for exemplar in exemplars)
+            seen = (
+                see(self._look(pixels, short_side), inside, visual_side(psi))
+                for pixels, inside in views
+            )
+            known = None if calibration is None else calibration.reference(psi, self.device)
+            return class_row(seen, None if known is None else Spread.of(known.tokens))[None]
+
+        kind = (short_side, calibration and calibration.digest, self.dtype)
+        names = tuple(exemplar.digest for exemplar in exemplars)
+        return self._cache.get([names], (*kind, *projection_state(psi)), look)[0]
+
+    def _look(self, image: ImageLike, short_side: int | None) -> EncodedImage:
+        """The windows of a picture, encoded; `Talk2DINO` does it."""
         raise NotImplementedError
 
     def _rows(
