@@ -160,20 +160,27 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True)
-class SegmentConfig:
-    """segment.yaml."""
+class ModelConfig:
+    """What the commands share that segment with a trained model."""
 
     checkpoint: str | None
+    vision: Any = None
+    text: Any = None
+    calibration: str | None
+    accelerator: str
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(ModelConfig):
+    """segment.yaml."""
+
     image: str | None
     classes: Any
     exemplars: str | None
     exemplar_weight: float
     output: str
-    vision: Any = None
-    text: Any = None
     negatives: list[str]
     templates: str | None
-    calibration: str | None
     background: Any  # a score, true, or null
     refinement: Any
     pamr: bool
@@ -187,22 +194,17 @@ class SegmentConfig:
     image_root_url: str
     resume: bool
     overwrite: bool
-    accelerator: str
 
 
 @dataclass(kw_only=True)
-class MapConfig:
+class MapConfig(ModelConfig):
     """map.yaml."""
 
-    checkpoint: str | None
     image: str | None
     classes: Any
     output: str
-    vision: Any = None
-    text: Any = None
     negatives: list[str]
     templates: str | None
-    calibration: str | None
     background: Any  # a score, true, or null
     pamr: bool
     meters_per_pixel: float | None
@@ -214,7 +216,6 @@ class MapConfig:
     polygons: bool
     minimum_area: int
     overwrite: bool
-    accelerator: str
 
 
 @dataclass(kw_only=True)
@@ -238,70 +239,51 @@ class CalibrateConfig:
 
 
 @dataclass(kw_only=True)
-class EmbedConfig:
+class EmbedConfig(ModelConfig):
     """embed.yaml."""
 
-    checkpoint: str | None
     classes: Any
     exemplars: str | None
     exemplar_weight: float
     output: str
-    vision: Any = None
-    text: Any = None
     negatives: list[str]
     templates: str | None
-    calibration: str | None
     short_side: int
-    accelerator: str
 
 
 @dataclass(kw_only=True)
-class SearchConfig:
+class SearchConfig(ModelConfig):
     """search.yaml."""
 
-    checkpoint: str | None
     store: str | None
     query: Any
     val_similarity: Any
-    vision: Any = None
-    text: Any = None
     output: str
     images: str | None
     top: int
     best: int
     templates: str | None
-    calibration: str | None
     recall: bool
     overwrite: bool
-    accelerator: str
 
 
 @dataclass(kw_only=True)
-class AppConfig:
+class AppConfig(ModelConfig):
     """app.yaml."""
 
-    checkpoint: str | None
     classes: Any
-    vision: Any = None
-    text: Any = None
-    calibration: str | None
     short_side: int
     host: str
     port: int | None
     max_upload_mb: float
     browser: bool
-    accelerator: str
 
 
 @dataclass(kw_only=True)
-class ServeConfig:
+class ServeConfig(ModelConfig):
     """serve.yaml."""
 
-    checkpoint: str | None
     classes: Any
-    vision: Any = None
-    text: Any = None
-    calibration: str | None
     short_side: int
     host: str
     port: int
@@ -318,28 +300,22 @@ class ServeConfig:
     label_studio_url: str | None
     image_hosts: list[str]
     image_root: str | None
-    accelerator: str
 
 
 @dataclass(kw_only=True)
-class VideoConfig:
+class VideoConfig(ModelConfig):
     """video.yaml."""
 
-    checkpoint: str | None
     video: str | None
     classes: Any
     output: str
-    vision: Any = None
-    text: Any = None
     smoothing: float
     negatives: list[str]
     templates: str | None
-    calibration: str | None
     background: Any  # a score, true, or null
     pamr: bool
     short_side: int
     overwrite: bool
-    accelerator: str
 
 
 @dataclass(kw_only=True)

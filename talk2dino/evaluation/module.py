@@ -125,7 +125,9 @@ class SegmentationModule(L.LightningModule):
         self.folder, self.files = folder, replace(self.files, folder=folder)
         self.records = Records(folder / "records")
         if self.trainer.is_global_zero:
-            self.records.claim(self.options.settings, self.options.resume)
+            every = (self.benchmark.image_name(index) for index in range(len(self.benchmark)))
+            files = [str(p) for i, name in enumerate(every) for p in self.files.paths(i, name)]
+            self.records.claim(self.options.settings, self.options.resume, files)
         strategy.barrier()
         mine = self._share()
         self._kept = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -76,12 +76,15 @@ class Records:
         self.folder = folder
         self._part: IO[str] | None = None
 
-    def claim(self, settings: Mapping[str, Any], resume: bool = True) -> None:
+    def claim(
+        self, settings: Mapping[str, Any], resume: bool = True, files: Sequence[str] = ()
+    ) -> None:
         """Reserve the folder for an evaluation with these settings.
 
         Args:
             settings: plain values, compared with those of the records that are there.
             resume: False drops what is there.
+            files: that images will have; of another origin, they are not to be overwritten.
 
         Raises:
             ConfigError: the folder holds records of other settings, or other files.
@@ -90,7 +93,7 @@ class Records:
         begun = file.is_file()
         killed = self.folder.is_dir() and all(p.name.startswith(".") for p in self.folder.iterdir())
         names = _RESULTS if killed else (self.folder.name, *_RESULTS)  # before its first file
-        refuse_foreign_run(self.folder.parent, file.is_file, names)
+        refuse_foreign_run(self.folder.parent, file.is_file, [*names, *files])
         if not resume:
             for part in self._parts():
                 part.unlink()

@@ -443,7 +443,7 @@ class Trial:
             answer = start(self.here, self.case, Fault())
             assert answer is not None
             found = self.judge(*answer[:2])
-            if not file.is_file() or file.read_text() != "the user's\n":
+            if not file.is_file() or file.read_bytes() != b"the user's\n":
                 found.append("not the user's any more")
             wrong += [f"{self.name}, {name} of the user's: {one}" for one in found]
         return wrong
