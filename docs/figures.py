@@ -119,7 +119,7 @@ def search(quickstart: Path, images: Path) -> None:
         sheet.paste(small, (column * (width // 2 + 8), row * line + 24))
     for row, query in enumerate(queries):
         draw.text((0, row * line + 2), query, (0, 0, 0), font)
-    sheet.save(images / "search.png")
+    sheet.quantize(128).save(images / "search.png", optimize=True)
     print("docs/images/search.png")
 
 
@@ -157,7 +157,7 @@ def exemplars(images: Path) -> None:
     joined = Image.new("RGB", (4 * 336 + 3 * 12, parts[-1].height), "white")
     for place, part in enumerate(parts):
         joined.paste(part, (place * (336 + 12), 0))
-    joined.save(images / "exemplars.png")
+    joined.quantize(128).save(images / "exemplars.png", optimize=True)
     print("docs/images/exemplars.png")
 
 
