@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.configs import compose_once
 from tests.helpers.encoders import released  # noqa: F401 (fixture)
 from tests.helpers.goldens import Golden, golden_arrays
 from tests.helpers.hub import hub  # noqa: F401 (fixture)
@@ -46,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[DESELECTED] = 0
     config.stash[COMPLETE] = False
     multiprocessing.set_forkserver_preload(PRELOAD)  # for every process that a test forks from it
+    compose_once()
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in the commands that tests start
@@ -86,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Only a session that runs everything may write or compare the table."""
+    gc.collect()
+    gc.freeze()  # modules and tests live to the end; no later collection goes through them
     config = session.config
     config.stash[COMPLETE] = whole_suite(session.items, config.stash[DESELECTED], config.args)
     if config.getoption("--write-parity") and not config.stash[COMPLETE] and session.items:

@@ -7,6 +7,7 @@ not every config has: groups that may be left out (`~scheduler`) and the keys of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -373,7 +374,8 @@ SCHEMAS = {
 }
 
 
+@cache
 def register_schemas() -> None:
-    """Make the schemas known to Hydra under `<command>_schema`."""
+    """Make the schemas known to Hydra under `<command>_schema`, once in a process."""
     for command, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{command}_schema", node=schema)
