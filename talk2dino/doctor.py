@@ -20,7 +20,8 @@ from rich.table import Table
 
 import talk2dino
 from talk2dino.config.checks import config_folder
-from talk2dino.encoders.hub import cache_dir, cached_names, find_weights
+from talk2dino.encoders.build import find_weights
+from talk2dino.encoders.hub import cache_dir, cached_names
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),

@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from talk2dino.encoders.hub import WEIGHTS as OURS
-from talk2dino.encoders.hub import hub_file, in_cache, split_hub_id
-from talk2dino.encoders.ranges import HubTensorFile
+from talk2dino.encoders.hub import HubTensorFile, hub_file, in_cache, split_hub_id
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import file_digest, read_json, replacing, temporary_name, write_json

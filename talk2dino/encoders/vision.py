@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
-from talk2dino.encoders.hub import cached_if_unreachable, dinov2_vits14_weights
+from talk2dino.encoders.bundled import dinov2_vits14_weights
+from talk2dino.encoders.hub import cached_if_unreachable
 from talk2dino.encoders.original import read_weights
 from talk2dino.encoders.weights import (
     first_line,

@@ -16,7 +16,8 @@ from rich.console import Console
 from talk2dino import doctor
 from talk2dino.__main__ import commands, main
 from talk2dino.doctor import TASKS, Diagnosis, Task, Weights, configured_weights, diagnose, show
-from talk2dino.encoders.hub import constants, find_weights
+from talk2dino.encoders.build import find_weights
+from talk2dino.encoders.hub import constants
 from tests.helpers.pipeline import run
 
 PACKAGE = Path(doctor.__file__).parent

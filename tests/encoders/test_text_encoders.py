@@ -16,7 +16,7 @@ from torch import Tensor
 
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.encoders.build import build_text
-from talk2dino.encoders.hub import minilm_folder
+from talk2dino.encoders.bundled import minilm_folder
 from talk2dino.encoders.text import (
     BertTextEncoder,
     OpenClipTextEncoder,

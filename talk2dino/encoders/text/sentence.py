@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from talk2dino.encoders.hub import cached_if_unreachable, minilm_folder
+from talk2dino.encoders.bundled import minilm_folder
+from talk2dino.encoders.hub import cached_if_unreachable
 from talk2dino.encoders.text.base import TextFeatures, join
 from talk2dino.encoders.weights import first_line, quiet, state_dict_digest
 from talk2dino.errors import ConfigError, EncoderError
