@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from talk2dino.calibration.background import common_words
 from talk2dino.calibration.calibration import Calibration, beside, check_writable
 from talk2dino.calibration.labeled import cross_fit, label_patches
 from talk2dino.calibration.reference import (
@@ -19,7 +20,6 @@ from talk2dino.calibration.reference import (
     draw_from_store,
 )
 from talk2dino.calibration.rules import describe_rule
-from talk2dino.calibration.threshold import common_words
 from talk2dino.config import command
 from talk2dino.config.command import load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.calibration.background import Background, choose_background
 from talk2dino.calibration.rules import Reference, Rule, build_rule, describe_rule
-from talk2dino.calibration.threshold import Background, choose_background
 from talk2dino.encoders.hub import hub_file, split_hub_id
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest

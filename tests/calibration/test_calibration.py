@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
+from talk2dino.calibration.background import Background
 from talk2dino.calibration.calibration import KEY, Calibration, beside, find_calibration
 from talk2dino.calibration.rules import (
     MeanOffset,
@@ -22,7 +23,6 @@ from talk2dino.calibration.rules import (
     describe_rule,
     upper_quantile,
 )
-from talk2dino.calibration.threshold import Background
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.segmentation.scores import class_scores, split_offsets, with_offsets
