@@ -26,6 +26,7 @@ from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.errors import ConfigError
 from talk2dino.features.store.reader import FeatureStore
+from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO
 
 
@@ -164,7 +165,9 @@ def _draw(
     if store is not None:
         return draw_from_store(store, model.vision, config.tokens, config.seed, advance)
     segmenter = model.segmenter(None, False, config.short_side)
-    return draw_from_pictures(Path(config.images), segmenter, config.tokens, config.seed, advance)
+    return draw_from_pictures(
+        user_path(config.images), segmenter, config.tokens, config.seed, advance
+    )
 
 
 if __name__ == "__main__":

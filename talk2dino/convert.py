@@ -35,6 +35,7 @@ from talk2dino.features.store.archive import archive_store
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.features.store.schema import Manifest
 from talk2dino.features.store.verify import verify_store
+from talk2dino.files import user_path
 
 Spec = dict[str, Any]  # of an encoder
 
@@ -96,7 +97,7 @@ def weights(
         ConfigError: the output exists or cannot hold the projection.
         CheckpointError: the input is no projection.
     """
-    target = Path(output).expanduser()
+    target = user_path(output)
     if target.suffix not in (".safetensors", ".pth", ""):
         raise ConfigError(
             f"output={target}: the name must end in .safetensors or .pth, or have no ending for a "
@@ -158,7 +159,7 @@ def fill_store(
 ) -> None:
     """Convert features that the original extracted; see `convert_features`."""
     samples = open_samples(input)
-    folder = require_output_folder(Path(store).expanduser(), "store")
+    folder = require_output_folder(user_path(store), "store")
     with progress("convert") as advance:
         manifest = convert_features(
             samples,
@@ -184,7 +185,7 @@ def fill_store(
 
 def feature_file(path: str) -> FeatureFile:
     """The original's `.pth` of pre-extracted features."""
-    return FeatureFile(Path(path).expanduser())
+    return FeatureFile(user_path(path))
 
 
 def feature_tars(pattern: str) -> FeatureTars:
@@ -194,7 +195,7 @@ def feature_tars(pattern: str) -> FeatureTars:
 
 def copy_store(compressed: bool, store: str, output: str) -> None:
     """Write a compressed or a contiguous copy of a store; see `archive_store`."""
-    source, target = Path(store).expanduser(), Path(output).expanduser()
+    source, target = user_path(store), user_path(output)
     before = Manifest.read(source)
     require_output_folder(target, "output")
     with progress("archive" if compressed else "unarchive") as advance:
@@ -205,7 +206,7 @@ def copy_store(compressed: bool, store: str, output: str) -> None:
 
 def verify(store: str) -> None:
     """Read all of a store; print every bad shard and exit with status 1 if there is one."""
-    folder = Path(store).expanduser()
+    folder = user_path(store)
     with progress("verify") as advance:
         problems = verify_store(folder, advance)
     for problem in problems:
@@ -227,9 +228,9 @@ def coco_object(input: str, output: str, num_workers: int) -> None:
         output: folder to write into; may be the same.
         num_workers: processes.
     """
-    target = Path(output).expanduser()
+    target = user_path(output)
     with progress("coco_object") as advance:
-        written = convert_coco_object(Path(input).expanduser(), target, num_workers, advance)
+        written = convert_coco_object(user_path(input), target, num_workers, advance)
     print(f"{target}: {written} label maps written")
 
 

@@ -22,6 +22,7 @@ import talk2dino
 from talk2dino.config.checks import config_folder
 from talk2dino.encoders.build import find_weights
 from talk2dino.encoders.hub import cache_dir, cached_names
+from talk2dino.files import user_path
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),
@@ -211,7 +212,7 @@ def _folders() -> dict[str, Path]:
     """Where data and caches go; of a folder that is not there the nearest one above it."""
     wanted = {
         "working folder": Path.cwd(),
-        "cache": Path(os.environ.get("HF_HOME", "~/.cache")).expanduser(),
+        "cache": user_path(os.environ.get("HF_HOME", "~/.cache")),
         "cache of this package": cache_dir(),
         "temporary": Path(tempfile.gettempdir()),
     }

@@ -12,6 +12,7 @@ from talk2dino.config import command
 from talk2dino.config.command import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError
+from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import export_dense, export_projection, sorted_rows
 from talk2dino.inference.onnx_files import ExportedFile, is_our_file, require_packages
@@ -40,7 +41,7 @@ def export(config: DictConfig) -> None:
     `projection.onnx`, `segmenter.onnx` if classes are given, and with `text_tower` `text.onnx`,
     `tokenizer.json` and `open_vocabulary.onnx`, a segmenter that takes class embeddings.
     """
-    output = Path(config.output).expanduser()
+    output = user_path(config.output)
     single = output.suffix == ".onnx"
     classes = class_words(config.classes) if config.classes is not None else None
     command.require_output_folder(output.parent if single else output, "output")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -26,6 +25,7 @@ from talk2dino.encoders.devices import choose_device, process_rank
 from talk2dino.errors import StoreError
 from talk2dino.features.extraction.job import Extraction
 from talk2dino.features.store.schema import Manifest
+from talk2dino.files import user_path
 
 
 def extract(config: DictConfig) -> None:
@@ -48,7 +48,7 @@ def extract(config: DictConfig) -> None:
 
 def extraction(config: DictConfig) -> Extraction:
     """Build source and encoders of a config; under torchrun or srun for this rank."""
-    store = command.require_output_folder(Path(config.store), "store")
+    store = command.require_output_folder(user_path(config.store), "store")
     place = process_rank()
     device = choose_device(config.accelerator)
     return Extraction(

@@ -8,15 +8,27 @@ import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from talk2dino.errors import ConfigError, DataError, StoreError
 
+if sys.platform != "win32":
+    import fcntl
+
 T = TypeVar("T")
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that somebody typed: `~` and `~name` in front are home folders.
+
+    Shells leave them in `key=~/photos`. One of a name that no user has stays as it is.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for unknown names)
 
 
 @contextmanager
@@ -24,23 +36,88 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed to `target`.
 
     The temporary name depends on the target only, so a restarted run overwrites what a killed one
-    left; with `shared` it is unique, for a file that several processes may write at once. On any
-    exception it is removed. The file gets the permissions that the umask says. A failed write (disk
-    full, quota, permissions) raises StoreError with one line, whichever library failed; give
-    `torch.save` an open file for that.
+    left. While another process writes the same target it is another name: both write a whole file,
+    and the later one stays. With `shared` it is always unique, for processes of several machines.
+    On any exception it is removed. The file gets the permissions that the umask says. A failed
+    write (disk full, quota, permissions) raises StoreError with one line, whichever library failed;
+    give `torch.save` an open file for that.
     """
-    temporary = temporary_name(target)
-    if shared:
-        temporary = temporary.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    with _said_in_one_line(target), _removed_on_error(temporary):
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; some libraries write files as 600
-        yield temporary
-        temporary.chmod(mode)
-        sync(temporary)
-        os.replace(temporary, target)  # noqa: PTH105 (tests interrupt exactly here)
-        sync(target.parent)
+    unique = temporary_name(target).with_suffix(f".{uuid.uuid4().hex}.tmp")
+    with _said_in_one_line(target), ExitStack() as stack:
+        temporary = unique if shared else temporary_name(target)
+        handle = None if shared else _create_held(temporary)
+        if handle is None:
+            temporary = unique
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        stack.callback(os.close, handle)
+        with _removed_on_error(temporary):
+            mode = os.fstat(handle).st_mode  # as the umask says; some libraries write files as 600
+            yield temporary
+            temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, target)  # noqa: PTH105 (tests interrupt exactly here)
+            sync(target.parent)
+
+
+def _create_held(path: Path) -> int | None:
+    """Create a file that counts as this process's until the handle is closed.
+
+    What a killed process left there is removed. None: another process has it.
+    """
+    for _ in range(2):
+        left = path.exists()
+        flags = os.O_RDONLY if left else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            handle = os.open(path, flags, 0o666)
+        except (FileExistsError, FileNotFoundError):  # another process was faster
+            continue
+        if _held(handle) and _is(path, handle):
+            if not left:
+                return handle
+            path.unlink()
+        os.close(handle)
+    return None
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether an open file still has this name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _held(handle: int) -> bool:
+    """Lock an open file or folder unless another process has; true where there are no locks."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has none
+        pass
+    return True
+
+
+@contextmanager
+def sole_writer(folder: Path, target: Path) -> Iterator[None]:
+    """Hold a folder of temporary files, which is there, for as long as its files are used.
+
+    Raises:
+        StoreError: another process does, for the same `target`.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not _held(handle):
+            raise StoreError(
+                f"{target}: another process is writing it; wait for it, or use another output"
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -58,11 +135,16 @@ def replacing_folder(target: Path, whole: bool) -> Iterator[Path]:
         StoreError: the disk is full, or the folder cannot be written.
     """
     temporary, old = temporary_name(target), target.with_name(f".{target.name}.old")
-    with _said_in_one_line(target), _removed_on_error(temporary):
-        for left in (temporary, old):
-            if left.exists():
+    with ExitStack() as stack:
+        stack.enter_context(_said_in_one_line(target))
+        temporary.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(sole_writer(temporary, target))
+        stack.enter_context(_removed_on_error(temporary))
+        for left in (*temporary.iterdir(), *([old] if old.exists() else [])):
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
-        temporary.mkdir(parents=True)
+            else:
+                left.unlink()
         yield temporary
         files = [path for path in temporary.iterdir() if path.is_file()]
         for path in files:

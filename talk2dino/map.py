@@ -11,6 +11,7 @@ from rich.table import Table
 from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, require
 from talk2dino.errors import ConfigError
+from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.maps.blocks import MapResult, output_files, refuse_foreign_maps, segment_map
 from talk2dino.maps.geotiff import MapImage
@@ -28,7 +29,7 @@ def run_map(config: DictConfig) -> None:
         config.scale,
         *(listed(config[key]) or None for key in ("bands", "stretch", "value_range")),
     ) as image:
-        files = output_files(Path(config.output).expanduser(), config.polygons)
+        files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)
         vocabulary = load_model(config, classes=classes).open_vocabulary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from talk2dino.config import command
 from talk2dino.config.command import class_words, load_model, require
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
+from talk2dino.files import user_path
 from talk2dino.finding.found_files import (
     JSON,
     PAGE,
@@ -56,11 +58,11 @@ def search(config: DictConfig) -> None:
     check_search(config.top, config.best)
     store = FeatureStore(config.store)
     field = searched_field(store)
-    images = None if config.images is None else Path(config.images).expanduser()
+    images = None if config.images is None else user_path(config.images)
     if images is not None and not images.is_dir():
         raise DataError(f"images={config.images}: no such folder; give that of the pictures")
     refuse_other_store(store, field, config)
-    output = command.require_output_folder(Path(config.output).expanduser(), "output")
+    output = command.require_output_folder(user_path(config.output), "output")
     if not config.overwrite:
         refuse_foreign_results(output)
     model = load_model(config, classes=queries)
@@ -101,7 +103,7 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
     try:
         return class_words(given if listed or named else [given])
     except (ConfigError, DataError) as error:
-        raise type(error)(str(error).replace("classes", "query", 1)) from error
+        raise type(error)(re.sub(r"^classes\b", "query", str(error))) from error
 
 
 def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +21,7 @@ from talk2dino.config.command import listed, load_model
 from talk2dino.config.shown_classes import embed_exemplars, named_classes, require_classes
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
-from talk2dino.files import file_digest
+from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.outputs import (
     Job,
@@ -55,7 +54,7 @@ def segment(config: DictConfig) -> None:
     check_formats(formats)
     options.refuse_idle(formats)
     refinement = command.build(config.refinement) if config.refinement else None
-    output = Path(config.output).expanduser()
+    output = user_path(config.output)
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -65,7 +64,11 @@ def segment(config: DictConfig) -> None:
     if calibration is not None:
         settings["calibration"] = calibration.digest
     if isinstance(classes, ClassEmbeddings):
-        settings["class_embeddings"] = file_digest(Path(classes.origin).expanduser())
+        settings["class_embeddings"] = file_digest(user_path(classes.origin))
+    elif isinstance(config.classes, str) and user_path(config.classes).is_file():
+        settings["words"] = {
+            name: list(given) for name, given in words.items()
+        }  # a file may change
     if shown:
         settings["exemplars"] = shown
     maps = list(classes) if config.heatmaps else []

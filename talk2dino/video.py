@@ -11,7 +11,7 @@ import talk2dino
 from talk2dino.config import command
 from talk2dino.config.command import class_words, listed, load_model, progress, require
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import read_json, write_json
+from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.videos.frames import (
     WRITTEN_BY,
@@ -38,7 +38,7 @@ def video(config: DictConfig) -> None:
     classes = class_words(config.classes)
     background_threshold(config.background)  # refuses it before the model is loaded
     smoother = Smoother(config.smoothing)
-    source, output = Path(config.video).expanduser(), Path(config.output).expanduser()
+    source, output = user_path(config.video), user_path(config.output)
     open_video(source).close()
     figures = output.with_suffix(".json")
     if output.suffix.lower() != ".mp4":

@@ -38,7 +38,7 @@ from talk2dino.encoders.hub import hub_file, split_hub_id
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import replacing
+from talk2dino.files import replacing, user_path
 from talk2dino.segmentation.scores import class_scores, with_offsets
 
 FILE = "calibration.safetensors"
@@ -226,7 +226,7 @@ class Calibration:
         Raises:
             CheckpointError: no such file, or not one of a calibration.
         """
-        where, file = f"calibration={path}", Path(path).expanduser()
+        where, file = f"calibration={path}", user_path(path)
         if not file.is_file():
             raise CheckpointError(f"{where}: no such file; {_HOW}")
         try:
@@ -272,7 +272,7 @@ def check_writable(path: str | Path) -> Path:
     Raises:
         ConfigError: somebody else's file has that name, or the name ends otherwise.
     """
-    target = Path(path).expanduser()
+    target = user_path(path)
     if target.suffix != ".safetensors":
         raise ConfigError(f"output={path}: the name must end in .safetensors")
     if target.exists() and not _is_ours(target):
@@ -292,7 +292,7 @@ def _is_ours(path: Path) -> bool:
 
 def beside(location: str | Path) -> Path | None:
     """Where the calibration of a local checkpoint belongs; None for a Hub id."""
-    path = Path(location).expanduser()
+    path = user_path(location)
     if path.is_dir():
         return path / FILE
     return path.parent / FILE if path.is_file() else None

@@ -209,6 +209,7 @@ def quiet_libraries() -> None:
     warnings.formatwarning = _one_line
     for name in ("sentence_transformers", "httpx", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what GDAL says comes as an error
     for message in (
         # Lightning 2.6 uses torch's pytree in a way that torch 2.14 warns about.
         "isinstance.treespec, LeafSpec",

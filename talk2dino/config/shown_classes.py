@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from omegaconf import DictConfig
 
 from talk2dino.config.command import class_words, progress, require
+from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.errors import ConfigError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.exemplars import read_folder
@@ -30,7 +31,9 @@ def named_classes(config: DictConfig) -> dict[str, tuple[Shown, ...]] | ClassEmb
             f"exemplars={config.exemplars}: the classes of {words.origin} are embedded already; "
             "give the exemplars to talk2dino.embed, or classes as words"
         )
-    shown = read_folder(config.exemplars, config.exemplar_weight)
+    typed = {composed(name): name for name in words}
+    folder = read_folder(config.exemplars, config.exemplar_weight)
+    shown = {typed.get(name, name): exemplars for name, exemplars in folder.items()}
     return {name: (*words.get(name, ()), *shown.get(name, ())) for name in {**words, **shown}}
 
 

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from talk2dino.errors import ConfigError
+from talk2dino.files import user_path
 
 Words = list[Any] | dict[str, Any] | str
 
@@ -25,8 +26,9 @@ _TEXTS = frozenset(
         "query",
     )
 )
+RUN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # which Hydra makes itself
 _ARGUMENT = re.compile(r"(\+{0,2}([\w@/]+(?:\.[\w@/]+)*)=)(.*)", re.DOTALL)
-_PLAIN = re.compile(r"[A-Za-z/~.][\w./~-]*", re.ASCII)  # which Hydra reads as the same text
+_PLAIN = re.compile(r"[A-Za-z/.][\w./-]*", re.ASCII)  # which Hydra reads as the same text
 _RESERVED = ("null", "true", "false", "nan", "inf")
 
 
@@ -87,8 +89,10 @@ def _quoted_argument(argument: str, keys: set[str], lists: set[str], sweep: bool
         return argument
     if key in lists:  # `formats=coco`
         return given + _hydra(parse_words(f"[{value}]", key), key)
+    if key in RUN_FOLDERS and value.startswith("~"):
+        value = str(user_path(value))
     plain = _PLAIN.fullmatch(value) and value.lower() not in _RESERVED
-    return argument if plain else given + quoted(value)
+    return given + (value if plain else quoted(value))
 
 
 def quoted(text: str) -> str:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from talk2dino.errors import DataError
+from talk2dino.errors import DataError, ResultWarning
+from talk2dino.files import user_path
 
 _SUFFIXES = frozenset(
     (
@@ -35,6 +36,7 @@ _TURN = {  # EXIF orientation -> what turns the picture upright
 }
 
 
+_PAGES = ("GIF", "PNG", "TIFF", "WEBP")  # of JPEG, the pictures behind the first are previews
 HEIF = (".heic", ".heif", ".hif")  # photographs of telephones
 
 
@@ -72,7 +74,8 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
 
     Pillow warns of more than 89 million pixels and refuses twice as many before it decodes any:
-    large photographs are read without the warning, those that it refuses stay refused.
+    large photographs are read without the warning, those that it refuses stay refused. Of an
+    animation, or a file of several pages, the first picture is read, with a `ResultWarning`.
 
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
@@ -84,10 +87,15 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with Image.open(file) as image:
-                return upright_rgb(image)
+                rgb = upright_rgb(image)
+                several = image.format in _PAGES and getattr(image, "is_animated", False)
         except Image.DecompressionBombError as error:
             fix = "scale it down, or cut it into tiles"
             raise Image.DecompressionBombError(f"{too_large()}; {fix}") from error
+    if several and isinstance(file, Path):
+        said = f"{file}: holds several pictures; the first is taken"
+        warnings.warn(said, ResultWarning, stacklevel=2)
+    return rgb
 
 
 def too_large() -> str:
@@ -296,7 +304,7 @@ def size_of(image: ImageLike) -> tuple[int, int] | None:
             with Image.open(BytesIO(image)) as opened:
                 return opened.height, opened.width
         if isinstance(image, (str, Path)):
-            return picture_size(Path(image).expanduser())
+            return picture_size(user_path(image))
     except Exception:  # broken files make decoders raise anything
         return None
     if isinstance(image, Image.Image):
@@ -330,10 +338,10 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def _from_path(path: str) -> Tensor:
     if path.startswith(("http://", "https://")):
         raise DataError(f"image={path}: addresses are not opened; download the picture first")
-    if not Path(path).expanduser().is_file():
+    if not user_path(path).is_file():
         raise DataError(f"image={path}: no such file")
     try:
-        return _from_upright(read_picture(Path(path).expanduser()))
+        return _from_upright(read_picture(user_path(path)))
     except Exception as error:  # broken files make decoders raise anything
         raise DataError(f"image={path}: cannot be read as an image ({error})") from error
 

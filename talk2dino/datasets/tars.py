@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.errors import DataError
+from talk2dino.files import user_path
 
 _BLOCK = 512
 _MAX_OPEN = 32
@@ -41,7 +42,7 @@ def expand_tars(tars: str | Sequence[str], key: str) -> list[Path]:
     found: list[Path] = []
     for item in [tars] if isinstance(tars, str) else tars:
         for name in _without_braces(str(item)):
-            found += _existing(Path(name).expanduser(), key)
+            found += _existing(user_path(name), key)
     if not found:
         raise DataError(f"{key}={tars}: names no tar")
     seen: set[Path] = set()

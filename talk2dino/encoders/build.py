@@ -20,6 +20,7 @@ from talk2dino.encoders.text import (
 )
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError
+from talk2dino.files import user_path
 from talk2dino.renamed import TARGET, current
 
 _VISION = {"talk2dino.encoders.vision.TimmVisionEncoder": TimmVisionEncoder}
@@ -89,7 +90,7 @@ def find_weights(group: str, spec: Mapping[str, Any]) -> tuple[str, bool]:
     if "OpenClip" in str(spec.get("_target_")) and not Path(weights).suffix:
         name = _open_clip_repository(name, weights)
     elif weights != "hub":
-        return weights, Path(weights).expanduser().exists()
+        return weights, user_path(weights).exists()
     repository = f"timm/{name}" if group == "vision" else name
     return repository, in_hub_cache(repository)
 

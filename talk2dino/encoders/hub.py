@@ -25,6 +25,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from talk2dino.errors import CheckpointError
+from talk2dino.files import user_path
 
 WEIGHTS = "projection.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
@@ -32,7 +33,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 def cache_dir() -> Path:
     """Folder for converted weights: `$TALK2DINO_CACHE`, else `~/.cache/talk2dino`."""
-    return Path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino")).expanduser()
+    return user_path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino"))
 
 
 def resolve_checkpoint(location: str | Path) -> Path:
@@ -41,7 +42,7 @@ def resolve_checkpoint(location: str | Path) -> Path:
     Raises:
         CheckpointError: nothing is there, or the download failed.
     """
-    path = Path(location).expanduser()
+    path = user_path(location)
     if path.is_dir():
         for inside in (path / WEIGHTS, path / "checkpoints" / "last.ckpt"):
             if inside.is_file():

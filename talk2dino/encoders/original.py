@@ -31,7 +31,7 @@ from talk2dino.encoders.hub import WEIGHTS as OURS
 from talk2dino.encoders.hub import HubTensorFile, hub_file, in_cache, split_hub_id
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import file_digest, read_json, replacing, temporary_name, write_json
+from talk2dino.files import file_digest, read_json, replacing, temporary_name, user_path, write_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIXES = {"vision": "model.", "text": "clip_model.", "projection": "proj."}
@@ -230,7 +230,7 @@ def find_original(location: str | Path) -> OriginalRepository | None:
     Raises:
         DataError: a `config.json` that is none.
     """
-    path = Path(location).expanduser()
+    path = user_path(location)
     folder = path.parent if path.name in (WEIGHTS, INDEX) else path
     hub = None
     if path.exists():
@@ -265,7 +265,7 @@ def read_weights(weights: str, part: str) -> dict[str, Tensor]:
     repository = find_original(weights)
     if repository is not None:
         return repository.tensors(part)
-    return read_state_dict(Path(weights).expanduser(), f"{part}.weights")
+    return read_state_dict(user_path(weights), f"{part}.weights")
 
 
 def published_names(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[str, str]:

@@ -34,7 +34,7 @@ from talk2dino.alignment.projection import Projection
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError
-from talk2dino.files import replacing
+from talk2dino.files import replacing, user_path
 from talk2dino.inference.vocabulary import Classes as ClassWords
 from talk2dino.inference.vocabulary import Words
 from talk2dino.renamed import TARGET, current
@@ -97,7 +97,7 @@ class ClassEmbeddings:
             DataError: no such file, or not one of class embeddings.
         """
         where = f"classes={path}"
-        file = Path(path).expanduser()
+        file = user_path(path)
         if not file.is_file():
             raise DataError(f"{where}: no such file; {_HOW}")
         try:
@@ -232,7 +232,7 @@ def check_new(path: str | Path) -> Path:
     Raises:
         ConfigError: there is such a file, or its name ends otherwise.
     """
-    target = Path(path).expanduser()
+    target = user_path(path)
     if target.suffix != SUFFIX:
         raise ConfigError(f"output={path}: the name must end in {SUFFIX}")
     if target.exists():

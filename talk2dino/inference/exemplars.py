@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from talk2dino.datasets.benchmarks.classes import check_word, composed
 from talk2dino.datasets.pictures import ImageLike, is_picture, read_values, to_pixels
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.files import user_path
 from talk2dino.segmentation.segmenter import EncodedImage
 
 WEIGHT = 0.5
@@ -138,11 +140,11 @@ def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[E
         weight: of every exemplar.
 
     Raises:
-        DataError: no such folder, no class in it, a class without pictures or masks, a picture or
-            mask without the other, or an exemplar that `Exemplar.read` refuses.
+        DataError: no such folder, no class in it, a name that is none, a class without pictures or
+            masks, a picture or mask without the other, or an exemplar that `Exemplar.read` refuses.
         ConfigError: a weight out of its range.
     """
-    root, where = Path(folder).expanduser(), f"exemplars={folder}"
+    root, where = user_path(folder), f"exemplars={folder}"
     check_weight(weight, "exemplar_weight")
     if not root.is_dir():
         raise DataError(f"{where}: no such folder; {_LAYOUT}")
@@ -151,7 +153,13 @@ def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[E
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not folders:
         raise DataError(f"{where}: holds no folder of a class; {_LAYOUT}")
-    found = {one.name: tuple(Exemplar(*pair, weight) for pair in _pairs(one)) for one in folders}
+    found: dict[str, tuple[Exemplar, ...]] = {}
+    for one in folders:
+        check_word(one.name, f"{where}: a folder")
+        name = composed(one.name)
+        if name in found:
+            raise DataError(f"{where}: two folders are called {name!r}; put them together")
+        found[name] = tuple(Exemplar(*pair, weight) for pair in _pairs(one))
     for exemplars in found.values():
         for exemplar in exemplars:
             exemplar.read()
@@ -182,7 +190,7 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
 def _read_mask(mask: ImageLike) -> Tensor:
     """`[H, W]` bool on the CPU."""
     if isinstance(mask, (str, Path)):
-        path = Path(mask).expanduser()
+        path = user_path(mask)
         if not path.is_file():
             raise DataError(f"mask={mask}: no such file")
         if path.suffix.lower() in _LOSSY:

@@ -17,10 +17,9 @@ from rich.progress import track
 import talk2dino
 from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
-from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.pictures import is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import read_json, write_json
+from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import is_our_picture, legend_colors, save_picture
 
@@ -38,6 +37,12 @@ class Job:
 
     image: Path
     overlay: Path
+
+    @property
+    def picture(self) -> dict[str, int]:
+        """Size and time of the picture's file, by which another one of its name is told."""
+        about = self.image.stat()
+        return {"bytes": about.st_size, "modified": about.st_mtime_ns}
 
     @property
     def labels(self) -> Path:
@@ -80,7 +85,7 @@ class Job:
         heatmaps: Sequence[str] = (),
         cut: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Whether these results exist, all of them, made with the same settings.
+        """Whether these results exist, all of them, of this picture and with the same settings.
 
         Args:
             settings: as `write` noted them.
@@ -94,6 +99,8 @@ class Job:
             noted = figures.get("annotations")
             if not isinstance(noted, dict) or not cut.items() <= noted.items():
                 return False
+        if figures.get("picture", self.picture) != self.picture:
+            return False
         old = figures.get("settings")
         if isinstance(old, dict) and "weights" not in old:  # of version 0.1, which noted less
             return old == {key: value for key, value in settings.items() if key in old}
@@ -119,7 +126,7 @@ def plan(image: str, output: Path) -> list[Job]:
         DataError: no picture there, or two whose results would have one name.
         ConfigError: several pictures, but one output file, or results on top of pictures.
     """
-    path = Path(image).expanduser()
+    path = user_path(image)
     if path.is_file():
         named = output.suffix.lower() in picture_suffixes()  # `results.v1` is not a kind of picture
         target = output.with_suffix(".png") if named else output.with_name(f"{output.name}.png")
@@ -194,6 +201,7 @@ def write(
     content: dict[str, Any] = {
         "written_by": f"talk2dino.segment {talk2dino.__version__}",
         "image": str(job.image),
+        "picture": job.picture,
         "size": list(result.labels.shape),  # rows, columns
         "classes": figures(result),
         "overlay": job.overlay.name,
@@ -210,7 +218,7 @@ def write(
 def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
     """Where the data sets of several pictures, or of one that is named alone, go."""
     overlay = jobs[0].overlay
-    alone = Path(image).expanduser().is_file()
+    alone = user_path(image).is_file()
     return overlay.with_name(f"{overlay.stem}_annotations" if alone else "annotations")
 
 
@@ -258,7 +266,8 @@ def write_annotations(
     first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
     categories = [
         Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
-        for one in first["classes"][first["classes"][0]["name"] == BACKGROUND :]
+        for one in first["classes"]
+        if one["name"] in synonyms  # what is left over is none
     ]
     root = Path(os.path.commonpath([job.image.absolute().parent for job in jobs]))
     pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), root)

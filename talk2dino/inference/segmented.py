@@ -39,7 +39,7 @@ class SegmentedImage:
 
     Attributes:
         labels: `[H, W]` int64, index into `classes`.
-        classes: names; the first is "background" if there is a background.
+        classes: names; the first is "background" if there is a threshold, or negatives.
         image: `[3, H, W]` uint8, the picture.
         class_scores: `[K, h, w]` float32 at working size, without the background; scores are
             enlarged from it when asked for, since a large picture holds K times its pixels. More
@@ -102,7 +102,7 @@ class SegmentedImage:
         """
         size = self.image.shape[-2:]
         full = resize_scores(self.class_scores[:], *size)
-        if self.classes[0] != BACKGROUND:
+        if not self.has_background:
             return full
         floor = float("-inf") if self.threshold is None else self.threshold
         back = full.new_full((1, *size), floor)
@@ -113,13 +113,25 @@ class SegmentedImage:
     @property
     def names(self) -> list[str]:
         """The classes that were asked for, without the background."""
-        return self.classes[self.classes[0] == BACKGROUND :]
+        return self.classes[self.has_background :]
+
+    @property
+    def has_background(self) -> bool:
+        """Whether the first class is what no other class fits; a word "background" is not."""
+        return self.threshold is not None or self.negative_scores is not None
 
     def with_threshold(self, threshold: float | None) -> SegmentedImage:
         """The same scores with another background threshold, None for none; takes milliseconds.
 
         Cleaning by attention stays as it was when the picture was segmented.
+
+        Raises:
+            ConfigError: outside 0..1, or a class is called background.
         """
+        if threshold is not None and BACKGROUND in self.names:
+            raise ConfigError(
+                f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+            )
         return self.from_scores(
             self.image,
             self.names,
@@ -167,7 +179,7 @@ class SegmentedImage:
         Raises:
             ConfigError: no such class, or the background, which has no map of its own.
         """
-        index = self.index(name) - (self.classes[0] == BACKGROUND)
+        index = self.index(name) - self.has_background
         if index < 0:
             raise ConfigError(f"heatmap={name!r}: the background has no map; name a class")
         low, high = limits or self.class_scores.limits
@@ -190,7 +202,7 @@ class SegmentedImage:
             raise ConfigError(f"pixel ({row}, {column}): the picture has {height}x{width} pixels")
         at = partial(score_at, row=row, column=column, height=height, width=width)
         values = list(map(at, self.class_scores.blocks()))
-        if self.classes[0] == BACKGROUND:
+        if self.has_background:
             back = torch.tensor([float("-inf") if self.threshold is None else self.threshold])
             if self.negative_scores is not None:
                 negative = score_at(self.negative_scores, row, column, height, width)
@@ -211,7 +223,7 @@ class SegmentedImage:
         Args:
             options: whether connected areas count one by one, and from which size.
         """
-        first = int(self.classes[0] == BACKGROUND)
+        first = int(self.has_background)
         size = self.image.shape[-2:]
         return annotate(
             self.labels.numpy(),

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from talk2dino.datasets.benchmarks.classes import check_word
+from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, composed
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError
@@ -82,6 +82,10 @@ def read_words(
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
     negative = _words(negatives)
+    if negative and BACKGROUND in groups:
+        raise ConfigError(
+            f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+        )
     rows = [(0, *row) for row in zip(negative, _sentences(negative, templates), strict=True)]
     for number, (name, entries) in enumerate(groups.items(), start=1 if negative else 0):
         stated = tuple(entry for entry in entries if isinstance(entry, str))
@@ -125,7 +129,8 @@ def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
     if not pairs or not all(isinstance(n, str) and n.strip() and words for n, words in pairs):
         raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
     names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    same = [composed(name) for name in names]
+    twice = next((name for name in same if same.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"classes: {twice!r} is named twice; leave one out")
     return dict(pairs)

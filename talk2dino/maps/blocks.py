@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError
-from talk2dino.files import foreign, read_json, replacing, write_json
+from talk2dino.files import (
+    foreign,
+    read_json,
+    replacing,
+    sole_writer,
+    user_path,
+    write_json,
+)
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.maps.geotiff import MapImage
@@ -134,11 +142,23 @@ def segment_map(
         DataError: the map cannot be read.
         StoreError: the disk is full, or the results cannot be written.
     """
-    target, *others = output_files(Path(output).expanduser(), polygons)
+    target, *others = output_files(user_path(output), polygons)
     refuse_foreign_maps([target, *others], image.path, overwrite)
     blocks = Blocks(vocabulary, image)
     parts = target.with_name(f".{target.name}.parts")
-    before = _prepare(parts, blocks)
+    if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
+        raise foreign(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    with sole_writer(parts, target):
+        return _segment(blocks, parts, [target, *others], minimum_area, advance)
+
+
+def _segment(
+    blocks: Blocks, parts: Path, files: Sequence[Path], minimum_area: int, advance: Advance
+) -> MapResult:
+    """The blocks one by one into `parts`, and from there into the files."""
+    target, *others = files
+    image, before = blocks.image, _prepare(parts, blocks)
     for number, block in enumerate(blocks):
         path = parts / block.name
         if not path.exists():
@@ -157,7 +177,10 @@ def segment_map(
         return blocks.gather(rows + image.first[0], columns + image.first[1], part)
 
     counts = write_labels(target, image, blocks.classes, gather, advance)
-    traced = write_polygons(target, others[0], minimum_area, advance) if polygons else None
+    traced = None
+    if others:
+        shown = (minimum_area, blocks.has_background)
+        traced = write_polygons(target, others[0], *shown, advance)
     shutil.rmtree(parts)
     pixels = dict(zip(blocks.classes, counts.tolist(), strict=True))
     ignored = image.size[0] * image.size[1] - int(counts.sum())
@@ -165,21 +188,18 @@ def segment_map(
 
 
 def _prepare(parts: Path, blocks: Blocks) -> int:
-    """Make the folder of blocks, empty unless it is of the same run; how many are done."""
+    """Empty the folder of blocks unless it is of the same run; how many are done."""
     settings = {"written_by": SOFTWARE, **blocks.describe()}
-    if parts.is_dir() and not parts.is_symlink():
-        noted = parts / SETTINGS
-        old = read_json(noted, dict, f"settings of {SOFTWARE}") if noted.is_file() else {}
-        if old.get("written_by") != SOFTWARE and any(
-            not p.name.startswith(".") for p in parts.iterdir()
-        ):
-            raise foreign(parts)
-        if old != settings:
-            shutil.rmtree(parts)
-    elif parts.exists():
+    noted = parts / SETTINGS
+    old = read_json(noted, dict, f"settings of {SOFTWARE}") if noted.is_file() else {}
+    if old.get("written_by") != SOFTWARE and any(
+        not p.name.startswith(".") for p in parts.iterdir()
+    ):
         raise foreign(parts)
-    if not parts.exists():
-        parts.mkdir(parents=True)
+    if old != settings:
+        for path in parts.iterdir():
+            if path != noted:  # which says whose the others are
+                path.unlink()
         write_json(parts / SETTINGS, settings)
     return sum((parts / block.name).exists() for block in blocks)
 
@@ -210,8 +230,8 @@ class Blocks:
         self.vocabulary, self.image = vocabulary, image
         words, protocol = vocabulary.words, vocabulary.segmenter.protocol
         self.window, self.stride = protocol.window, protocol.stride
-        back = words.has_negatives or vocabulary.threshold is not None
-        self.classes = [*([BACKGROUND] if back else []), *words.names]
+        self.has_background = words.has_negatives or vocabulary.threshold is not None
+        self.classes = [*([BACKGROUND] if self.has_background else []), *words.names]
         self.maps = len(words.names) + words.has_negatives
         strides = int(math.sqrt(SCORES / 4 / self.maps) // self.stride)
         self.side = min(max(strides, 1), STRIDES) * self.stride
@@ -339,6 +359,7 @@ class Blocks:
     def describe(self) -> dict[str, Any]:
         """Plain values that decide the labels; a run with the same ones may go on."""
         words, segmenter = self.vocabulary.words, self.vocabulary.segmenter
+        project = segmenter.project_patches
         rows = self.vocabulary.rows.cpu().float().contiguous().numpy()
         return {
             **self.image.describe(),
@@ -348,6 +369,7 @@ class Blocks:
             **{
                 "pamr": repr(segmenter.pamr),
                 "knn": repr(segmenter.knn),
-                "encoder": type(segmenter.vision).__name__,
+                "encoder": state_dict_digest(segmenter.vision),
+                "image_side": project and state_dict_digest(project),
             },
         }

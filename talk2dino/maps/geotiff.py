@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talk2dino.errors import ConfigError, DataError, ResultWarning, UserError
+from talk2dino.files import user_path
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
@@ -75,7 +76,7 @@ class MapImage:
         _check_range("value_range", value_range, -math.inf, math.inf)
         if stretch and value_range:
             raise ConfigError("stretch, value_range: give percentiles or values, not both")
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         with reading(self.path):
             self._file = _opened(self.path)
         self.bands = _bands(self._file, bands)
@@ -292,6 +293,12 @@ def _opened(path: Path) -> Any:
         )
     if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
         raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
+    if file.count and len(file.subdatasets) > 1:
+        warnings.warn(
+            f"{name}: holds {len(file.subdatasets)} pictures; the first is taken",
+            ResultWarning,
+            stacklevel=2,
+        )
     if not file.count:
         raise DataError(
             f"{name}: holds several pictures or none; name one that gdal_translate cut out"

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 import talk2dino
-from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import StoreError
 from talk2dino.files import replacing
 from talk2dino.maps.geotiff import MapImage, reading
@@ -121,16 +120,19 @@ def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64]:
         return counts[: len(classes)]
 
 
-def write_polygons(source: Path, target: Path, minimum_area: int, advance: Advance) -> int:
+def write_polygons(
+    source: Path, target: Path, minimum_area: int, background: bool, advance: Advance
+) -> int:
     """Trace a label map into GeoJSON, in longitude and latitude; without georeference in pixels.
 
-    Polygons follow the edges of pixels, the background is left out. Larger maps are traced in
-    squares of 8192 pixels, at whose edges polygons end, so that memory stays flat.
+    Polygons follow the edges of pixels. Larger maps are traced in squares of 8192 pixels, at whose
+    edges polygons end, so that memory stays flat.
 
     Args:
         source: a file of `write_labels`.
         target: is replaced.
         minimum_area: pixels; smaller polygons are left out.
+        background: the first class is what no other fits, and is left out.
         advance: told of squares done, and of all.
 
     Returns:
@@ -161,8 +163,8 @@ def write_polygons(source: Path, target: Path, minimum_area: int, advance: Advan
                 size = (min(AREA, file.width - left), min(AREA, file.height - top))
                 labels = file.read(1, window=Window(left, top, *size))
                 shown, corner = labels != file.nodata, np.array([left, top])
-                if BACKGROUND in classes:
-                    shown &= labels != classes.index(BACKGROUND)
+                if background:
+                    shown &= labels != 0
                 for shape, label in shapes(labels, mask=shown):
                     rings = [np.array(ring) for ring in shape["coordinates"]]
                     pixels = _pixels(rings)

@@ -21,6 +21,7 @@ from talk2dino.annotations.base import Options
 from talk2dino.annotations.labelstudio import prediction
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError, DataError, UserError
+from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.serving.service import Service, TooLargeError, Wanted
 
@@ -143,7 +144,7 @@ class TaskPictures:
             raise ConfigError(f"label_studio_url={label_studio_url}: give http://HOST:PORT")
         if self.home is not None:
             self.hosts.add(_place(self.home))
-        self.root = None if root is None else Path(root).expanduser().resolve()
+        self.root = None if root is None else user_path(root).resolve()
         if self.root is not None and not self.root.is_dir():
             raise ConfigError(f"image_root={root}: no such folder")
 

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
-from talk2dino.files import replacing
+from talk2dino.files import replacing, user_path
 from talk2dino.renamed import first_difference, flatten
 
 STOPPED, SETTINGS = "stopped_early", "settings"  # keys of a checkpoint
@@ -53,9 +53,11 @@ def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> s
     last = folder / "checkpoints" / "last.ckpt"
     if resume and last.is_file():
         return str(last)
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
+    if ckpt_path is None:
+        return None
+    if not user_path(ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file; give a run's last.ckpt")
-    return ckpt_path
+    return str(user_path(ckpt_path))
 
 
 def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[str, Any]:

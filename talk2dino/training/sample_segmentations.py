@@ -16,6 +16,7 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.features import FeatureStore
+from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.overlay import save_picture
 from talk2dino.training.results import show_picture
@@ -109,7 +110,7 @@ def picture_files(images: str | Sequence[str]) -> list[Path]:
     Raises:
         DataError: missing, or a folder without pictures.
     """
-    named = [Path(images)] if isinstance(images, str) else [Path(name) for name in images]
+    named = [user_path(one) for one in ([images] if isinstance(images, str) else images)]
     files = named
     if len(named) == 1 and named[0].is_dir():
         files = sorted(path for path in named[0].iterdir() if is_picture(path))

@@ -17,6 +17,7 @@ from talk2dino.config.command import SWEEP_FILES
 from talk2dino.config.schemas import SCHEMAS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
 from talk2dino.errors import ResultWarning
+from talk2dino.files import user_path
 from tests.helpers.pipeline import run
 from tests.helpers.stores import tiny_store
 
@@ -182,6 +183,31 @@ def test_hostile_values(
         except Exception as error:
             raise AssertionError(f"{command} {key}={value[:50]}") from error
     assert state(here) == before
+
+
+def test_home_folders(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Shells leave `~` in `key=~/file`; it is the home folder, never a folder of that name."""
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir(tmp_path)
+    psi = "checkpoint=~/psi.safetensors"
+    run("search", psi, "store=~/features", "query=cat", f"output={tmp_path}", "images=~/photos")
+    run("embed", psi, "classes=[cat]", "output=~/at_home.safetensors")
+    (here / "at_home.safetensors").unlink()
+    for arguments in (
+        ("extract", "source=folder", "source.images=~/photos", "store=store"),
+        ("train", "experiment=vits_infonce", "store=~/photos", "hydra.run.dir=~/run"),
+        ("calibrate", psi, "images=~/photos", "short_side=32", "output=new.safetensors"),
+    ):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            run(*arguments)
+            raise AssertionError(arguments)
+        said = capfd.readouterr().err
+        assert said.startswith("error: ") and str(here) in said, said
+    assert not (tmp_path / "~").exists()
+    assert user_path("~no-user-has-this-name/x") == Path("~no-user-has-this-name/x")
 
 
 @pytest.mark.parametrize("single", [False, True])

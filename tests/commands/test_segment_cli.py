@@ -275,6 +275,17 @@ def test_resuming_notices_other_weights_and_missing_files(
     assert not was_done("heatmaps=true")
     (tmp_path / "out_labels.png").unlink()
     assert not was_done()
+    names = tmp_path / "names.txt"
+    for content in ("cat\ngrass", "cat\nbrick wall"):
+        names.write_text(content)
+        assert not was_done(f"classes={names}")
+        assert was_done(f"classes={names}")
+    assert not was_done()
+    other = tmp_path / "other" / "a.png"
+    other.parent.mkdir()
+    Image.open(pictures / "a.png").rotate(180).save(other)
+    assert not was_done(f"image={other}")
+    assert was_done(f"image={other}")
     found = read_checkpoint(checkpoint)
     with torch.no_grad():
         next(iter(found.projection.parameters())).add_(1)

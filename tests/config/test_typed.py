@@ -41,6 +41,9 @@ def through_hydra(*arguments: str) -> list[Any]:
         ("image=true", "true"),
         ("image=My Photos (1)/näs[1].jpg", "My Photos (1)/näs[1].jpg"),
         ("image=photos/*.jpg", "photos/*.jpg"),
+        ("image=~/photos", "~/photos"),
+        ("hydra.run.dir=~/my runs", "/home/me/my runs"),
+        ("hydra.sweep.dir=~/runs", "/home/me/runs"),
         ("image=a\\b'c\\", "a\\b'c\\"),
         ("image=a=b", "a=b"),
         ("checkpoint=null", None),
@@ -52,7 +55,8 @@ def through_hydra(*arguments: str) -> list[Any]:
         ("short_side=1_000", 1000),
     ],
 )
-def test_words_arrive_as_typed(argument: str, want: Any) -> None:
+def test_words_arrive_as_typed(argument: str, want: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
     assert through_hydra(argument) == [want]
 
 
@@ -136,6 +140,8 @@ def test_any_text_survives_hydra(text: str) -> None:
 @example("A¹")
 @example("True")
 @example(" a ")
+@example("~")
+@example("a~b")
 def test_any_path_arrives_as_typed(text: str) -> None:
     assert through_hydra(f"image={text}", f"output={text}") == [text, text]
 

@@ -13,7 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from talk2dino.config.command import class_words
-from talk2dino.datasets.benchmarks.classes import MAX_VALUE, ClassList, ClassSpec, read_classes
+from talk2dino.datasets.benchmarks.classes import (
+    MAX_VALUE,
+    ClassList,
+    ClassSpec,
+    composed,
+    read_classes,
+)
 from talk2dino.datasets.benchmarks.label_values import LabelColors, LabelValues
 from talk2dino.errors import UserError
 from talk2dino.inference.vocabulary import read_words
@@ -29,7 +35,9 @@ def is_word(text: str) -> bool:
 letters = st.characters(exclude_categories=["Cs", "Cc"])
 words = st.text(letters, min_size=1, max_size=10).map(str.strip).filter(is_word)
 plain = words.filter(lambda word: not set(word) & set(";#"))
-groups = st.lists(st.lists(plain, min_size=1, max_size=3), max_size=4, unique_by=lambda g: g[0])
+groups = st.lists(
+    st.lists(plain, min_size=1, max_size=3), max_size=4, unique_by=lambda g: composed(g[0])
+)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from talk2dino.datasets.captions.base import crop_square
-from talk2dino.datasets.pictures import middle_strip, read_picture
+from talk2dino.datasets.pictures import middle_strip, read_picture, to_pixels
+from talk2dino.errors import ResultWarning
 
 RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17  # 0, 17, ... 255
 GRAY = np.repeat(RAMP[..., None], 3, axis=2)
@@ -141,3 +143,16 @@ def test_only_long_pictures_are_cut() -> None:
     random = np.random.default_rng(1).integers(0, 256, (20, 400, 3), dtype=np.uint8)
     cut = crop_square(Image.fromarray(random), 20)
     np.testing.assert_array_equal(cut.permute(1, 2, 0), random[:, 190:210])
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
+def test_the_first_of_several_pictures_is_said(name: str, tmp_path: Path) -> None:
+    first, *others = (Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue"))
+    first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+    with pytest.warns(ResultWarning, match=f"{name}: holds several pictures; the first is taken"):
+        pixels = to_pixels(tmp_path / name)
+    assert (pixels.float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 3
+    first.save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        to_pixels(tmp_path / name)

@@ -271,7 +271,11 @@ def test_folder_with_csv(folder: Path) -> None:
         source = CaptionFolder(str(folder))
         assert list(source.entries) == EXPECTED
     assert source.image(0).getpixel((0, 0)) == (50, 10, 20)
-    assert source.fingerprint() == {"folder": "images", "images": 2, "captions": 3}
+    fingerprint = source.fingerprint()
+    content = fingerprint.pop("content")
+    assert fingerprint == {"folder": "images", "images": 2, "captions": 3}
+    (folder / "captions.csv").write_text(text.replace("dog", "fox"))
+    assert CaptionFolder(str(folder)).fingerprint()["content"] != content
 
 
 def test_folder_with_jsonl(folder: Path) -> None:

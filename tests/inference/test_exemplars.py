@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +404,10 @@ def test_a_name_in_both_is_one_class(
     assert {name: len(shown) for name, shown in made.exemplars.items()} == {"dark": 2, "bright": 1}
     model = Talk2DINO.from_pretrained("psi.safetensors", device="cpu")
     text = model.embed_classes(["cat", ["dark", "gloomy"]]).rows
-    shown = model.embed_exemplars(read_folder("shown")["dark"], 48)
+    (place / "shown" / "dark").rename(place / "shown" / "cafe\u0301")  # as macOS writes it
+    run("embed", *GIVEN, "classes=[café]", "exemplars=shown", "output=y.safetensors")
+    assert ClassEmbeddings.load("y.safetensors").words.synonyms == {"café": ("café",), "bright": ()}
+    shown = model.embed_exemplars(read_folder("shown")["café"], 48)
     torch.testing.assert_close(made.rows[0], text[0])
     torch.testing.assert_close(made.rows[1:3], F.normalize(text[1:] + shown, dim=1))
 
@@ -418,6 +423,15 @@ def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]
     bad.mkdir()
     (bad / ".hidden").mkdir()
     refused("holds no folder of a class")
+    for name in ("dark\nred", os.fsdecode(b"dark\xff")):
+        (bad / name).mkdir()
+        refused("a folder: 'dark\\")
+        (bad / name).rmdir()
+    for name in ("dark", "dark "):
+        save_pair(bad / name, "a", halves(), half(halves()))
+    refused("two folders are called 'dark'")
+    shutil.rmtree(bad / "dark ")
+    shutil.rmtree(bad / "dark")
     (bad / "dark").mkdir()
     refused("dark holds no pictures")
     pixels = halves()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from talk2dino import Talk2DINO
 from talk2dino.errors import ConfigError, DataError, StoreError
@@ -210,6 +212,18 @@ def test_other_settings_start_anew(
     with pytest.raises(KeyboardInterrupt):
         segment(model.open_vocabulary(CLASSES[::-1], short_side=SIDE), source, target, advance=stop)
     assert segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
+    with pytest.raises(KeyboardInterrupt):
+        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=stop)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.vision.parameters()).add_(1)  # the rows of the words stay
+    assert segment(other.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
+
+    def again(done: int, total: int) -> None:
+        segment(other.open_vocabulary(CLASSES[:2], short_side=SIDE), source, target)
+
+    with pytest.raises(StoreError, match=r"out\.tif: another process is writing it"):
+        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=again)
 
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "mask"])
@@ -256,6 +270,21 @@ def test_polygons_cover_the_labels(vocabulary: OpenVocabulary, tmp_path: Path) -
     few = segment(vocabulary, source, tmp_path / "out.tif", polygons=True, minimum_area=200)
     large = [one for one in content["features"] if one["properties"]["pixels"] >= 200]
     assert few.polygons == len(large) < len(content["features"])
+
+
+def test_a_word_background_has_polygons(model: Talk2DINO, tmp_path: Path) -> None:
+    """Unlike what no class fits."""
+    source = write(tmp_path / "map.tif", noise(60, 70))
+    for background in (None, 0.5):
+        words = ["background", "roof"] if background is None else ["roof", "tree"]
+        vocabulary = model.open_vocabulary(words, background, short_side=SIDE)
+        found = segment(vocabulary, source, tmp_path / "out.tif", polygons=True)
+        content = json.loads((tmp_path / "out.geojson").read_text())
+        traced = dict.fromkeys(found.pixels, 0)
+        for one in content["features"]:
+            traced[one["properties"]["class"]] += one["properties"]["pixels"]
+        assert min(found.pixels[name] for name in list(found.pixels)[:2]) > 0
+        assert traced == found.pixels | ({"background": 0} if background else {})
 
 
 def test_sixteen_bits_are_stretched_over_the_whole_file(tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def test_segmenting_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         got, want = (np.asarray(Image.open(p / f"{name}_labels.png")) for p in (folder, stored))
         assert (got != want).mean() < 0.01
         figures = [json.loads((p / f"{name}.json").read_text()) for p in (folder, stored)]
-        assert figures[0].keys() - figures[1].keys() <= {"written_by"}
+        assert figures[0].keys() - figures[1].keys() <= {"written_by", "picture"}
         assert figures[1].keys() <= figures[0].keys()
         assert figures[1]["settings"].items() <= figures[0]["settings"].items()
         shares = [{c["name"]: c["share"] for c in one["classes"]} for one in figures]

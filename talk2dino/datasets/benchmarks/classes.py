@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from talk2dino.errors import DataError
-from talk2dino.files import read_json, read_text
+from talk2dino.files import read_json, read_text, user_path
 
 BACKGROUND = "background"
 Color = tuple[int, int, int]
@@ -120,6 +120,7 @@ def typed_classes(
         DataError: a name is missing or stands twice, or what `check_word` refuses.
     """
     found: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
     for number, entry in enumerate(given):
         typed = entry.split(";") if isinstance(entry, str) else entry
         if isinstance(given, Mapping):
@@ -130,10 +131,20 @@ def typed_classes(
             check_word(word, f"classes: class {number}")
         if not words:
             raise DataError(f"classes: class {number} is {entry!r:.60}; give it a name")
-        if name in found:
+        if composed(name) in taken:
             raise DataError(f"classes: {name!r} is named twice; leave one out")
+        taken.add(composed(name))
         found[name] = words
     return found
+
+
+def composed(word: str) -> str:
+    """A name in Unicode's composed form, without the spaces around it.
+
+    Some systems write an accent as a character of its own. The two forms look the same, so they
+    count as one name.
+    """
+    return unicodedata.normalize("NFC", word).strip()
 
 
 def check_word(word: object, where: str) -> None:
@@ -173,7 +184,8 @@ def _check(classes: ClassList, origin: str) -> None:
     if twice is not None:
         raise DataError(f"{origin}: two classes have the label value {twice}")
     names = classes.names
-    same = next((name for name in names if names.count(name) > 1), None)
+    read = list(map(composed, names))
+    same = next((name for name in read if read.count(name) > 1), None)
     if same is not None:
         raise DataError(f"{origin}: two classes are called {same!r}; results are listed by name")
     if BACKGROUND in names[1:]:
@@ -189,10 +201,10 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
     parts = source.split("+")
     if all(part in shipped_lists() for part in parts):
         return [line for part in parts for line in _lines(_SHIPPED / f"{part}.txt")], ()
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.is_file():
         raise DataError(
-            f"benchmark.classes={source}: no such file; give a .txt or .json file, names as "
+            f"classes={source}: no such file; give a .txt or .json file, names as "
             f"[cat,dog], or a list that comes with the package: {', '.join(shipped_lists())}"
         )
     return _read_json(path) if path.suffix.lower() == ".json" else (_lines(path), ())

@@ -29,7 +29,7 @@ from talk2dino.datasets.pictures import (
     read_values,
 )
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import read_text
+from talk2dino.files import read_text, user_path
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class FolderBenchmark(Benchmark):
         )
 
     def _path(self, path: str) -> Path:
-        return Path(self.root or "").expanduser() / Path(path).expanduser()
+        return user_path(self.root or "") / user_path(path)
 
     def _label_values(self) -> LabelValues:
         if self.ignore_colors:

@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ class FileSource(Source):
     def image(self, index: int) -> Image.Image:
         """Read image `index` as upright RGB."""
         return read_picture(self.images / self.entries[index].file_name)
+
+    def content(self) -> str:
+        """A digest of all file names and captions, for `fingerprint`."""
+        digest = sha256()
+        for entry in self.entries:
+            digest.update(repr((entry.image_id, entry.file_name, entry.captions)).encode())
+        return digest.hexdigest()[:16]
 
     def set_entries(self, entries: Sequence[Entry], limit: int | None, origin: Path) -> None:
         """Set `entries` after the checks that every source of files needs.

@@ -16,7 +16,7 @@ from talk2dino.datasets.captions.base import (
     whole_number,
 )
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import read_json
+from talk2dino.files import read_json, user_path
 
 
 def is_karpathy(data: Any) -> bool:
@@ -107,8 +107,8 @@ class CocoCaptions(FileSource):
         split: str | list[str] | None = None,
         limit: int | None = None,
     ) -> None:
-        super().__init__(Path(images))
-        self.annotations = Path(annotations)
+        super().__init__(user_path(images))
+        self.annotations = user_path(annotations)
         self.split = [split] if isinstance(split, str) else split
         if not self.annotations.is_file():
             raise DataError(f"source.annotations={annotations}: no such file")
@@ -130,11 +130,12 @@ class CocoCaptions(FileSource):
         self.set_entries([e for e in entries if e.captions], limit, self.annotations)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name and size of the annotation file, its split if it has any, number of images."""
+        """Name, size and content of the annotation file, its split if it has any, and images."""
         plain = {
             "annotations": self.annotations.name,
             "bytes": self.annotations.stat().st_size,
             "images": len(self),
+            "content": self.content(),
         }
         return plain if self.split is None else plain | {"split": self.split}
 

@@ -13,7 +13,7 @@ from typing import Any
 from talk2dino.datasets.captions.base import Entry, FileSource, caption_text, image_name
 from talk2dino.datasets.pictures import picture_suffixes
 from talk2dino.errors import DataError
-from talk2dino.files import read_text
+from talk2dino.files import read_text, user_path
 
 _TABLES = ("captions.csv", "captions.jsonl", "captions.txt")
 
@@ -35,7 +35,7 @@ class CaptionFolder(FileSource):
     """
 
     def __init__(self, images: str, limit: int | None = None) -> None:
-        super().__init__(Path(images))
+        super().__init__(user_path(images))
         grouped: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for number, (name, text) in enumerate(self._pairs()):
             grouped[name].append((number, text))
@@ -45,11 +45,12 @@ class CaptionFolder(FileSource):
         self.set_entries(entries, limit, self.images)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name of the folder and its number of images and captions."""
+        """Name of the folder, its number of images and captions, and what these say."""
         return {
             "folder": self.images.name,
             "images": len(self),
             "captions": self.caption_count(),
+            "content": self.content(),
         }
 
     def _pairs(self) -> list[tuple[str, str]]:

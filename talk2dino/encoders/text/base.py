@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.files import replacing
+from talk2dino.files import replacing, user_path
 
 
 class TextEncoder(Protocol):
@@ -170,7 +170,7 @@ class CachedTextEncoder(nn.Module):
 
     def __init__(self, encoder: TextEncoder, folder: str | Path) -> None:
         super().__init__()
-        self.encoder, self.folder = encoder, Path(folder).expanduser()
+        self.encoder, self.folder = encoder, user_path(folder)
         self.embed_dim: int = encoder.embed_dim
         self.templates: str = encoder.templates
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from talk2dino.encoders.original import OriginalRepository, find_original
 from talk2dino.encoders.text.base import TextFeatures, join
 from talk2dino.encoders.weights import first_line, load_strictly, quiet, seeded, state_dict_digest
 from talk2dino.errors import EncoderError
+from talk2dino.files import user_path
 
 
 class OpenClipTextEncoder(nn.Module):
@@ -45,7 +45,7 @@ class OpenClipTextEncoder(nn.Module):
         self.name, self.weights = name, weights
         self.batch_size, self.templates = batch_size, templates
         original = _check_source(name, weights)
-        pretrained = None if weights == "random" or original else weights
+        pretrained = None if weights == "random" or original else str(user_path(weights))
         try:
             with seeded(), quiet(), cached_if_unreachable():  # some towers come from the Hub
                 model = open_clip.create_model(name, pretrained, force_custom_text=True)
@@ -175,7 +175,7 @@ def _check_source(name: str, weights: str) -> OriginalRepository | None:
     if weights == "random" or weights in tags:
         return None
     original = find_original(weights)
-    if original is None and not Path(weights).is_file():
+    if original is None and not user_path(weights).is_file():
         raise EncoderError(
             f"text.weights={weights!r} is neither a file nor a pretrained tag of {name}; "
             f"choose random, a file, or one of: {', '.join(tags) or 'none exists'}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from talk2dino.encoders.hub import cached_if_unreachable
 from talk2dino.encoders.text.base import TextFeatures, join
 from talk2dino.encoders.weights import first_line, quiet, state_dict_digest
 from talk2dino.errors import ConfigError, EncoderError
+from talk2dino.files import user_path
 
 
 def local_source(name: str, weights: str) -> str:
@@ -26,9 +26,9 @@ def local_source(name: str, weights: str) -> str:
         return name
     if weights == "bundled":
         return str(minilm_folder())
-    if not Path(weights).expanduser().is_dir():
+    if not user_path(weights).is_dir():
         raise EncoderError(f"text.weights={weights!r}: no such folder; use hub or bundled")
-    return str(Path(weights).expanduser())
+    return str(user_path(weights))
 
 
 class SentenceTransformerTextEncoder(nn.Module):

@@ -18,6 +18,7 @@ from talk2dino.errors import StoreError
 from talk2dino.features.store.schema import EncoderInfo, FieldInfo, Manifest, VisionInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.verify import verify_store
+from talk2dino.files import user_path
 
 Index = int | np.integer[Any] | slice | list[int] | NDArray[Any]
 
@@ -62,7 +63,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.manifest = Manifest.read(self.path)
         for shard in self.manifest.shards:
             if problem := size_problem(self.path, shard):

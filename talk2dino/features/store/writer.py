@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +87,10 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
         if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
         create_json(file, dict(settings))  # if ranks start together, the first one's settings count
-    other = first_difference(read_json(file, "delete the folder"), dict(settings))
-    if other is not None:
+    noted, source = cast(Any, read_json(file, "delete the folder")), settings.get("source")
+    if isinstance(source, Mapping) and "content" not in noted.get("source", {}):  # of version 0.1
+        settings = {**settings, "source": {**source, "content": None}}
+    if (other := first_difference(noted, dict(settings))) is not None:
         key, before, now = other
         raise StoreError(
             f"{folder}: was begun with {key}={before!r}, now {key}={now!r}; use the old value or "
