@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.configs import compose_once
+from tests.helpers.configs import compose_quickly
 from tests.helpers.encoders import released  # noqa: F401 (fixture)
 from tests.helpers.goldens import Golden, golden_arrays
 from tests.helpers.hub import hub  # noqa: F401 (fixture)
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[DESELECTED] = 0
     config.stash[COMPLETE] = False
     multiprocessing.set_forkserver_preload(PRELOAD)  # for every process that a test forks from it
-    compose_once()
+    compose_quickly()
     # Tiny models gain nothing from threads, and threads that wait for a busy core stall them.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in the commands that tests start

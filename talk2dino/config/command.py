@@ -34,7 +34,7 @@ from talk2dino.config.checks import (
     explain,
     use_current_names,
 )
-from talk2dino.config.schemas import SCHEMAS, register_schemas
+from talk2dino.config.schemas import SCHEMAS, register_schema
 from talk2dino.config.typed import as_typed, parse_words
 from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, typed_classes
 from talk2dino.encoders.devices import choose_device
@@ -63,7 +63,7 @@ def run(
     own job only: a line is printed, `failed.json` in the job's run folder says why, the other jobs
     run, and the command exits with status 1 at its end.
     """
-    register_schemas()
+    register_schema(command)
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters that a class name has
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

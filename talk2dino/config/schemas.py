@@ -375,7 +375,9 @@ SCHEMAS = {
 
 
 @cache
-def register_schemas() -> None:
-    """Make the schemas known to Hydra under `<command>_schema`, once in a process."""
-    for command, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{command}_schema", node=schema)
+def register_schema(command: str) -> None:
+    """Make the schema of a command known to Hydra under `<command>_schema`.
+
+    Only that one: Hydra copies all that it knows for every group that `--help` lists.
+    """
+    ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])

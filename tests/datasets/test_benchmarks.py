@@ -20,7 +20,7 @@ from torch import Tensor
 from talk2dino.alignment.inputs import embed_classes
 from talk2dino.config import command
 from talk2dino.config.checks import check_targets, config_folder
-from talk2dino.config.schemas import register_schemas
+from talk2dino.config.schemas import register_schema
 from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.benchmarks.public_datasets import convert_coco_object
@@ -51,7 +51,7 @@ def names_of(golden: str) -> list[str]:
 
 
 def compose(name: str, *overrides: str) -> DictConfig:
-    register_schemas()
+    register_schema("evaluate")
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = hydra.compose("evaluate", ["checkpoint=c", f"benchmark={name}", *overrides])
     check_targets(config)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import hydra
+from hydra._internal import config_repository
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from talk2dino.config.checks import config_folder
-from talk2dino.config.schemas import register_schemas
+from talk2dino.config.schemas import register_schema
 
 CONF = config_folder()
 GIVEN = {  # values that have no default
@@ -25,12 +27,19 @@ GIVEN = {  # values that have no default
 }
 
 
-def compose_once() -> None:
-    """Leave out Hydra's first composition of every command, which only looks for `hydra.mode`.
+def compose_quickly() -> None:
+    """Leave out what Hydra does in vain; the tests start thousands of commands.
 
-    Nothing in `conf/` sets that key. Two compositions are most of what a command costs that is
-    refused, and the tests have thousands.
+    It composes every config twice, first only to look for `hydra.mode`, which nothing in `conf/`
+    sets, and each time it copies the schemas of all commands that this process has run.
     """
+    copied = config_repository.CachingConfigRepository.__init__
+
+    def shared(self: Any, delegate: Any) -> None:
+        copied(self, None)
+        self.delegate = copy(delegate)  # other sources are assigned to it, never changed
+
+    config_repository.CachingConfigRepository.__init__ = shared
     look = Hydra.get_mode
 
     def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
@@ -42,7 +51,7 @@ def compose_once() -> None:
 
 def compose(command: str, *overrides: str) -> DictConfig:
     """The config as the entry point would see it, interpolations into Hydra included."""
-    register_schemas()
+    register_schema(command)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(command, list(overrides), return_hydra_config=True)
     config.hydra.runtime.output_dir = "run"

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from talk2dino.config.checks import check_targets, config_folder
-from talk2dino.config.schemas import SCHEMAS, register_schemas
+from talk2dino.config.schemas import SCHEMAS, register_schema
 from talk2dino.config.typed import as_typed
 from tests.helpers.hub import Hub
 from tests.helpers.pipeline import COMMAND, run_line, run_script
@@ -101,7 +101,6 @@ def test_python_block_runs_without_torch(block: Block, quickstart: Path) -> None
 
 @pytest.mark.parametrize("block", chosen("compose", "bash"))
 def test_command_composes(block: Block) -> None:
-    register_schemas()
     commands = block.code.replace("\\\n", " ").strip().splitlines()
     assert commands
     for command in commands:
@@ -109,6 +108,7 @@ def test_command_composes(block: Block) -> None:
         assert (python, flag) == ("python", "-m")
         name = module.removeprefix("talk2dino.")
         overrides = as_typed(overrides, SCHEMAS.get(name))
+        register_schema(name)
         if name == "convert":  # its first word is the task
             overrides[0] = f"task={overrides[0]}"
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
