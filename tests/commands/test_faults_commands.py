@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -473,8 +474,7 @@ class Trial:
         return [f"{self.name}: {one}" for one in wrong]
 
 
-def trials(names: Sequence[str], folder: Path) -> Iterator[Trial]:
-    given = prepare(folder / "template")
+def trials(names: Sequence[str], given: Path, folder: Path) -> Iterator[Trial]:
     for number, name in enumerate(names):
         (folder / str(number)).mkdir()
         yield Trial(name, given, folder / str(number))
@@ -495,20 +495,25 @@ def disturb(trial: Trial, faults: int, chance: random.Random) -> tuple[Counter[s
     return done, wrong
 
 
-def test_faults_leave_whole_files_and_the_users_own(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("faults") / "template")
+
+
+def test_faults_leave_whole_files_and_the_users_own(given: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     total: Counter[str] = Counter()
-    for trial in trials(QUICK, tmp_path):
+    for trial in trials(QUICK, given, tmp_path):
         done, wrong = disturb(trial, -(-FAULTS // len(QUICK)), chance)
         assert not wrong, "\n".join(wrong)
         total += done
     assert total.total() >= FAULTS and total["kill"] + total["kill writing"] >= FAULTS // 3
 
 
-def test_files_of_the_users_stay_where_results_would_go(tmp_path: Path) -> None:
-    given = {"convert archive": "", "compare": "", "evaluate": r"environment|results|0\.png"}
-    for trial in trials(tuple(given), tmp_path):
-        wrong = trial.among_foreign_files(given[trial.name])
+def test_files_of_the_users_stay_where_results_would_go(given: Path, tmp_path: Path) -> None:
+    names = {"convert archive": "", "compare": "", "evaluate": r"environment|results|0\.png"}
+    for trial in trials(tuple(names), given, tmp_path):
+        wrong = trial.among_foreign_files(names[trial.name])
         assert not wrong, "\n".join(wrong)
 
 
@@ -525,7 +530,7 @@ def main(kills: int, seed: int, only: str = "") -> None:
     each = {name: -(-kills * share // sum(each.values())) for name, share in each.items()}
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for trial in trials(names, Path(folder)):
+        for trial in trials(names, prepare(Path(folder) / "template"), Path(folder)):
             done, wrong = disturb(trial, each[trial.name], chance)
             total += done
             print(f"{trial.name}: {trial.operations} operations, {dict(done)}", flush=True)
@@ -537,6 +542,8 @@ def foreign(only: str = "") -> None:
     """Print what went wrong with a file of the user's in the place of each result."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        for trial in trials([name for name in CASES if re.match(only, name)], Path(folder)):
+        given = prepare(Path(folder) / "template")
+        names = [name for name in CASES if re.match(only, name)]
+        for trial in trials(names, given, Path(folder)):
             wrong = trial.among_foreign_files()
             print(trial.name, *wrong or ["nothing wrong"], sep="\n  ", flush=True)

@@ -18,6 +18,7 @@ from talk2dino.config.schemas import SCHEMAS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
 from talk2dino.errors import ResultWarning
 from talk2dino.files import user_path
+from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import run
 from tests.helpers.stores import tiny_store
 
@@ -139,7 +140,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(path)
     (folder / "psi.pth").write_bytes(b"")
     vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
-    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random", templates="plain")
     projection = ProjectionLayer(text.embed_dim, vision.embed_dim)
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
     save_projection(projection, folder / "psi.safetensors", specs)

@@ -17,6 +17,7 @@ from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.annotations.data_sets import FORMATS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
 from talk2dino.inference.outputs import Job, annotations_folder
+from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import fails, files_below, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
@@ -27,7 +28,7 @@ ALL = f"formats=[{','.join(FORMATS)}]"
 def psi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose encoders are small and have random weights; class embeddings beside it."""
     vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
-    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random", templates="plain")
     model = Talk2DINO(vision, text, ProjectionLayer(text.embed_dim, vision.embed_dim))
     folder = tmp_path_factory.mktemp("psi")
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}

@@ -14,6 +14,7 @@ from PIL import Image
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import files_below, run
 from tests.helpers.ranks import two_ranks
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools"
 def given(tmp_path: Path) -> list[str]:
     """A command line for five pictures and a broken one, without its output."""
     vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
-    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random", templates="plain")
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
     psi = ProjectionLayer(text.embed_dim, vision.embed_dim)
     save_projection(psi, tmp_path / "psi.safetensors", specs)

@@ -25,8 +25,8 @@ from talk2dino.encoders.text import (
 )
 from talk2dino.encoders.text.base import CachedTextEncoder, average_text_tokens
 from talk2dino.errors import ConfigError, EncoderError
+from tests.helpers.encoders import SMALL_CLIP
 
-SMALL_CLIP = "ViT-S-32-alt"  # the smallest text tower that open_clip has
 TEXTS = ["a cat", "two dogs run along a very long beach", "", "a cat"]
 
 

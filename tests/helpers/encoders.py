@@ -34,6 +34,7 @@ IMAGENET = {"mean": MEAN.tolist(), "std": STD.tolist()}
 default_cfgs = {
     "tiny_reg4_dinov2": dict(IMAGENET),
     "tiny_dinov3": dict(IMAGENET),
+    "shallow_dinov2": dict(IMAGENET),
 }  # timm looks here
 TINY_CLIP = {
     "embed_dim": 16,
@@ -44,6 +45,18 @@ TINY_CLIP = {
         "vocab_size": 49408,
         "width": 32,
         "heads": 2,
+        "layers": 2,
+    },
+}
+SMALL_CLIP = "small-clip"  # C = W = 256, 4 heads, L = 77; of the smallest that open_clip has
+open_clip.factory._MODEL_CONFIGS[SMALL_CLIP] = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 256,
+        "heads": 4,
         "layers": 2,
     },
 }
@@ -144,6 +157,16 @@ def tiny_reg4_dinov2(pretrained: bool = False, **kwargs: Any) -> Any:
     more = {"init_values": 1.0, "reg_tokens": 4, "no_embed_class": True}
     return build_model_with_cfg(
         VisionTransformer, "tiny_reg4_dinov2", pretrained, **shape | more | kwargs
+    )
+
+
+@register_model
+def shallow_dinov2(pretrained: bool = False, **kwargs: Any) -> Any:
+    """DINOv2 ViT-S/14 with two blocks: as wide, and quickly translated."""
+    shape = {"patch_size": 14, "img_size": 56, "embed_dim": 384, "depth": 2, "num_heads": 6}
+    more = {"init_values": 1.0}
+    return build_model_with_cfg(
+        VisionTransformer, "shallow_dinov2", pretrained, **shape | more | kwargs
     )
 
 

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from talk2dino.features import write_store
+from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import run
 
-CLIP = "ViT-S-32-alt"  # the smallest text tower that open_clip has: C = W = 256, 4 heads, L = 77
+CLIP = SMALL_CLIP
 IMAGES = 24
 ENCODERS = (
     "vision=timm",

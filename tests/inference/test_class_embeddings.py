@@ -21,7 +21,7 @@ from talk2dino.encoders.text import OpenClipTextEncoder, SentenceTransformerText
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.inference.class_embeddings import KEY
-from tests.helpers.encoders import HashText, hash_model, noise_pixels
+from tests.helpers.encoders import SMALL_CLIP, HashText, hash_model, noise_pixels
 from tests.helpers.pipeline import fails, run
 
 CLASSES = {"cat": ["cat", "kitten"], "sofa": ["sofa", "couch"], "dog": ["dog"]}
@@ -196,7 +196,7 @@ def other_activation(model: Talk2DINO) -> Talk2DINO:
 
 
 def other_text(model: Talk2DINO) -> Talk2DINO:
-    text = OpenClipTextEncoder("ViT-S-32-alt", "random", templates="plain")
+    text = OpenClipTextEncoder(SMALL_CLIP, "random", templates="plain")
     spec = text.describe()["spec"]
     return Talk2DINO(model.vision, spec, model.projection)
 
@@ -211,7 +211,7 @@ def other_vision(model: Talk2DINO) -> Talk2DINO:
     [
         (other_projection, "another projection"),
         (other_activation, "another projection"),
-        (other_text, r"another text encoder \(None, not ViT-S-32-alt\)"),
+        (other_text, rf"another text encoder \(None, not {SMALL_CLIP}\)"),
         (other_vision, r"another vision encoder \(test_vit, not test_vit2\)"),
     ],
 )

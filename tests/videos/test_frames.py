@@ -17,7 +17,7 @@ from talk2dino.inference.vocabulary import EncodedPicture
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 from talk2dino.segmentation.windows import sliding_windows
 from talk2dino.videos.frames import Smoother, segment_video
-from tests.helpers.encoders import hash_model
+from tests.helpers.encoders import SMALL_CLIP, hash_model
 from tests.helpers.pipeline import fails, run
 
 av = pytest.importorskip("av")
@@ -119,7 +119,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
 
     vision = TimmVisionEncoder("test_vit", weights="random", image_size=32)
-    text = OpenClipTextEncoder("ViT-S-32-alt", weights="random", templates="plain")
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random", templates="plain")
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
     psi = tmp_path / "psi.safetensors"
     save_projection(ProjectionLayer(text.embed_dim, vision.embed_dim), psi, specs)
