@@ -69,7 +69,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             **{"tolerance": NUMBERS, "minimum_area": NUMBERS, "polygons": ("true", "x", "[]")},
             **{"instances": ("true", "2"), "image_root_url": ("", "x\ty", LONG)},
             **{"background": NUMBERS, "output": ("p.png", "/proc/x/y.png"), "templates": PATHS[:4]},
-            **{"exemplars": (*PATHS, "photos"), "exemplar_weight": NUMBERS},
+            **{"exemplars": ("..", "photos"), "exemplar_weight": NUMBERS[:2]},  # see embed
         },
     ),
     "map": (
@@ -98,8 +98,8 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "search": (
         ("checkpoint=psi.safetensors", "store=features", "query=cat", "output=found"),
         {
-            **{"query": (*WORDS, *PATHS), "store": PATHS, "images": PATHS, "checkpoint": PATHS[:4]},
-            **{"top": NUMBERS, "best": NUMBERS, "output": ("p.png", "/proc/x", LONG)},
+            **{"query": (*WORDS, *PATHS[:3]), "store": PATHS, "images": PATHS, "top": NUMBERS},
+            **{"checkpoint": PATHS[:4], "best": NUMBERS, "output": ("p.png", "/proc/x", LONG)},
         },
     ),
     "app": (("checkpoint=psi.pth",), {"classes": WORDS, "port": NUMBERS, "short_side": NUMBERS}),
