@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import skimage.data
 import torch
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import sync_playwright
 from pycocotools.coco import COCO
 from rasterio.transform import from_origin
 
@@ -31,6 +33,7 @@ from talk2dino.finding.found_files import write_found
 from talk2dino.maps.blocks import segment_map
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.segmentation.overlay import ignored_label, legend_colors, overlay
+from talk2dino.web.page import Page, serve
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = ("components", "heads", "picked-heads", "cosines", "pamr")
@@ -55,6 +58,7 @@ def main() -> None:
     search(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
     exemplars(REPOSITORY / "docs" / "images")
     land(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
+    page(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
 
 
 def annotations(quickstart: Path, images: Path) -> None:
@@ -191,6 +195,50 @@ def land(quickstart: Path, images: Path) -> None:
             sheet.paste(half, (820 + start // 2, top // 2))
     sheet.save(images / "map.png")
     print("docs/images/map.png")
+
+
+def page(quickstart: Path, images: Path) -> None:
+    """The web page in a browser (Chromium), with a class in words and one that is painted."""
+    model = Talk2DINO.from_pretrained(quickstart / "dense")
+    blocks = Page(model, "outputs/quickstart/dense", "dark leaves").build()
+    address = serve(blocks, "127.0.0.1", None, max_upload_mb=20)
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        tab = browser.new_page(viewport={"width": 1200, "height": 1360})
+        tab.goto(address)
+        tab.wait_for_selector("#picture input[type=file]", state="attached")
+        tab.set_input_files("#picture input[type=file]", quickstart / "photograph.jpg")
+        tab.wait_for_selector("#overlay img")
+        first = tab.locator("#overlay img").get_attribute("src")
+        tab.click("#by-example button")
+        tab.wait_for_timeout(3000)  # until the picture is on the canvas
+        place = tab.locator("#editor canvas").first.bounding_box()
+        assert place is not None
+        x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] * 0.47
+
+        def paint() -> None:
+            tab.mouse.move(x - 60, y - 60)
+            tab.mouse.down()
+            for row in range(7):
+                tab.mouse.move(x + (60 if row % 2 else -60), y - 60 + 20 * row, steps=4)
+            tab.mouse.up()
+            tab.wait_for_timeout(1000)
+
+        paint()
+        tab.fill("#name textarea, #name input", "this flower")
+        tab.click("#add")
+        changed = "old => document.querySelector('#overlay img')?.src != old"
+        tab.wait_for_function(changed, arg=first)
+        tab.wait_for_timeout(3000)
+        paint()  # the editor is empty again
+        tab.locator("#overlay img").click(position={"x": 240, "y": 150})
+        tab.wait_for_selector("#scores td")
+        shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+        shot.quantize(128).save(images / "app.png", optimize=True)
+        browser.close()
+    blocks.close()
+    print("docs/images/app.png")
 
 
 if __name__ == "__main__":

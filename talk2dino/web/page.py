@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import wraps
 from html import escape
 from pathlib import Path
@@ -18,10 +19,13 @@ from talk2dino.calibration.calibration import AUTO
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.web.examples import Example, to_paint_on
 from talk2dino.web.session import (
     IDLE_SECONDS,
     Request,
+    View,
     Views,
+    add_example,
     annotation_files,
     answer,
     areas,
@@ -112,12 +116,38 @@ class Page:
                         shares = gr.HTML(elem_id="shares")
                         scores = gr.HTML(elem_id="scores")
                     code = gr.Code(language="python", label="The same in Python", elem_id="code")
-            request = [words, background, threshold, pamr]
+            with gr.Accordion(
+                "Show a class instead of saying it: paint on the picture", open=False,
+                elem_id="by-example", visible=self.kept is None,
+            ), gr.Row():  # fmt: skip
+                with gr.Column(scale=2):
+                    editor = gr.ImageEditor(
+                        label="Paint over what it looks like", elem_id="editor", height=420,
+                        sources=(), transforms=(), layers=False, buttons=[], format="png",
+                        brush=gr.Brush(colors=["rgb(230, 30, 90)"], color_mode="fixed"),
+                    )  # fmt: skip
+                    editor.preprocess = painted_files  # type: ignore[assignment, method-assign]
+                with gr.Column():
+                    name = gr.Textbox(
+                        label="Name of the class", elem_id="name", max_lines=1,
+                        placeholder="crack", info="one of the words above: both count",
+                    )  # fmt: skip
+                    add = gr.Button("Use as an example", elem_id="add")
+                    examples = gr.CheckboxGroup(
+                        [], label="Examples in use", elem_id="examples", visible=False,
+                        info="unchecked ones are forgotten when another is added",
+                    )  # fmt: skip
+            request = [words, background, threshold, pamr, examples]
             results = [overlay, shown, shares, code, files]
-            picture.upload(_user_errors(self.open), picture, None, **quiet).success(
+            picture.upload(_user_errors(self.open), picture, editor, **quiet).success(
                 _user_errors(self.segment), request, results, **quiet
             )
-            picture.clear(self.forget, None, [*results, scores], **quiet)
+            picture.clear(self.forget, None, [*results, scores, editor], **quiet)
+            painting = [editor, name, examples]
+            add.click(
+                _user_errors(self.add_example), painting, painting, show_progress="hidden", **quiet
+            ).success(_user_errors(self.segment), request, results, **quiet)
+            examples.input(_user_errors(self.segment), request, results, **quiet)
             for event in (go.click, words.submit, pamr.change, background.change):
                 event(_user_errors(self.segment), request, results, **quiet)
             threshold.change(
@@ -133,24 +163,32 @@ class Page:
             page.unload(self.leave)
         return page  # type: ignore[no-any-return]
 
-    def open(self, file: str | None, visitor: gr.Request) -> None:
-        """An upload: run the encoder."""
-        self.views.forget(_name(visitor))
+    def open(self, file: str | None, visitor: gr.Request) -> Any:
+        """An upload: run the encoder; gives the picture to paint on."""
+        examples = self.take_away(visitor)
         remove_broken_uploads()
-        if file:
-            view = open_picture(self.model, Path(file), self.short_side)
-            self.views.keep(_name(visitor), view)
+        if not file:
+            return None
+        view = open_picture(self.model, Path(file), self.short_side)
+        self.views.keep(_name(visitor), replace(view, examples=examples))
+        return None if view.picture is None else to_paint_on(view.picture.pixels)
 
     def segment(
-        self, words: str, background: bool, threshold: float, pamr: bool, visitor: gr.Request
+        self,
+        words: str,
+        background: bool,
+        threshold: float,
+        pamr: bool,
+        chosen: Sequence[str],
+        visitor: gr.Request,
     ) -> Sequence[Any]:
-        """New request: overlay, switches, shares and code, no files; nothing without words."""
-        if not words.strip():
+        """New request: overlay, switches, shares and code, no files; nothing without a class."""
+        if not words.strip() and not chosen:
             return [gr.skip()] * 5
-        view = self.views.of(_name(visitor))
-        if view is None:
-            raise DataError("Drop a picture first (one that lay here for long is forgotten)")
-        view = answer(self.model, view, Request(words, background, threshold, pamr), self.kept)
+        view = self._view(visitor)
+        examples = tuple(one for one in view.examples if one.label in chosen)
+        request = Request(words, background, threshold, pamr, examples)
+        view = answer(self.model, view, request, self.kept)
         self.views.keep(_name(visitor), view)
         assert view.result is not None
         names = view.result.classes
@@ -158,6 +196,26 @@ class Page:
         code = python_call(self.checkpoint, view, kept=self.kept, calibration=self.calibration)
         table = as_table("Share of the picture", areas(view.result))
         return view.result.overlay(), switches, table, code, gr.update(visible=False)
+
+    def add_example(
+        self, layers: Sequence[Path], name: str, chosen: Sequence[str], visitor: gr.Request
+    ) -> Sequence[Any]:
+        """What was painted: the picture without it, no name, and the examples in use."""
+        view = self._view(visitor)
+        kept = [one for one in view.examples if one.label in chosen]
+        view = add_example(self.model, view, name, layers, kept)
+        self.views.keep(_name(visitor), view)
+        assert view.picture is not None
+        labels = [one.label for one in view.examples]
+        boxes = gr.update(choices=labels, value=labels, visible=True)
+        return to_paint_on(view.picture.pixels), "", boxes
+
+    def _view(self, visitor: gr.Request) -> View:
+        """A visitor's view with a picture."""
+        view = self.views.of(_name(visitor))
+        if view is None or view.picture is None:
+            raise DataError("Drop a picture first (one that lay here for long is forgotten)")
+        return view
 
     def show(self, shown: Sequence[str], visitor: gr.Request) -> Sequence[Any]:
         """Switches: the overlay without the classes that are off."""
@@ -187,10 +245,19 @@ class Page:
         return as_table(f"Scores at ({column}, {row})", scores_at(view.result, row, column))
 
     def forget(self, visitor: gr.Request) -> Sequence[Any]:
-        """The picture was taken away."""
-        self.leave(visitor)
+        """The picture was taken away; the examples stay."""
+        self.take_away(visitor)
         hidden = gr.update(visible=False)
-        return None, gr.update(choices=[], visible=False), "", "", hidden, ""
+        return None, gr.update(choices=[], visible=False), "", "", hidden, "", None
+
+    def take_away(self, visitor: gr.Request) -> tuple[Example, ...]:
+        """Drop a visitor's picture and its result; gives the examples."""
+        view = self.views.of(_name(visitor))
+        if view is None or not view.examples:
+            self.leave(visitor)
+            return ()
+        self.views.keep(_name(visitor), View(examples=view.examples))
+        return view.examples
 
     def leave(self, visitor: gr.Request) -> None:
         """The page was closed."""
@@ -217,6 +284,11 @@ def remove_broken_uploads(seconds: float = IDLE_SECONDS) -> None:
 def uploaded_file(upload: Any) -> str | None:
     """The file that an uploaded picture was saved as."""
     return None if upload is None else upload.path
+
+
+def painted_files(edited: Any) -> list[Path]:
+    """The files that an editor's strokes were saved as."""
+    return [] if edited is None else [Path(layer.path) for layer in edited.layers]
 
 
 def as_table(title: str, rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What the web page does, without the page: an uploaded picture, words, and their result."""
+"""What the web page does, without the page: a picture, words and examples, and their result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from talk2dino.errors import DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.inference.vocabulary import EncodedPicture
+from talk2dino.inference.vocabulary import EncodedPicture, Shown
+from talk2dino.web.examples import FOLDER, Example, new_example, pack, painted
 
 MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
 MEMORY = 2 << 30  # bytes for the pictures of all visitors and their results
@@ -36,50 +37,62 @@ class Request:
         background: whether there is a background.
         threshold: its score.
         pamr: refine the edges.
+        examples: classes that are shown, also beside words of the same name.
     """
 
     words: str
     background: bool = False
     threshold: float = 0.5
     pamr: bool = True
+    examples: tuple[Example, ...] = ()
 
     @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """Names and the words that stand for them; never read from a file of the server.
+    def classes(self) -> dict[str, tuple[Shown, ...]]:
+        """Names, and the words and exemplars of each; never read from a file of the server.
 
         Raises:
-            DataError: no word, or one that is named twice.
+            DataError: no class, or a word that is named twice.
         """
         parts = [part.strip() for part in self.words.split(",") if part.strip()]
-        if not parts:
+        if not parts and not self.examples:
             raise DataError("Name at least one class, for instance: cat, sofa")
-        return {spec.name: spec.synonyms for spec in read_classes(parts).prompted}
+        said = read_classes(parts).prompted if parts else ()
+        found: dict[str, tuple[Shown, ...]] = {spec.name: spec.synonyms for spec in said}
+        for example in self.examples:
+            found[example.name] = (*found.get(example.name, ()), example.exemplar)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One visitor's encoded picture, and the latest result.
+    """One visitor's encoded picture, examples, and the latest result.
 
     Attributes:
         name: of the uploaded file.
-        picture: encoded once.
+        picture: encoded once; None after it was taken away.
+        short_side: working size in pixels.
+        examples: outlive the picture that they were painted on.
         request: those that `result` answers, or None.
         result: or None.
     """
 
-    name: str
-    picture: EncodedPicture = field(repr=False)
+    name: str = ""
+    picture: EncodedPicture | None = field(default=None, repr=False)
+    short_side: int = 448
+    examples: tuple[Example, ...] = ()
     request: Request | None = None
     result: SegmentedImage | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Memory that it holds, as far as it counts."""
-        pixels, features = self.picture.pixels, self.picture.windows.features
-        held = pixels.nbytes + features.patch_tokens.nbytes
+        held = [tensor for one in self.examples for tensor in (one.pixels, one.inside)]
+        if self.picture is not None:
+            held += [self.picture.pixels, self.picture.windows.features.patch_tokens]
+        size = sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
         if self.result is not None:
-            held += self.result.labels.nbytes + self.result.class_scores.nbytes
-        return held
+            size += self.result.labels.nbytes + self.result.class_scores.nbytes
+        return size
 
 
 class Views:
@@ -157,7 +170,33 @@ def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
         picture = read_picture(file)
     except Exception as error:
         raise DataError(f"{file.name} is damaged: {error}") from error
-    return View(file.name, model.encode(picture, short_side))
+    return View(file.name, model.encode(picture, short_side), short_side)
+
+
+def add_example(
+    model: Talk2DINO, view: View, name: str, layers: Sequence[Path], kept: Sequence[Example]
+) -> View:
+    """Take what a visitor painted on the picture as an example of a class.
+
+    Args:
+        model: looks at it, so that what shows nothing is refused here.
+        view: the visitor's, with a picture.
+        name: of the class.
+        layers: files of the editor.
+        kept: the examples to go on with; the view's others are dropped.
+
+    Raises:
+        DataError: see `painted`, `new_example` and `Talk2DINO.embed_exemplars`.
+    """
+    assert view.picture is not None
+    pixels = view.picture.pixels
+    height, width = pixels.shape[-2:]
+    patch = model.vision.patch_size * min(height, width) / view.short_side
+    example = new_example(name, pixels, painted(layers, (height, width)), kept, patch)
+    every = (*kept, example)
+    of_class = [one.exemplar for one in every if one.name == example.name]
+    model.embed_exemplars(of_class, view.short_side)
+    return replace(view, examples=every)
 
 
 def answer(
@@ -181,11 +220,12 @@ def answer(
     moved = old is not None and replace(old, threshold=request.threshold) == request
     if result is not None and moved and request.background:
         return replace(view, request=request, result=result.with_threshold(request.threshold))
+    assert view.picture is not None
     threshold = request.threshold if request.background else None
     classes = request.classes
-    every = [word for words in classes.values() for word in words]
+    every = [word for words in classes.values() for word in words if isinstance(word, str)]
     wanted = kept.select(every) if kept else classes
-    result = model.segment(view.picture, wanted, threshold, request.pamr)
+    result = model.segment(view.picture, wanted, threshold, request.pamr, view.short_side)
     return replace(view, request=request, result=result)
 
 
@@ -215,19 +255,31 @@ def python_call(
     request = view.request or Request("")
     classes = request.classes
     plain = all(words == (name,) for name, words in classes.items())
-    named = list(classes) if plain else {name: list(words) for name, words in classes.items()}
-    words = repr(named)
+    shown: dict[object, str] = {}
+    for example in request.examples:
+        picture, mask = (f"{FOLDER}/{file}" for file in example.files)
+        shown[example.exemplar] = f"Exemplar({picture!r}, {mask!r})"
+    groups = [
+        f"{name!r}: [{', '.join(shown.get(word) or repr(word) for word in words)}]"
+        for name, words in classes.items()
+    ]
+    words = repr(list(classes)) if plain else f"{{{', '.join(groups)}}}"
+    if shown:  # long ones
+        words = "{\n    " + ",\n    ".join(groups) + ",\n}"
+    needed = ["Exemplar"] if shown else []
     if kept:
         words = f"ClassEmbeddings.load({kept.origin!r}).select({list(classes)!r})"
+        needed = ["ClassEmbeddings"]
     background = f", background={request.threshold:g}" if request.background else ""
     hide = f"hide={list(hidden)!r}" if hidden else ""
+    side = f", short_side={view.short_side}" if view.short_side != 448 else ""
     other = "" if calibration == AUTO else f", calibration={calibration!r}"
     return "\n".join(
         [
-            f"from talk2dino import {'ClassEmbeddings, ' if kept else ''}Talk2DINO",
+            f"from talk2dino import {', '.join([*needed, 'Talk2DINO'])}",
             "",
             f"model = Talk2DINO.from_pretrained({checkpoint!r}{other})",
-            f"seg = model.segment({view.name!r}, {words}{background}, pamr={request.pamr})",
+            f"seg = model.segment({view.name!r}, {words}{background}, pamr={request.pamr}{side})",
             f'seg.overlay({hide}).save("overlay.png")',
         ]
     )
@@ -235,6 +287,8 @@ def python_call(
 
 def annotation_files(view: View, folder: Path, instances: bool) -> list[Path]:
     """Write the annotations of the latest result: a file per format, a ZIP where it has several.
+
+    The examples that were used are a ZIP of their own.
 
     Args:
         view: the visitor's, with a result.
@@ -254,4 +308,6 @@ def annotation_files(view: View, folder: Path, instances: bool) -> list[Path]:
             files.append(inside[0].rename(target.with_name(target.name + inside[0].suffix)))
         else:
             files.append(Path(shutil.make_archive(str(target), "zip", made)))
+    if view.request is not None and view.request.examples:
+        files.append(pack(view.request.examples, folder / f"{FOLDER}.zip"))
     return files

@@ -12,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from talk2dino.datasets.mosaic import MosaicScenes
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
+from talk2dino.inference.exemplars import Exemplar, read_folder
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.web.examples import MOST, SIDE, painted, to_paint_on
 from talk2dino.web.session import (
     Request,
+    View,
+    add_example,
     annotation_files,
     answer,
     open_picture,
@@ -93,7 +98,10 @@ def test_a_visit(tab: Any, page: str, model: Talk2DINO, photo: Path) -> None:
     encoded = model.encode(photo, SHORT_SIDE)
     plain = model.segment(encoded, ["cat", "grass"], pamr=True)
     np.testing.assert_array_equal(shown(tab), np.asarray(plain.overlay()))
-    assert "model.segment('scene.png', ['cat', 'grass'], pamr=True)" in tab.inner_text("#code")
+    assert (
+        "model.segment('scene.png', ['cat', 'grass'], pamr=True, short_side=112)"
+        in tab.inner_text("#code")
+    )
     tab.wait_for_selector("#shares td:has-text('cat')")
 
     address = tab.locator("#overlay img").get_attribute("src")
@@ -143,6 +151,123 @@ def test_what_is_no_picture_is_refused(tab: Any, tmp_path: Path) -> None:
         toast = tab.wait_for_selector(f".toast-body:has-text('{said}')")
         assert toast is not None
         assert not tab.locator("#overlay img").count()
+
+
+def test_a_class_is_painted(tab: Any, model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
+    """The page shows what Python gives for the pictures and masks that it hands out."""
+    tab.set_input_files("#picture input[type=file]", photo)
+    tab.wait_for_selector("#overlay img")
+    tab.click("#by-example button")
+    tab.wait_for_selector("#editor canvas")
+    tab.click("#add")
+    tab.wait_for_selector(".toast-body:has-text('Nothing is painted')")
+    place = tab.locator("#editor canvas").first.bounding_box()
+    x, y = place["x"] + 0.4 * place["width"], place["y"] + 0.5 * place["height"]
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 5, y - 60, steps=6)
+    tab.mouse.move(x + 20, y + 40, steps=6)
+    tab.mouse.up()
+    tab.click("#add")
+    tab.wait_for_selector(".toast-body:has-text('Name the class')")
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.fill("#name textarea, #name input", "fur")
+    tab.click("#add")
+    tab.wait_for_selector("#examples label:has-text('fur 1')")
+    wait_for_another(tab, address)
+
+    tab.click("#annotate")
+    link = tab.wait_for_selector("#files a[href$='exemplars.zip']").get_attribute("href")
+    with zipfile.ZipFile(BytesIO(tab.request.get(link).body())) as packed:
+        packed.extractall(tmp_path / "exemplars")
+    shown_there = read_folder(tmp_path / "exemplars")
+    pixels, inside = shown_there["fur"][0].read()
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(Image.open(photo)))
+    assert inside[:, 112:].sum() == 0 < inside[:, 34:112].sum() == inside.sum()  # where it was
+    wanted = {"cat": "cat", "grass": "grass", **shown_there}
+    want = model.segment(photo, wanted, pamr=True, short_side=SHORT_SIDE)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(shown(tab), np.asarray(want.overlay()))
+    call = "'fur': [Exemplar('exemplars/fur/1.png', 'exemplars/fur/1_mask.png')],"
+    assert call in tab.inner_text("#code")
+
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.uncheck("#examples label:has-text('fur 1') input")
+    wait_for_another(tab, address)
+    assert "fur" not in tab.inner_text("#code")
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the editor sends: strokes over the right half, a speck, nothing; and other files."""
+    folder, made = tmp_path_factory.mktemp("layers"), {}
+    for name, columns in {
+        "half": slice(84, None),
+        "speck": slice(0, 5),
+        "nothing": slice(0),
+    }.items():
+        layer = np.zeros((112, 168, 4), np.uint8)
+        layer[: 5 if name == "speck" else None, columns] = 230, 30, 90, 255
+        made[name] = folder / f"{name}.png"
+        Image.fromarray(layer).save(made[name])
+    made["opaque"], made["broken"] = folder / "opaque.png", folder / "broken.png"
+    Image.new("RGB", (168, 112)).save(made["opaque"])
+    made["broken"].write_bytes(made["half"].read_bytes()[:-30])
+    made["huge"] = folder / "huge.png"
+    Image.new("RGBA", (2 * SIDE + 1, 10)).save(made["huge"])
+    return made
+
+
+def test_examples_beside_words(model: Talk2DINO, photo: Path, layers: dict[str, Path]) -> None:
+    view = add_example(model, open_picture(model, photo, SHORT_SIDE), "cat", [layers["half"]], ())
+    view = add_example(model, view, "new thing", [layers["half"]], view.examples)
+    view = add_example(model, view, "cat", [layers["nothing"], layers["half"]], view.examples)
+    assert [one.label for one in view.examples] == ["cat 1", "new thing 1", "cat 2"]
+    done = answer(model, view, Request("cat; kitten", examples=view.examples))
+    mask = np.zeros((112, 168), bool)
+    mask[:, 84:] = True
+    one = Exemplar(photo, mask)
+    classes = {"cat": ["cat", "kitten", one, one], "new thing": one}
+    want = model.segment(photo, classes, pamr=True, short_side=SHORT_SIDE)
+    assert done.result is not None and (done.result.labels == want.labels).all()
+    compile(python_call("run", done), "call", "exec")
+    assert "short_side=112" in python_call("run", done)
+    without = answer(model, done, Request("cat; kitten", True, examples=view.examples[1:2]))
+    assert without.result is not None and "new thing" in without.result.classes
+    assert len(View(examples=view.examples).examples) == 3  # they need no picture
+    held = view.picture.pixels.nbytes if view.picture else 0
+    assert View(examples=view.examples).nbytes == held + 3 * mask.nbytes  # the picture once
+
+
+def test_examples_are_refused(model: Talk2DINO, photo: Path, layers: dict[str, Path]) -> None:
+    view = open_picture(model, photo, SHORT_SIDE)
+    refused = {
+        "Nothing is painted": ("fur", "nothing"),
+        "cannot be read; paint again": ("fur", "broken"),
+        "Name the class": ("  ", "half"),
+        "none of , ; : / ": ("../fur", "half"),
+        "at most 100 letters": (101 * "a", "half"),
+        "control character": ("a\0", "half"),
+        "smaller than a patch of 14x14 pixels": ("fur", "speck"),
+    }
+    for message, (name, layer) in refused.items():
+        with pytest.raises(DataError, match=message):
+            add_example(model, view, name, [layers[layer]], ())
+    for layer in ("opaque", "huge"):
+        with pytest.raises(DataError, match="cannot be read; paint again"):
+            painted([layers[layer]], (112, 168))
+    with pytest.raises(DataError, match="Nothing is painted"):
+        painted([], (112, 168))
+    one = add_example(model, view, "fur", [layers["half"]], ()).examples
+    with pytest.raises(DataError, match="8 examples are in use; uncheck one"):
+        add_example(model, view, "fur", [layers["half"]], one * MOST)
+    with pytest.raises(DataError, match="Name at least one class"):
+        _ = Request("").classes
+
+
+def test_the_picture_to_paint_on_is_small() -> None:
+    large = to_paint_on(torch.zeros(3, 100, 3000, dtype=torch.uint8))
+    assert large.size == (SIDE, 26)
+    assert to_paint_on(torch.zeros(3, 30, 20, dtype=torch.uint8)).size == (20, 30)
 
 
 def test_only_what_changed_is_computed(

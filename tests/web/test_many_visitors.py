@@ -97,7 +97,7 @@ class Visitor:
         return self.call("picture", "upload", given)
 
     def segment(self) -> dict[str, Any]:
-        return self.call("go", "click", WORDS, False, 0.5, False)
+        return self.call("go", "click", WORDS, False, 0.5, False, [])
 
     def get(self, path: str) -> tuple[int, bytes]:
         answer = self.http.get(path)
@@ -162,6 +162,11 @@ def read_what_is_not_ours(address: str, secret: Path) -> list[str]:
             given = {"path": path, key: path, "meta": {"_type": "gradio.FileData"}}
             if thief.open(given)["success"]:
                 found.append(f"picture {key}={path}")
+            thief.open(picture(40, 30))
+            painted = {"background": None, "layers": [given], "composite": None}
+            told = thief.call("add", "click", painted, "mine", [])
+            if told["success"] or "paint" in str(told["output"]):  # it was opened
+                found.append(f"painted {key}={path}")
     return found
 
 
