@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from talk2dino.config import command
-from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.config.command import listed, load_model
+from talk2dino.config.shown_classes import embed_exemplars, named_classes, require_classes
 from talk2dino.errors import ConfigError
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
@@ -19,8 +20,9 @@ from talk2dino.maps.geotiff import MapImage
 
 def run_map(config: DictConfig) -> None:
     """Segment the file that the config names."""
-    classes = class_words(config.classes)
+    classes = named_classes(config)
     background_threshold(config.background)  # refuses it before the model is loaded
+    refinement = command.build(config.refinement) if config.refinement else None
     if config.minimum_area < 1:
         raise ConfigError(f"minimum_area={config.minimum_area}: give pixels, 1 or more")
     with MapImage(
@@ -32,13 +34,16 @@ def run_map(config: DictConfig) -> None:
         files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)
-        vocabulary = load_model(config, classes=classes).open_vocabulary(
+        model = load_model(config, classes=classes)
+        embed_exemplars(model, classes, config.window)
+        vocabulary = model.open_vocabulary(
             classes,
             config.background,
             config.pamr,
             config.window,
             config.templates,
             negatives=listed(config.negatives),
+            refinement=refinement,
         )
         with command.progress("map") as advance:
             result = segment_map(
@@ -74,4 +79,4 @@ def report(result: MapResult, pixel_area: float | None, files: list[Path]) -> No
 
 
 if __name__ == "__main__":
-    command.run("map", run_map, lambda config: require(config, "checkpoint", "image", "classes"))
+    command.run("map", run_map, lambda config: require_classes(config, "checkpoint", "image"))

@@ -203,10 +203,13 @@ class MapConfig(ModelConfig):
 
     image: str | None
     classes: Any
+    exemplars: str | None
+    exemplar_weight: float
     output: str
     negatives: list[str]
     templates: str | None
     background: Any  # a score, true, or null
+    refinement: Any
     pamr: bool
     meters_per_pixel: float | None
     scale: float | None

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino import Talk2DINO
+from talk2dino import Exemplar, Talk2DINO
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from talk2dino.segmentation import KNN
 from tests.helpers.pipeline import fails, run
 from tests.helpers.stores import CLIP
 
@@ -54,6 +55,26 @@ def test_labels_areas_and_polygons(
     assert target.read_bytes() == first
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_classes_that_are_shown_and_a_refinement(given: list[str], tmp_path: Path) -> None:
+    shown = tmp_path / "shown" / "roof"
+    shown.mkdir(parents=True)
+    checkpoint, picture = (one.partition("=")[2] for one in given[:2])
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 20:] = 255
+    Image.open(picture).save(shown / "a.png")
+    Image.fromarray(mask).save(shown / "a_mask.png")
+    more = [f"exemplars={shown.parent}", "refinement=knn", "refinement.k=3"]
+    target = tmp_path / "labels.tif"
+    run("map", *given, *more, f"output={target}")
+    model = Talk2DINO.from_pretrained(checkpoint, device="cpu")
+    classes = {"cat": "cat", "sofa": "sofa", "tree": "tree", "roof": Exemplar(picture, mask)}
+    wanted = model.segment(picture, classes, short_side=32, refinement=KNN(k=3)).labels
+    assert (wanted == 3).any()
+    with rasterio.open(target) as file:
+        assert np.array_equal(file.read(1), wanted.numpy())
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -63,6 +84,7 @@ def test_labels_areas_and_polygons(
         (["minimum_area=0"], "minimum_area=0"),
         (["bands=[7]"], "bands=[7]"),
         (["background=2"], "background=2"),
+        (["exemplars=absent"], "exemplars=absent: no such folder"),
     ],
 )
 def test_mistakes_are_said_before_the_model_loads(

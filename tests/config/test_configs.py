@@ -46,7 +46,7 @@ USED = {  # groups of each command
     ),
     "evaluate": ("benchmark", "refinement", "trainer", "vision", "text", "launcher"),
     "segment": ("refinement", "vision", "text", "launcher"),
-    "map": ("vision", "text", "launcher"),
+    "map": ("refinement", "vision", "text", "launcher"),
     "calibrate": ("rule", "vision", "text", "launcher"),
     "embed": ("vision", "text", "launcher"),
     "search": ("val_similarity", "vision", "text", "launcher"),
