@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import class_words, listed, load_model, require
+from talk2dino.config.command import listed, load_model, require
+from talk2dino.config.shown_classes import embed_exemplars, named_classes
 from talk2dino.errors import ConfigError
 
 NEEDED = (
@@ -64,6 +65,7 @@ def read_token(config: DictConfig, address: str) -> str | None:
 def serve(config: DictConfig) -> None:
     """Load the model and answer requests."""
     from talk2dino.alignment.checkpoint import checkpoint_digest
+    from talk2dino.inference.class_embeddings import ClassEmbeddings
     from talk2dino.serving.gate import LOCAL, Metrics, Rules
     from talk2dino.serving.ml_backend import MLBackend, TaskPictures
     from talk2dino.serving.server import Routes, bind, build_app
@@ -71,7 +73,9 @@ def serve(config: DictConfig) -> None:
     from talk2dino.serving.service import Limits, Service
 
     limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
-    classes = class_words(config.classes) if config.classes else None
+    given = config.classes or config.exemplars is not None
+    classes = named_classes(config) if given else None
+    refinement = command.build(config.refinement) if config.refinement else None
     pictures = TaskPictures(
         listed(config.image_hosts),
         config.image_root,
@@ -84,11 +88,13 @@ def serve(config: DictConfig) -> None:
         token = read_token(config, opened.getsockname()[0])
         model = load_model(config, classes=classes)
         metrics = Metrics()
-        service = Service(model, limits, classes, config.short_side, metrics.batches.observe)
-        if classes is None or isinstance(classes, dict):
-            model.encode_text([])  # builds the text encoder: its errors come before the service
+        size = config.short_side
+        service = Service(model, limits, classes, size, metrics.batches.observe, refinement)
+        if isinstance(service.classes, ClassEmbeddings):
+            model.embed_classes(service.classes)  # refuses those of another checkpoint
         else:
-            model.embed_classes(classes)  # refuses those of another checkpoint
+            model.encode_text([])  # builds the text encoder: its errors come before the service
+            embed_exemplars(model, service.classes or {}, size)
         name = Path(str(config.checkpoint)).name
         version = f"{name} {checkpoint_digest(config.checkpoint)[:8]}"
         routes = Routes(service, MLBackend(service, pictures, version), metrics, version)

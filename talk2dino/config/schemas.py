@@ -288,6 +288,9 @@ class ServeConfig(ModelConfig):
     """serve.yaml."""
 
     classes: Any
+    exemplars: str | None
+    exemplar_weight: float
+    refinement: Any
     short_side: int
     host: str
     port: int

@@ -60,9 +60,21 @@ class Exemplar:
     image: ImageLike = field(repr=False)
     mask: ImageLike = field(repr=False)
     weight: float = WEIGHT
+    _digest: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_weight(self.weight, "weight")
+
+    def settled(self) -> Exemplar:
+        """The same in memory, read now and never again: for one that is asked for often.
+
+        Raises:
+            DataError: as `read`.
+        """
+        pixels, inside = self.read()
+        made = Exemplar(pixels.clone(), inside, self.weight)
+        object.__setattr__(made, "_digest", made.digest)
+        return made
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The picture `[3, H, W]` uint8 and its mask `[H, W]` bool, on the CPU.
@@ -84,6 +96,8 @@ class Exemplar:
     @property
     def digest(self) -> str:
         """SHA-256 of the pixels, the mask and the weight, hex; errors as `read`."""
+        if self._digest is not None:
+            return self._digest
         pixels, inside = self.read()
         found = hashlib.sha256(f"{tuple(inside.shape)} {self.weight}".encode())
         found.update(pixels.contiguous().numpy().tobytes())

@@ -347,7 +347,7 @@ class MLBackend:
         """The classes to look for, and the label of each; of class embeddings one per word."""
         kept = self.service.classes
         if kept is None or isinstance(kept, Mapping):
-            return control.words, list(control.words)
+            return self.service.shown(control.words), list(control.words)
         pairs = [(label, word) for label, words in control.words.items() for word in words]
         return kept.select([word for _, word in pairs]), [label for label, _ in pairs]
 

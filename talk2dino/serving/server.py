@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from io import BytesIO
 from typing import Annotated, Any, Literal
 
@@ -121,12 +122,16 @@ class Routes:
         return Response(made, media_type=kind)
 
     async def embed(self, body: EmbedRequest) -> Response:
-        """Vectors of classes in the space of the patch tokens: unit rows, one per word."""
+        """Vectors of classes in the space of the patch tokens: unit rows, one per word.
+
+        The word of a class that is only shown by exemplars is empty.
+        """
         given = body.classes
         text = given if given is None or isinstance(given, str) else json.dumps(given)
         classes = self.service.words(text)
         self.service.check_words(classes, ())
-        made = await self.service.call(self.service.model.embed_classes, classes)
+        embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
+        made = await self.service.call(embed, classes)
         names, first = made.words.names, int(made.words.has_negatives)
         rows = [
             {

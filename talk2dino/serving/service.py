@@ -22,8 +22,10 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.inference.vocabulary import OpenVocabulary
+from talk2dino.inference.vocabulary import OpenVocabulary, Shown
 from talk2dino.segmentation.memory import machine_memory
+from talk2dino.segmentation.refinement.knn import KNN
+from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.serving.batching import Batcher, Budget, in_thread
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
@@ -81,14 +83,14 @@ class Wanted:
     """What is asked of a picture.
 
     Attributes:
-        classes: names and their words, or class embeddings.
+        classes: names, and the words and exemplars of each, or class embeddings.
         background: as `Talk2DINO.segment` takes it.
         pamr: refine the edges.
         short_side: working size in pixels; None takes the service's own.
         negatives: words that count as background.
     """
 
-    classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings
+    classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings
     background: bool | float | None = None
     pamr: bool = True
     short_side: int | None = None
@@ -104,18 +106,31 @@ class Service:
         classes: of requests that name none; class embeddings are all there is to choose from.
         short_side: working size of requests that name none, in pixels.
         seen: is told the size of every batch that the encoder gets.
+        refinement: of all requests, as `Talk2DINO.segment` takes it.
+
+    Raises:
+        DataError: an exemplar that cannot be read.
     """
 
     def __init__(
         self,
         model: Talk2DINO,
         limits: Limits | None = None,
-        classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings | None = None,
+        classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings | None = None,
         short_side: int = 448,
         seen: Callable[[int], object] = lambda size: None,
+        refinement: KNN | PAMR | None = None,
     ) -> None:
         self.model, self.limits, self.seen = model, limits or Limits(), seen
-        self.classes, self.short_side = classes or None, short_side
+        self.short_side, self.refinement = short_side, refinement
+        self.classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings | None = None
+        if isinstance(classes, ClassEmbeddings):
+            self.classes = classes
+        elif classes:
+            self.classes = {
+                name: tuple(one if isinstance(one, str) else one.settled() for one in given)
+                for name, given in classes.items()
+            }
         self.side(None)
 
     @asynccontextmanager
@@ -168,6 +183,7 @@ class Service:
             wanted.pamr,
             self.side(wanted.short_side),
             negatives=wanted.negatives,
+            refinement=self.refinement,
         )
 
     def side(self, asked: int | None) -> int:
@@ -185,7 +201,7 @@ class Service:
         return side
 
     def check_words(
-        self, classes: Mapping[str, tuple[str, ...]] | ClassEmbeddings, negatives: Sequence[str]
+        self, classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings, negatives: Sequence[str]
     ) -> None:
         """Refuse words that nobody means, and too many.
 
@@ -196,7 +212,7 @@ class Service:
         if isinstance(classes, ClassEmbeddings):
             every = list(classes)
         else:
-            every = [*classes, *(word for words in classes.values() for word in words)]
+            every = [*classes, *(word for words in classes.values() for word in _said(words))]
         every += negatives
         count = len(every) - (0 if isinstance(classes, ClassEmbeddings) else len(classes))
         if count > self.limits.max_words:
@@ -229,8 +245,8 @@ class Service:
                 f"{self.limits.max_megapixels:g} million"
             )
 
-    def words(self, text: str | None) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
-        """The classes of a request.
+    def words(self, text: str | None) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
+        """The classes of a request; a name that the service has exemplars of brings them.
 
         Args:
             text: `cat, sofa; couch`, or JSON: `["cat", ["sofa", "couch"]]`,
@@ -247,9 +263,28 @@ class Service:
             return self.classes
         named = read_words(text)
         if not isinstance(self.classes, ClassEmbeddings):
-            return named
+            return self.shown(named)
         every = [word for words in named.values() for word in words]
         return self.classes.select(every)
+
+    def shown(self, named: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[Shown, ...]]:
+        """Named classes, with the exemplars that the service has of them.
+
+        A bare name of such a class means it as the service began with it: without the name as a
+        word, if only exemplars stand for it.
+        """
+        began = self.classes if isinstance(self.classes, Mapping) else {}
+        found: dict[str, tuple[Shown, ...]] = {}
+        for name, words in named.items():
+            known = began.get(name, ())
+            exemplars = tuple(one for one in known if not isinstance(one, str))
+            bare = bool(exemplars) and words == (name,)
+            found[name] = known if bare else (*words, *exemplars)
+        return found
+
+
+def _said(given: Sequence[Shown]) -> list[str]:
+    return [one for one in given if isinstance(one, str)]
 
 
 def read_words(text: str) -> dict[str, tuple[str, ...]]:

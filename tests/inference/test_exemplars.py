@@ -459,3 +459,14 @@ def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]
     assert "b.png lies in no folder" in fails(capfd, *missing, "exemplars=bad")  # checkpoint unread
     said = fails(capfd, *missing)
     assert "classes=… not given" in said
+
+
+def test_an_exemplar_that_is_settled_is_not_read_again() -> None:
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    exemplar = Exemplar(pixels, mask, 0.3)
+    kept, before = exemplar.settled(), exemplar.digest
+    pixels += 1
+    assert kept.digest == before != exemplar.digest
+    assert kept.weight == 0.3 and kept.settled().digest == before
+    assert int(kept.read()[0].max()) == 0

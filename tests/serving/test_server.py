@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import socket
 import threading
 import time
@@ -21,7 +22,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from talk2dino.inference.exemplars import Exemplar, read_folder
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.segmentation import KNN
 from tests.helpers.encoders import hash_model
 from tests.helpers.pipeline import need
 
@@ -40,6 +43,7 @@ SETUP = (
     '<Label value="Cat" predicted_values="cat"/><Label value="Sofa" predicted_values="sofa,couch"/>'
     "</BrushLabels></View>"
 )
+ATTRIBUTES = 'model_background="false" toName'
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -59,13 +63,18 @@ def own_threads() -> set[int | None]:
 
 @contextmanager
 def serving(
-    model: Talk2DINO, token: str | None = None, root: Path | None = None, **limits: Any
+    model: Talk2DINO,
+    token: str | None = None,
+    root: Path | None = None,
+    classes: Any = None,
+    refinement: KNN | None = None,
+    **limits: Any,
 ) -> Iterator[Any]:
     """A client of a service in a thread of this process; it must end within seconds."""
     import uvicorn
 
     metrics, chosen = Metrics(), Limits(**limits)
-    service = Service(model, chosen, short_side=32, seen=metrics.batches.observe)
+    service = Service(model, chosen, classes, 32, metrics.batches.observe, refinement)
     pictures = TaskPictures(root=None if root is None else str(root))
     routes = Routes(service, MLBackend(service, pictures, "tiny"), metrics)
     gate: Gate = build_app(routes, Rules(chosen.body, chosen.timeout, chosen.queue, token))
@@ -191,6 +200,47 @@ def test_requests_at_once_share_batches_and_get_their_own_results(model: Talk2DI
         assert metric(client, "talk2dino_batch_pictures_sum") == 12 and batches <= 5
     for answer, given in zip(answers, asked, strict=True):
         assert answer["annotations"] == alone(*given)["annotations"]
+
+
+def test_classes_that_are_shown(tmp_path: Path) -> None:
+    """What requests get is what Python gives, also after the files have gone."""
+    inside = np.zeros((40, 64), np.uint8)
+    inside[:, 30:] = 1
+    shown = {}
+    for seed, name in enumerate(("Cat", "rust"), 5):  # `Cat` is a label of the setup
+        folder = tmp_path / "shown" / name
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(picture(seed))
+        Image.fromarray(inside).save(folder / "a_mask.png")
+        shown[name] = Exemplar(picture(seed), inside)
+    model, one, knn = hash_model(), picture(1), KNN(k=3)
+    began = {"sofa": ("sofa", "couch"), **read_folder(tmp_path / "shown")}
+    meant = {
+        None: {"sofa": ["sofa", "couch"], **shown},
+        "rust, moss": {"rust": shown["rust"], "moss": "moss"},
+        "rust; stain, Cat": {"rust": ["rust", "stain", shown["rust"]], "Cat": shown["Cat"]},
+    }
+    with serving(model, classes=began, refinement=knn) as client:
+        shutil.rmtree(tmp_path / "shown")
+        for asked, classes in meant.items():
+            data = {"output": "labels", "pamr": "false"} | ({"classes": asked} if asked else {})
+            answer = client.post("/segment", files={"image": ("a.png", one)}, data=data)
+            assert answer.status_code == 200, answer.text
+            found = np.asarray(Image.open(BytesIO(answer.content)))
+            wanted = model.segment(one, classes, short_side=32, refinement=knn)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(found, wanted.labels.numpy())
+        rows = client.post("/embed", json={"classes": ["rust", "moss"]}).json()["rows"]
+        assert [row["word"] for row in rows] == ["", "moss"]
+        row = torch.tensor(rows[0]["vector"])
+        torch.testing.assert_close(row, model.embed_exemplars([shown["rust"]], 32))
+
+        setup = SETUP.replace(' predicted_values="cat"', "").replace("toName", ATTRIBUTES)
+        photo = f"data:image/png;base64,{base64.b64encode(one).decode()}"
+        asked = {"label_config": setup, "tasks": [{"id": 1, "data": {"photo": photo}}]}
+        (made,) = client.post("/predict", json=asked).json()["results"]
+    classes = {"Cat": shown["Cat"], "Sofa": ["sofa", "couch"]}
+    wanted = model.segment(one, classes, short_side=32, pamr=True, refinement=knn)
+    assert len(made["result"]) == len(torch.unique(wanted.labels))
 
 
 def test_embed(client: Any, model: Talk2DINO) -> None:
