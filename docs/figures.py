@@ -33,6 +33,7 @@ from talk2dino.finding.found_files import write_found
 from talk2dino.maps.blocks import segment_map
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.segmentation.overlay import ignored_label, legend_colors, overlay
+from talk2dino.videos.frames import Smoother
 from talk2dino.web.page import Page, serve
 
 REPOSITORY = Path(__file__).parents[1]
@@ -59,6 +60,8 @@ def main() -> None:
     exemplars(REPOSITORY / "docs" / "images")
     land(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
     page(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
+    video(REPOSITORY / "docs" / "images")
+    shares(REPOSITORY / "docs" / "images")
 
 
 def annotations(quickstart: Path, images: Path) -> None:
@@ -198,40 +201,41 @@ def land(quickstart: Path, images: Path) -> None:
 
 
 def page(quickstart: Path, images: Path) -> None:
-    """The web page in a browser (Chromium), with a class in words and one that is painted."""
+    """The web page in a browser (Chromium), with two classes that are painted."""
     model = Talk2DINO.from_pretrained(quickstart / "dense")
-    blocks = Page(model, "outputs/quickstart/dense", "dark leaves").build()
+    blocks = Page(model, "outputs/quickstart/dense").build()
     address = serve(blocks, "127.0.0.1", None, max_upload_mb=20)
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        tab = browser.new_page(viewport={"width": 1200, "height": 1360})
+        tab = browser.new_page(viewport={"width": 1200, "height": 1420})
+        tab.set_default_timeout(120_000)
         tab.goto(address)
         tab.wait_for_selector("#picture input[type=file]", state="attached")
         tab.set_input_files("#picture input[type=file]", quickstart / "photograph.jpg")
-        tab.wait_for_selector("#overlay img")
-        first = tab.locator("#overlay img").get_attribute("src")
         tab.click("#by-example button")
-        tab.wait_for_timeout(3000)  # until the picture is on the canvas
+        tab.wait_for_timeout(8000)  # until the picture is on the canvas
         place = tab.locator("#editor canvas").first.bounding_box()
         assert place is not None
-        x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] * 0.47
 
-        def paint() -> None:
-            tab.mouse.move(x - 60, y - 60)
+        def paint(right: float, down: float) -> None:
+            """A block of strokes, where it begins in parts of the canvas."""
+            x, y = place["x"] + right * place["width"], place["y"] + down * place["height"]
+            tab.mouse.move(x, y)
             tab.mouse.down()
-            for row in range(7):
-                tab.mouse.move(x + (60 if row % 2 else -60), y - 60 + 20 * row, steps=4)
+            for row in range(6):
+                tab.mouse.move(x + (row % 2) * 110, y + 20 * row, steps=4)
             tab.mouse.up()
-            tab.wait_for_timeout(1000)
+            tab.wait_for_timeout(2000)
 
-        paint()
-        tab.fill("#name textarea, #name input", "this flower")
-        tab.click("#add")
-        changed = "old => document.querySelector('#overlay img')?.src != old"
-        tab.wait_for_function(changed, arg=first)
-        tab.wait_for_timeout(3000)
-        paint()  # the editor is empty again
+        for name, *where in (("this flower", 0.42, 0.35), ("leaves", 0.12, 0.3)):
+            paint(*where)
+            tab.fill("#name textarea, #name input", name)
+            tab.click("#add")
+            tab.wait_for_selector(f"#examples label:has-text('{name} 1')")
+            tab.wait_for_selector(f"#shown label:has-text('{name}')")
+            tab.wait_for_timeout(4000)
+        paint(0.42, 0.35)  # the editor is empty again
         tab.locator("#overlay img").click(position={"x": 240, "y": 150})
         tab.wait_for_selector("#scores td")
         shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
@@ -239,6 +243,77 @@ def page(quickstart: Path, images: Path) -> None:
         browser.close()
     blocks.close()
     print("docs/images/app.png")
+
+
+def video(images: Path) -> None:
+    """Frames of a still camera with noise, and what changed since the frame before, both ways."""
+    vision = TimmVisionEncoder("vit_small_patch14_dinov2.lvd142m", weights="bundled")
+    model = Talk2DINO(vision, None, ProjectionLayer(384, vision.embed_dim))  # nothing is said
+    train = list(MosaicScenes("train", 40, 224, 224))
+    scenes = MosaicScenes("heldout", 40, 224, 336)
+    scene = next(one for one in scenes if len(np.unique(one.labels)) > 2)
+    classes = {
+        CONCEPTS[number].name: [
+            Exemplar(one.image, one.labels == number) for one in train if number in one.labels
+        ][:2]
+        for number in np.unique(scene.labels)
+    }
+    vocabulary = model.open_vocabulary(classes, short_side=224)
+    random, frames = np.random.default_rng(0), []
+    for _ in range(6):
+        noisy = scene.image + random.normal(0, 12, scene.image.shape)
+        frames.append(vocabulary.encode([noisy.clip(0, 255).astype(np.uint8)])[0])
+    rows = []
+    for strength in (0.0, Smoother().strength):
+        smoother = Smoother(strength)
+        found = [vocabulary(smoother(frame)) for frame in frames]
+        row = [found[-2].overlay(legend=False), found[-1].overlay(legend=False)]
+        changed = (found[-2].labels != found[-1].labels).numpy()
+        rows.append([Image.fromarray(scene.image), *row, Image.fromarray(changed).convert("RGB")])
+    said = ["the scene", "frame 5", "frame 6", "changed"]
+    font = ImageFont.load_default(16)
+    sheet = Image.new("RGB", (4 * 336 + 3 * 8, 24 + 2 * (224 + 24)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        top = number * 248
+        how = f"smoothing={Smoother().strength:g}" if number else "each frame by itself"
+        for place, (picture, name) in enumerate(zip(row, said, strict=True)):
+            title = name if place else how
+            draw.text((place * 344, top + 2), title, (0, 0, 0), font)
+            sheet.paste(picture, (place * 344, top + 24))
+    sheet.quantize(128).save(images / "video.png", optimize=True)
+    print("docs/images/video.png")
+
+
+def shares(images: Path) -> None:
+    """Which process takes which picture of a folder, and who gathers."""
+    colors = [(196, 218, 245), (250, 220, 180), (200, 235, 200)]
+    sheet = Image.new("RGB", (1000, 330), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+
+    def box(x: int, y: int, width: int, text: str, fill: tuple[int, int, int]) -> None:
+        draw.rectangle((x, y, x + width, y + 34), fill, (90, 90, 90))
+        draw.text((x + width / 2, y + 17), text, (0, 0, 0), font, "mm")
+
+    for picture in range(9):
+        x, rank = 14 + picture * 109, picture % 3
+        box(x, 14, 98, f"{picture + 1}.jpg", colors[rank])
+        draw.line((x + 49, 48, 170 + rank * 330, 110), (130, 130, 130), 2)
+    for rank in range(3):
+        x = 40 + rank * 330
+        box(x, 110, 260, f"rank {rank}: encode, decide, write", colors[rank])
+        box(x, 180, 260, f"segmented/.parts: record {rank}", (240, 240, 240))
+        draw.line((x + 130, 144, x + 130, 180), (130, 130, 130), 2)
+        draw.line((x + 130, 214, 500, 270), (130, 130, 130), 2)
+    box(
+        190,
+        270,
+        620,
+        "the last to finish: one data set per format, one list of what failed",
+        (240, 240, 240),
+    )
+    sheet.quantize(32).save(images / "shares.png", optimize=True)
+    print("docs/images/shares.png")
 
 
 if __name__ == "__main__":
