@@ -125,10 +125,8 @@ class WordLoss(nn.Module):
                 f"words.per_step={per_step}: a word is told apart from others of its step, so use "
                 "2 or more"
             )
-        if near_synonym is not None and not 0 < near_synonym <= 1:
-            raise ConfigError(
-                f"words.near_synonym={near_synonym}: a cosine above 0 and up to 1, or null"
-            )
+        if near_synonym is not None:
+            check_cosine("words.near_synonym", near_synonym)
         self.embeddings, self.of_image = embeddings, of_image
         self.similarity = similarity
         self.weight, self.caption_weight, self.per_step = weight, caption_weight, per_step
@@ -193,3 +191,13 @@ class WordLoss(nn.Module):
         self.embeddings, self.of_image = fn(self.embeddings), fn(self.of_image)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def check_cosine(name: str, value: float) -> None:
+    """Refuse what is no cosine above 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name}={value}: a cosine above 0 and up to 1, or null")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 
@@ -128,6 +128,40 @@ def caption_words(
         of_image=_by_image(
             np.asarray(image_row)[holders[kept]], place[number[kept]], images, len(order)
         ),
+    )
+
+
+def with_synonyms(
+    found: CaptionWords, embeddings: NDArray[np.floating], cosine: float
+) -> CaptionWords:
+    """Give every image the words that mean about the same as one that it has.
+
+    Args:
+        found: words and those of every image.
+        embeddings: `[V, C]` of the words.
+        cosine: of two embeddings from which on an image with one word has the other, too.
+
+    Examples:
+        >>> import numpy as np
+        >>> from talk2dino.features.caption_words import CaptionWords, with_synonyms
+        >>> found = CaptionWords(("bike", "bicycle", "dog"), np.ones(3), np.array([[0, 2], [1, 3]]))
+        >>> with_synonyms(found, np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), 0.8).of_image
+        array([[0, 1, 2],
+               [0, 1, 3]], dtype=int32)
+    """
+    count = len(found.words)
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    near = unit @ unit.T >= cosine
+    np.fill_diagonal(near, True)
+    first, second = np.nonzero(near)  # by first, in ascending order
+    starts = np.searchsorted(first, np.arange(count + 1))
+    rows, place = np.nonzero(found.of_image < count)
+    said = found.of_image[rows, place]
+    many = starts[said + 1] - starts[said]  # synonyms of each
+    within = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+    words = second[np.repeat(starts[said], many) + within]
+    return replace(
+        found, of_image=_by_image(np.repeat(rows, many), words, len(found.of_image), count)
     )
 
 

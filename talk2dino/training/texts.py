@@ -11,7 +11,7 @@ from torch import Tensor, from_numpy
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.similarity import Dense, Similarity
 from talk2dino.alignment.similarity.base import check_positive
-from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.alignment.word_loss import WordLoss, check_cosine
 from talk2dino.encoders.build import build_text
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
@@ -19,7 +19,7 @@ from talk2dino.encoders.text.base import CachedTextEncoder
 from talk2dino.encoders.text.prompts import prompts
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
-from talk2dino.features.caption_words import caption_words
+from talk2dino.features.caption_words import caption_words, with_synonyms
 
 
 def stored_text_encoder(store: FeatureStore, purpose: str) -> TextEncoder:
@@ -58,6 +58,7 @@ def caption_word_loss(
     per_step: int = 160,
     logit_scale: float = 30.0,
     near_synonym: float | None = None,
+    synonym: float | None = None,
     mixture: float = 0.0,
     mixture_per_step: int = 1024,
     mixture_patches: int = 32,
@@ -80,6 +81,7 @@ def caption_word_loss(
         per_step: words of a step at most.
         logit_scale: factor on the scores.
         near_synonym: cosine from which on two words may mean the same; None for never.
+        synonym: cosine from which on a word is right wherever the other is; None for never.
         mixture: weight of the loss in which words compete for patches.
         mixture_per_step: words of a step that compete at most.
         mixture_patches: random patches of every image there.
@@ -108,8 +110,12 @@ def caption_word_loss(
         len(store.images),
         min_count,
     )
+    embeddings = embed_words(found.words, store, templates)
+    if synonym is not None:
+        check_cosine("words.synonym", synonym)
+        found = with_synonyms(found, embeddings.numpy(), synonym)
     return WordLoss(
-        embeddings=embed_words(found.words, store, templates),
+        embeddings=embeddings,
         of_image=from_numpy(found.of_image),
         similarity=similarity,
         weight=weight,

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from talk2dino.errors import ConfigError
-from talk2dino.features.caption_words import STOP_WORDS, CaptionWords, caption_words
+from talk2dino.features.caption_words import (
+    STOP_WORDS,
+    CaptionWords,
+    caption_words,
+    with_synonyms,
+)
 
 NOUNS = ["dog", "dogs", "red", "ball", "Snow", "boy's", "t-shirt", "Straße", "a", "the", "in", "2"]
 
@@ -83,6 +88,26 @@ def test_a_pair_brings_its_words_along() -> None:
     assert found.words == ("brown", "brown dog", "dog")
     assert found.counts.tolist() == [3, 2, 2]
     assert named(found, 1) == {"brown"}
+
+
+def test_an_image_has_the_synonyms_of_its_words() -> None:
+    rows = np.random.default_rng(3).integers(0, 50, 300)
+    found = caption_words(sentences(300), rows, 60, min_count=3)
+    vectors = np.random.default_rng(4).normal(size=(len(found.words), 3))
+    more = with_synonyms(found, vectors, 0.8)
+    unit = vectors / np.linalg.norm(vectors, axis=1)[:, None]
+    for row in range(60):
+        own = [found.words.index(word) for word in named(found, row)]
+        want = {
+            word
+            for k, word in enumerate(found.words)
+            if k in own or any(unit[k] @ unit[n] >= 0.8 for n in own)
+        }
+        assert named(more, row) == want
+    assert sum(len(named(more, r)) - len(named(found, r)) for r in range(60)) > 50
+    assert more.words == found.words
+    assert more.digest != found.digest
+    np.testing.assert_array_equal(with_synonyms(found, vectors, 1.0).of_image, found.of_image)
 
 
 @pytest.mark.parametrize(

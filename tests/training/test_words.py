@@ -151,6 +151,12 @@ def test_the_vocabulary_is_that_of_the_captions_to_train_on(
         encoder.encode([form.format(n) for n in names]) for form in ("a photo of a {}.", "a {}")
     ]
     torch.testing.assert_close(averaged, (both[0] + both[1]) / 2)
+    near = torch.nn.functional.cosine_similarity(words.embeddings[dogs], words.embeddings, dim=1)
+    sixth = float(near.sort().values[-6])
+    wider = (built(synonym=sixth).of_image == dogs).any(dim=1)
+    said = [torch.isin(row, torch.nonzero(near >= sixth)).any().item() for row in words.of_image]
+    assert wider.tolist() == said
+    assert wider.sum() > has.sum()
     assert built(temperature=0.3).similarity.temperature == 0.3
 
 
@@ -164,6 +170,7 @@ def test_the_vocabulary_is_that_of_the_captions_to_train_on(
         (["words.per_step=1"], "words.per_step=1"),
         (["words.templates=other"], "templates='other' is unknown"),
         (["words.min_counts=2"], "did you mean words.min_count?"),
+        (["words.synonym=0"], "words.synonym=0: a cosine above 0 and up to 1, or null"),
         (["words.near_synonym=high"], "words.near_synonym='high' is str, expected float or null"),
     ],
 )
