@@ -37,7 +37,7 @@ from tests.helpers.evaluations import (
     write_benchmark,
 )
 from tests.helpers.pipeline import fails, need, run
-from tests.helpers.ranks import two_ranks
+from tests.helpers.ranks import fork_what_lightning_spawns, two_ranks
 
 
 def scores_of(image: Tensor, bench: Benchmark) -> Tensor:
@@ -184,7 +184,10 @@ def test_two_ranks_give_the_figures_of_one(tmp_path: Path) -> None:
         assert len(list((tmp_path / name / "pictures").iterdir())) == images
 
 
-def test_results_of_spawned_ranks_come_back(tmp_path: Path) -> None:
+def test_results_of_spawned_ranks_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_what_lightning_spawns(monkeypatch)
     bench = benchmark(write_benchmark(tmp_path / "data", 3))
     results = evaluate(tmp_path / "run", bench, settings(2, "ddp_spawn"))
     assert_same(results, evaluate(tmp_path / "alone", bench), tolerance=0)
