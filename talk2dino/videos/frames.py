@@ -31,7 +31,9 @@ class Smoother:
     cosine with the most similar patch of that frame in the same window: all of `strength` where
     nothing changed, none after a cut. What is taken is the softmax mean of the four most similar
     ones, which were mixed themselves; so what moves keeps its past. Cosines compare the encoder's
-    own tokens. Classes, thresholds and refinement see tokens as they always do.
+    own tokens, less their mean over the window: what all patches of a frame have in common says
+    nothing of places, and may change between frames. Classes, thresholds and refinement see tokens
+    as they always do.
 
     Args:
         strength: 0 keeps every frame by itself; below 1.
@@ -52,7 +54,7 @@ class Smoother:
         features = picture.windows.features
         tokens = features.patch_tokens  # [B, P, D]
         maps = features.self_attn_maps.transpose(1, 2)  # [B, P, H]
-        own = F.normalize(tokens, dim=-1)
+        own = F.normalize(tokens - tokens.mean(1, keepdim=True), dim=-1)
         if self._last is not None and self._last[0].shape == own.shape:
             before, past_tokens, past_maps = self._last
             cosines, places = (own @ before.transpose(1, 2)).topk(

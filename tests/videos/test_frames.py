@@ -73,6 +73,18 @@ def test_noise_is_averaged_where_the_patches_are_moved_or_not() -> None:
     assert np.mean(errors[4:]) < 0.4 * np.mean(plain)
 
 
+def test_what_all_patches_share_does_not_move_them() -> None:
+    """Patches that differ little, and a frame that shifts all of them: each keeps its own past."""
+    places = F.normalize(torch.randn(2, 16, 64), dim=-1)
+    common, other = (F.normalize(torch.randn(1, 1, 64), dim=-1) * 8 for _ in range(2))
+    smoother = Smoother(0.8)
+    for _ in range(4):
+        before = mixed(smoother, places + common)
+    found = mixed(smoother, places + common + 0.5 * other)
+    assert torch.allclose(before, places + common, atol=1e-2)
+    assert torch.allclose(found, places + common + 0.1 * other, atol=1e-2)
+
+
 def test_a_cut_begins_anew_and_zero_changes_nothing() -> None:
     one, other = (F.normalize(torch.randn(2, 16, 64), dim=-1) for _ in range(2))
     smoother = Smoother(0.9)
