@@ -51,7 +51,7 @@ def refuse_foreign_files(folder: Path, resume: bool) -> None:
         lambda: known <= read_config(folder / "config.yaml").keys(),
         (
             *("config.yaml", "projection.safetensors", "metrics.json", "retrieval.md"),
-            *("loss.png", "heads.json", "heads.png"),
+            *("loss.png", "heads.json", "heads.png", "logs/metrics.csv", "logs/hparams.yaml"),
             *(() if resume else ("checkpoints/last.ckpt",)),
         ),
     )

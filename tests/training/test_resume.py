@@ -389,7 +389,8 @@ def test_nothing_to_tell_apart_is_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.json", "loss.png", "checkpoints/last.ckpt"]
+    "name",
+    ["config.yaml", "metrics.json", "loss.png", "checkpoints/last.ckpt", "logs/hparams.yaml"],
 )
 def test_a_folder_with_files_of_the_user_is_refused(
     name: str, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
