@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from talk2dino.errors import ConfigError
-from talk2dino.files import refuse_foreign_run, write_json
+from talk2dino.files import read_json, refuse_foreign_run, write_json
 from talk2dino.renamed import with_current_names
 
 SETTINGS = "settings.json"
 _RESULTS = (  # beside the records
     *("results.json", "confusion.npz", "examples.json", "report.html"),
-    "environment.json",
+    *("environment.json", "images.csv", "examples"),
 )
 
 
@@ -99,7 +99,8 @@ class Records:
                 part.unlink()
         wanted = json.loads(json.dumps(settings))
         if begun and resume:
-            _refuse_others(self.folder, json.loads(file.read_text(encoding="utf-8")), wanted)
+            old = read_json(file, dict, "the settings of an evaluation, or another folder")
+            _refuse_others(self.folder, old, wanted)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, wanted)
