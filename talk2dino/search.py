@@ -103,7 +103,7 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
     try:
         return class_words(given if listed or named else [given])
     except (ConfigError, DataError) as error:
-        raise type(error)(re.sub(r"^classes\b", "query", str(error))) from error
+        raise type(error)(re.sub(r"^(benchmark\.)?classes\b", "query", str(error))) from error
 
 
 def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:

@@ -125,11 +125,12 @@ def write_int8(path: Path, source: Path, graph: Graph, tolerance: float) -> Expo
     Raises:
         ConfigError: a deviation beyond the tolerance.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with replacing(path) as temporary, quiet():
         quantize_dynamic(
-            source,
+            onnx.load(source),  # beside a path it would write, and remove, NAME-inferred.onnx
             temporary,
             op_types_to_quantize=["MatMul"],  # patches are cut by a convolution: 8 bits slow it
             per_channel=True,

@@ -204,7 +204,7 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
     path = user_path(source)
     if not path.is_file():
         raise DataError(
-            f"classes={source}: no such file; give a .txt or .json file, names as "
+            f"benchmark.classes={source}: no such file; give a .txt or .json file, names as "
             f"[cat,dog], or a list that comes with the package: {', '.join(shipped_lists())}"
         )
     return _read_json(path) if path.suffix.lower() == ".json" else (_lines(path), ())
