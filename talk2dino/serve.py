@@ -94,7 +94,8 @@ def serve(config: DictConfig) -> None:
             model.embed_classes(service.classes)  # refuses those of another checkpoint
         else:
             model.encode_text([])  # builds the text encoder: its errors come before the service
-            embed_exemplars(model, service.classes or {}, size)
+            if service.classes:
+                embed_exemplars(model, service.classes, size)
         name = Path(str(config.checkpoint)).name
         version = f"{name} {checkpoint_digest(config.checkpoint)[:8]}"
         routes = Routes(service, MLBackend(service, pictures, version), metrics, version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,13 @@ def test_wandb_offline(
     check_files(folder)
     [offline] = (folder / "wandb").glob("offline-run-*")
     [record] = offline.glob("run-*.wandb")
-    content = record.read_bytes()
-    for word in (b"logit_scale", b"train/loss", b"val/text_to_image/recall@1", b"train_loss"):
+    words = (b"logit_scale", b"train/loss", b"val/text_to_image/recall@1")
+    for _ in range(100):  # W&B's own process writes it
+        content = record.read_bytes()
+        if all(word in content for word in words):
+            break
+        time.sleep(0.2)
+    for word in (*words, b"train_loss"):
         assert (word in content) == (word != b"train_loss")
     images = [p.relative_to(offline / "files" / "media" / "images") for p in offline.rglob("*.png")]
     names = sorted(str(path).rpartition("_")[0].rpartition("_")[0] for path in images)

@@ -99,6 +99,11 @@ class Visitor:
     def segment(self) -> dict[str, Any]:
         return self.call("go", "click", WORDS, False, 0.5, False, [])
 
+    def leave(self) -> None:
+        """Close the page: its browser held a stream open, and no longer does."""
+        with self.http.stream("GET", f"{self.api}/heartbeat/{self.name}") as lines:
+            next(lines.iter_lines())
+
     def get(self, path: str) -> tuple[int, bytes]:
         answer = self.http.get(path)
         return answer.status_code, answer.content
@@ -272,3 +277,7 @@ def main(requests: int, large: int) -> None:
             print(f"left of them: {left} bytes")
             print(f"read what is not ours: {read_what_is_not_ours(address, secret)}")
             print(f"after: {memory() / 1e6:.0f} MB", flush=True)
+            for number in [*range(requests + 11), *range(500, 500 + large)]:
+                Visitor(address, number).leave()
+            time.sleep(20)  # the server asks every 15 seconds whether a page is open
+            print(f"all left: {memory() / 1e6:.0f} MB", flush=True)
