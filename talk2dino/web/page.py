@@ -31,6 +31,7 @@ from talk2dino.web.session import (
     areas,
     open_picture,
     python_call,
+    return_memory,
     scores_at,
 )
 
@@ -262,6 +263,7 @@ class Page:
     def leave(self, visitor: gr.Request) -> None:
         """The page was closed."""
         self.views.forget(_name(visitor))
+        return_memory()
 
 
 def _name(visitor: gr.Request) -> str:

@@ -182,6 +182,18 @@ def memory() -> int:
     return pages * resource.getpagesize()
 
 
+def test_the_picture_of_a_visitor_who_left_is_dropped(address: str) -> None:
+    stays, leaves = Visitor(address, 30), Visitor(address, 31)
+    for visitor in (stays, leaves):
+        assert visitor.open(picture(40, 30))["success"]
+    leaves.leave()
+    until = time.monotonic() + 20
+    while leaves.segment()["success"] and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not leaves.segment()["success"]
+    assert stays.segment()["success"]
+
+
 def test_visitors_at_once_see_their_own_pictures(address: str) -> None:
     assert visits(address, 6) == [""] * 6
 
