@@ -7,7 +7,7 @@ import importlib.util
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import class_words, load_model, require
+from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.errors import ConfigError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 

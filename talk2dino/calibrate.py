@@ -21,7 +21,7 @@ from talk2dino.calibration.reference import (
 )
 from talk2dino.calibration.rules import describe_rule
 from talk2dino.config import command
-from talk2dino.config.command import load_model, require
+from talk2dino.config.model_and_classes import load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.errors import ConfigError

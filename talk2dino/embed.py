@@ -5,8 +5,13 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import listed, load_model
-from talk2dino.config.shown_classes import embed_exemplars, named_classes, require_classes
+from talk2dino.config.model_and_classes import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require_classes,
+)
 from talk2dino.errors import ConfigError
 from talk2dino.inference.class_embeddings import ClassEmbeddings, check_new
 

@@ -20,7 +20,7 @@ from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.config import command
-from talk2dino.config.command import load_model
+from talk2dino.config.model_and_classes import load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder

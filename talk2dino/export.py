@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import class_words, load_model, require
+from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError
 from talk2dino.files import user_path

@@ -9,8 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from talk2dino.config import command
-from talk2dino.config.command import listed, load_model
-from talk2dino.config.shown_classes import embed_exemplars, named_classes, require_classes
+from talk2dino.config.model_and_classes import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require_classes,
+)
 from talk2dino.errors import ConfigError
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold

@@ -15,7 +15,7 @@ from rich.table import Table
 from talk2dino.alignment.checkpoint import read_checkpoint
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
-from talk2dino.config.command import class_words, load_model, require
+from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.files import user_path

@@ -17,8 +17,13 @@ from talk2dino.annotations.base import Options
 from talk2dino.annotations.data_sets import check_formats, refuse_changed
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
-from talk2dino.config.command import listed, load_model
-from talk2dino.config.shown_classes import embed_exemplars, named_classes, require_classes
+from talk2dino.config.model_and_classes import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require_classes,
+)
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path

@@ -11,8 +11,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.command import listed, load_model, require
-from talk2dino.config.shown_classes import embed_exemplars, named_classes
+from talk2dino.config.model_and_classes import (
+    embed_exemplars,
+    listed,
+    load_model,
+    named_classes,
+    require,
+)
 from talk2dino.errors import ConfigError
 
 NEEDED = (

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 import talk2dino
 from talk2dino.config import command
-from talk2dino.config.command import class_words, listed, load_model, progress, require
+from talk2dino.config.command import progress
+from talk2dino.config.model_and_classes import class_words, listed, load_model, require
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.segmented import background_threshold

@@ -1,4 +1,4 @@
-"""What all commands share: compose, check, run, one-line errors, a checkpoint and its classes."""
+"""What all commands share: compose, check, run, progress, and one line for an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -35,13 +35,9 @@ from talk2dino.config.checks import (
     use_current_names,
 )
 from talk2dino.config.schemas import SCHEMAS, register_schema
-from talk2dino.config.typed import as_typed, parse_words
-from talk2dino.datasets.benchmarks.classes import read_classes, shipped_lists, typed_classes
-from talk2dino.encoders.devices import choose_device
+from talk2dino.config.typed import as_typed
 from talk2dino.errors import ConfigError, ResultWarning, UserError
 from talk2dino.files import refuse_foreign_run, write_json
-from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
-from talk2dino.inference.model import Talk2DINO
 
 _as_python_does = warnings.formatwarning
 SWEEP_FILES = (
@@ -290,105 +286,3 @@ def refuse_ddp_in_sweep(config: DictConfig) -> None:
             f"trainer.strategy={strategy} inside a sweep (-m): each process would start the sweep "
             "anew; use one device per job, trainer.strategy=ddp_spawn, or torchrun"
         )
-
-
-NO_CLASS = "classes: the list is empty; name what to look for: [cat,sofa]"
-CHECKPOINTS = (
-    "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
-    "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
-)
-
-
-def require(config: DictConfig, *keys: str) -> None:
-    """Name all keys at once that are not given, and say where a checkpoint comes from.
-
-    Raises:
-        ConfigError: a key is null.
-    """
-    missing = [key for key in keys if config[key] is None]
-    if missing:
-        how = CHECKPOINTS if "checkpoint" in missing else "for instance classes='[cat,sofa]'"
-        raise ConfigError(f"{', '.join(f'{key}=…' for key in missing)} not given; {how}")
-
-
-def load_model(config: DictConfig, device: str | None = None, classes: object = None) -> Talk2DINO:
-    """Load `checkpoint` with its own encoders, or with those that `vision` and `text` choose.
-
-    Args:
-        config: of a command with these keys.
-        device: where to; None takes the one that `accelerator` names.
-        classes: of `class_words`; for class embeddings no text encoder is built.
-
-    Raises:
-        UserError: the checkpoint or an encoder cannot be loaded.
-    """
-    text: Any = config.text or None
-    if text and isinstance(classes, ClassEmbeddings):
-        text = OmegaConf.to_container(text, resolve=True)  # a name to compare with
-    elif text:
-        text = build(text)
-    return Talk2DINO.from_pretrained(
-        config.checkpoint,
-        device=device or choose_device(config.accelerator),
-        vision=build(config.vision) if config.vision else None,
-        text=text,
-        calibration=config.get("calibration"),
-    )
-
-
-def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
-    """Class names and the words that stand for them, from the command line or a file.
-
-    Args:
-        given: `[cat,"sofa; couch"]`, `[cat,[sofa,couch]]`, `"cat, sofa"`, a mapping
-            `{cat: [kitty]}`, a `.txt` or `.json` file or the name of a list that comes with the
-            package (see `datasets.benchmarks.classes`), or a `.safetensors` file of class
-            embeddings. A background of a file is not prompted; among words it is one like any
-            other.
-
-    Raises:
-        ConfigError: no class.
-        DataError: a class file that cannot be read, or names a class twice.
-    """
-    if is_file(given):
-        return ClassEmbeddings.load(given)
-    if isinstance(given, str) and _is_file(given):
-        return {spec.name: spec.synonyms for spec in read_classes(given).prompted}
-    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
-        given = parse_words(given, "classes")
-    if isinstance(given, Mapping):
-        if not given:
-            raise ConfigError(NO_CLASS)
-        return typed_classes({str(name): _texts(words) for name, words in given.items()})
-    if not isinstance(given, (str, Sequence, ListConfig)):
-        raise ConfigError(f"classes={given!r:.60}: give names, as in [cat,sofa]")
-    parts = given.split(",") if isinstance(given, str) else listed(given)
-    named = [part if isinstance(part, str) else _texts(part) for part in parts]
-    named = [part for part in named if part and (not isinstance(part, str) or part.strip())]
-    if not named:
-        raise ConfigError(NO_CLASS)
-    return typed_classes(named)
-
-
-def _texts(words: object) -> tuple[str, ...]:
-    """A word, or the words of a list, which hold nothing deeper."""
-    found = listed(words) if isinstance(words, (list, ListConfig)) else [words]
-    if not all(isinstance(word, str) for word in found):
-        shown = f"{found!r:.60}"
-        raise ConfigError(
-            f"classes: {shown} is no list of words; a list inside the list is a name and its "
-            "synonyms: [cat,[sofa,couch]]"
-        )
-    return tuple(found)
-
-
-def _is_file(given: str) -> bool:
-    shipped = all(part in shipped_lists() for part in given.split("+"))
-    return shipped or Path(given).suffix.lower() in (".txt", ".json")
-
-
-def listed(given: Any) -> list[Any]:
-    """A config list as a plain one; a single text is one entry."""
-    if isinstance(given, ListConfig):
-        return list(OmegaConf.to_container(given))  # type: ignore[arg-type]
-    return [given] if isinstance(given, str) else list(given or [])

@@ -100,7 +100,7 @@ def test_more_formats_need_no_model(
     assert "done before" not in capsys.readouterr().out
     whole = coco(tmp_path / "out")
     assert len(whole["images"]) == 3
-    monkeypatch.setattr("talk2dino.config.command.load_model", None)
+    monkeypatch.setattr("talk2dino.config.model_and_classes.load_model", None)
     run("segment", *again, "formats=[coco,geojson]", "polygons=true", "tolerance=0")
     assert "3 of 3 pictures were done before" in capsys.readouterr().out
     as_polygons = coco(tmp_path / "out")

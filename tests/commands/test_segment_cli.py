@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
-from talk2dino.config.command import class_words
+from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.pictures import picture_suffixes, to_pixels
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.outputs import Job, plan

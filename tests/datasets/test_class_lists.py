@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from talk2dino.config.command import class_words
+from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.benchmarks.classes import (
     MAX_VALUE,
     ClassList,
