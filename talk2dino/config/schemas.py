@@ -299,6 +299,7 @@ class ServeConfig(ModelConfig):
     max_megapixels: float
     max_short_side: int
     max_words: int
+    max_exemplars: int
     memory_gb: float
     timeout: float
     queue: int

@@ -192,17 +192,21 @@ _ONE_CHANNEL = (
 )
 
 
-def read_values(path: Path, fix: str = _ONE_CHANNEL) -> NDArray[Any]:
+def read_values(
+    path: Path | BinaryIO, fix: str = _ONE_CHANNEL, name: str | None = None
+) -> NDArray[Any]:
     """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
 
-    An EXIF tag turns it like a picture. `fix` says what to do about color channels.
+    An EXIF tag turns it like a picture. `fix` says what to do about color channels, `name` what
+    messages call the file.
 
     Raises:
         DataError: not a picture, truncated, or with color channels.
     """
-    with _readable(path), _open(path) as file:
+    name = name or str(path)
+    with _readable(name), _open(path) as file:
         if file.mode not in _SINGLE_CHANNEL:
-            raise DataError(f"{path}: a {file.mode} picture, not a label map; {fix}")
+            raise DataError(f"{name}: a {file.mode} picture, not a label map; {fix}")
         return np.asarray(_upright(file))
 
 
@@ -243,7 +247,7 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
+def _open(path: Path | BinaryIO) -> Iterator[Image.Image]:
     with warnings.catch_warnings():  # `check_pairs` checks the size, with a message of its own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as file:
@@ -251,7 +255,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +29,8 @@ from talk2dino.segmentation.segmenter import EncodedImage
 WEIGHT = 0.5
 SHRINKAGE = 1.0  # of the covariance, in units of its mean variance; see docs/exemplars.md
 MASK = "_mask"  # ends the name of a mask, before its suffix
-_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
+_JPEG = b"\xff\xd8"  # how a file begins
+_ONE_CHANNEL = "save the mask with one channel, 0 outside the class"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +39,8 @@ class Exemplar:
 
     Attributes:
         image: as `Talk2DINO.segment` takes it.
-        mask: of the same size, 0 outside and anything else inside: a path of a lossless picture
-            with one channel, a PIL image, an array or tensor `[H, W]`.
+        mask: of the same size, 0 outside and anything else inside: a path, or the bytes, of a
+            lossless picture with one channel, a PIL image, an array or tensor `[H, W]`.
         weight: share of the exemplars in the vector of a class that has words, too, 0..1; of
             several with different ones the mean. Nothing, where there are no words.
 
@@ -102,6 +106,8 @@ class Exemplar:
         found = hashlib.sha256(f"{tuple(inside.shape)} {self.weight}".encode())
         found.update(pixels.contiguous().numpy().tobytes())
         found.update(np.packbits(inside.numpy()).tobytes())
+        if isinstance(self.image, bytes) and isinstance(self.mask, bytes):  # never others
+            object.__setattr__(self, "_digest", found.hexdigest())
         return found.hexdigest()
 
     @property
@@ -207,9 +213,12 @@ def _read_mask(mask: ImageLike) -> Tensor:
         path = user_path(mask)
         if not path.is_file():
             raise DataError(f"mask={mask}: no such file")
-        if path.suffix.lower() in _LOSSY:
-            raise DataError(f"mask={mask}: JPEG changes pixels; save the mask as PNG")
-        values = read_values(path, "save the mask with one channel, 0 outside the class")
+        with suppress(OSError), path.open("rb") as file:
+            _refuse_jpeg(file, f"mask={mask}")
+        values = read_values(path, _ONE_CHANNEL, f"mask={mask}")
+    elif isinstance(mask, bytes):
+        _refuse_jpeg(BytesIO(mask), "mask of an exemplar")
+        values = read_values(BytesIO(mask), _ONE_CHANNEL, "mask of an exemplar")
     elif isinstance(mask, Image.Image):
         values = np.asarray(mask)
     else:
@@ -219,6 +228,11 @@ def _read_mask(mask: ImageLike) -> Tensor:
             f"mask of an exemplar: {values.dtype} {values.shape}; give [H, W], 0 outside the class"
         )
     return torch.from_numpy(values != 0)
+
+
+def _refuse_jpeg(file: BinaryIO, name: str) -> None:
+    if file.read(2) == _JPEG:
+        raise DataError(f"{name}: JPEG changes pixels; save the mask as PNG")
 
 
 @torch.no_grad()

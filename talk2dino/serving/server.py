@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Form, Request, Response, UploadFile
@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import talk2dino
@@ -28,6 +28,7 @@ from talk2dino.errors import ConfigError, UserError
 from talk2dino.inference.outputs import figures
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import label_picture
+from talk2dino.serving.brought import brought_exemplars
 from talk2dino.serving.gate import Gate, Metrics, Rules
 from talk2dino.serving.ml_backend import MLBackend
 from talk2dino.serving.service import Service, TooLargeError, Wanted, read_words
@@ -41,6 +42,10 @@ Words = Annotated[
         examples=["cat, sofa; couch"],
     ),
 ]
+
+T = TypeVar("T")
+# the page of the description sends a list that is empty as one empty field
+Several = Annotated[list[T], BeforeValidator(lambda given: [one for one in given if one != ""])]
 
 EMPTY: dict[str, Any] = {"example": ""}  # what the page of the description begins with
 
@@ -68,6 +73,22 @@ class SegmentForm(BaseModel):
     )
     instances: bool = Field(False, description="an annotation per connected area, not per class")
     minimum_area: int = Field(1, ge=0, description="pixels; smaller annotations are left out")
+    exemplar_classes: Several[str] = Field(
+        [],
+        description="classes that are shown: the name of each exemplar, in order; separated by "
+        "commas, or the field several times",
+    )
+    exemplar_images: Several[UploadFile] = Field([], description="a picture for each name")
+    exemplar_masks: Several[UploadFile] = Field(
+        [],
+        description="a mask for each picture, of its size: one channel, 0 outside the class; no "
+        "JPEG",
+    )
+    exemplar_weight: float | None = Field(
+        None,
+        description="share of the exemplars, 0..1, where a class has words as well",
+        json_schema_extra=EMPTY,
+    )
     output: Literal["json", "labels", "overlay"] = Field(
         "json", description="JSON, or a PNG: the label map, or the picture with the classes"
     )
@@ -106,13 +127,23 @@ class Routes:
 
         JSON is a COCO data set of this picture, with run lengths as pycocotools takes them and a
         `score` for each annotation; `figures` says index, share and color of every class.
+
+        Exemplars show classes in pictures with masks, beside `classes` or instead of them.
         """
+        weight = form.exemplar_weight
+        exemplars = brought_exemplars(
+            [name for names in form.exemplar_classes for name in names.split(",")],
+            [await one.read() for one in form.exemplar_images],
+            [await one.read() for one in form.exemplar_masks],
+            self.service.exemplar_weight if weight is None else weight,
+        )
         wanted = Wanted(
-            self.service.words(form.classes),
+            self.service.words(form.classes, bool(exemplars)),
             form.background,
             form.pamr,
             form.short_side,
             tuple(read_words(form.negatives)) if form.negatives else (),
+            exemplars,
         )
         options = Options(instances=form.instances, minimum_area=form.minimum_area)
         content = await form.image.read()
@@ -194,7 +225,7 @@ def _answer(result: SegmentedImage, output: str, name: str, options: Options) ->
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "the token is missing or another"},
     408: {"description": "not complete, or not answered, in time"},
-    413: {"description": "too many bytes, pixels or words"},
+    413: {"description": "too many bytes, pixels, words or exemplars"},
     422: {"description": "a picture, words or options that cannot be used; `detail` says why"},
     429: {"description": "the queue is full"},
 }

@@ -10,23 +10,25 @@ import unicodedata
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from talk2dino.datasets.benchmarks.classes import typed_classes
-from talk2dino.datasets.pictures import picture_suffixes, to_pixels
+from talk2dino.datasets.benchmarks.classes import composed, typed_classes
+from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
+from talk2dino.inference.exemplars import WEIGHT, Exemplar
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import OpenVocabulary, Shown
-from talk2dino.segmentation.memory import machine_memory
+from talk2dino.segmentation.memory import WorkingMemory, machine_memory
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.serving.batching import Batcher, Budget, in_thread
+from talk2dino.serving.brought import numbered, read_all
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
 FORMATS = frozenset(
@@ -55,6 +57,7 @@ class Limits:
     max_megapixels: float = 50
     max_short_side: int = 896
     max_words: int = 256
+    max_exemplars: int = 16
     memory_gb: float = 4
     timeout: float = 60
     queue: int = 32
@@ -88,6 +91,7 @@ class Wanted:
         pamr: refine the edges.
         short_side: working size in pixels; None takes the service's own.
         negatives: words that count as background.
+        exemplars: that the request brought, by class, beside `classes`.
     """
 
     classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings
@@ -95,6 +99,27 @@ class Wanted:
     pamr: bool = True
     short_side: int | None = None
     negatives: tuple[str, ...] = ()
+    exemplars: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
+
+    @property
+    def all_classes(self) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
+        """The classes with the exemplars that were brought.
+
+        Raises:
+            ConfigError: these beside class embeddings.
+        """
+        if not self.exemplars:
+            return self.classes
+        if isinstance(self.classes, ClassEmbeddings):
+            raise ConfigError(
+                "exemplar_images: the classes of this service are embedded already; leave them out"
+            )
+        names = {composed(name): name for name in self.classes}
+        found = dict(self.classes)
+        for brought, exemplars in self.exemplars.items():
+            name = names.get(brought, brought)
+            found[name] = (*found.get(name, ()), *exemplars)
+        return found
 
 
 class Service:
@@ -107,6 +132,7 @@ class Service:
         short_side: working size of requests that name none, in pixels.
         seen: is told the size of every batch that the encoder gets.
         refinement: of all requests, as `Talk2DINO.segment` takes it.
+        exemplar_weight: of exemplars that requests bring without saying it.
 
     Raises:
         DataError: an exemplar that cannot be read.
@@ -120,9 +146,11 @@ class Service:
         short_side: int = 448,
         seen: Callable[[int], object] = lambda size: None,
         refinement: KNN | PAMR | None = None,
+        exemplar_weight: float = WEIGHT,
     ) -> None:
         self.model, self.limits, self.seen = model, limits or Limits(), seen
         self.short_side, self.refinement = short_side, refinement
+        self.exemplar_weight = exemplar_weight
         self.classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings | None = None
         if isinstance(classes, ClassEmbeddings):
             self.classes = classes
@@ -161,14 +189,28 @@ class Service:
         """The result for a picture file; its memory is given back at the end of the context.
 
         Raises:
-            TooLargeError: more pixels, more words or a larger working size than the limits allow.
-            DataError: not a picture.
+            TooLargeError: more pixels, words or exemplars, or a larger working size, than the
+                limits allow.
+            DataError: not a picture, or an exemplar that shows nothing.
             ConfigError: an argument out of its range.
         """
-        self.check_words(wanted.classes, wanted.negatives)
-        self.side(wanted.short_side)
+        classes = wanted.all_classes
+        self.check_words(classes, wanted.negatives)
+        side = self.side(wanted.short_side)
         self.check_picture(content)
-        vocabulary = await self.call(self._vocabulary, wanted)
+        brought = list(numbered(wanted.exemplars))
+        if len(brought) > self.limits.max_exemplars:
+            most = self.limits.max_exemplars
+            raise TooLargeError(f"exemplar_images: {len(brought)}; give at most {most}")
+        for name, exemplar in brought:
+            self.check_picture(exemplar.image, f"picture of {name}")
+            self.check_picture(exemplar.mask, f"mask of {name}")
+        looking = self.model.segmenter(None, False, side)
+        sizes = [size_of(exemplar.image) or (0, 0) for _, exemplar in brought]
+        memory = [WorkingMemory.of(looking, size, 0).total for size in sizes if all(size)]
+        async with self._budget.take(max(memory, default=0)):
+            await self.call(read_all, brought)
+            vocabulary = await self.call(self._vocabulary, wanted, classes)
         needed = vocabulary.memory(content)
         async with self._budget.take(0 if needed is None else needed.total):
             pixels = await self.call(to_pixels, content)
@@ -176,9 +218,9 @@ class Service:
             encoded = await self._batcher(pixels, side)
             yield await self.call(vocabulary, encoded)
 
-    def _vocabulary(self, wanted: Wanted) -> OpenVocabulary:
+    def _vocabulary(self, wanted: Wanted, classes: Any) -> OpenVocabulary:
         return self.model.open_vocabulary(
-            wanted.classes,
+            classes,
             wanted.background,
             wanted.pamr,
             self.side(wanted.short_side),
@@ -223,8 +265,8 @@ class Service:
             if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
                 raise DataError(f"classes: {word!r} has characters that are no text")
 
-    def check_picture(self, content: bytes) -> None:
-        """Refuse what is no picture, or has too many pixels, before it is decoded.
+    def check_picture(self, content: Any, what: str = "image") -> None:
+        """Refuse bytes that are no picture, or of too many pixels, before they are decoded.
 
         Raises:
             DataError: not a picture of a format that is read.
@@ -234,30 +276,35 @@ class Service:
             with Image.open(BytesIO(content)) as opened:
                 kind, (width, height) = opened.format, opened.size
         except Image.DecompressionBombError as error:
-            raise TooLargeError(f"image: {error}") from error
+            raise TooLargeError(f"{what}: {error}") from error
         except Exception as error:  # broken files make decoders raise anything
-            raise DataError("image: not a picture that can be read") from error
+            raise DataError(f"{what}: not a picture that can be read") from error
         if kind not in FORMATS:
-            raise DataError(f"image: {kind} is not read here; send JPEG, PNG, WebP or TIFF")
+            raise DataError(f"{what}: {kind} is not read here; send JPEG, PNG, WebP or TIFF")
         if width * height > self.limits.max_megapixels * 1_000_000:
             raise TooLargeError(
-                f"image: {width}x{height} pixels; give at most "
+                f"{what}: {width}x{height} pixels; give at most "
                 f"{self.limits.max_megapixels:g} million"
             )
 
-    def words(self, text: str | None) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
+    def words(
+        self, text: str | None, shown: bool = False
+    ) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
         """The classes of a request; a name that the service has exemplars of brings them.
 
         Args:
             text: `cat, sofa; couch`, or JSON: `["cat", ["sofa", "couch"]]`,
                 `{"sofa": ["sofa", "couch"]}`; never the name of a file. None takes those that the
                 service began with.
+            shown: the request brings exemplars, so there may be no words.
 
         Raises:
             DataError: no class, one that is named twice, or JSON that cannot be read.
             ConfigError: a name that the class embeddings do not have.
         """
         if text is None:
+            if self.classes is None and shown:
+                return {}
             if self.classes is None:
                 raise DataError("classes: name at least one, for instance: cat, sofa; couch")
             return self.classes

@@ -105,7 +105,8 @@ def model() -> Talk2DINO:
 
 @pytest.fixture(scope="module")
 def client(model: Talk2DINO) -> Iterator[Any]:
-    with serving(model, max_upload_mb=1, max_megapixels=1, max_short_side=64, max_words=8) as it:
+    most = {"max_megapixels": 1, "max_short_side": 64, "max_words": 8, "max_exemplars": 3}
+    with serving(model, max_upload_mb=1, **most) as it:
         yield it
 
 
@@ -243,6 +244,65 @@ def test_classes_that_are_shown(tmp_path: Path) -> None:
     assert len(made["result"]) == len(torch.unique(wanted.labels))
 
 
+def shown(
+    client: Any, names: Any = "rust", masks: Any = (), images: Any = (), **fields: Any
+) -> Any:
+    """A request that brings exemplars."""
+    files = [("image", ("a.png", picture(1)))]
+    files += [("exemplar_images", ("b.png", one)) for one in images or [picture(5)]]
+    files += [("exemplar_masks", ("c.png", one)) for one in masks or [mask()]]
+    data = {"exemplar_classes": names, "pamr": "false", **fields}
+    return client.post("/segment", files=files, data=data)
+
+
+def mask(size: tuple[int, int] = (40, 64), value: int = 1, kind: str = "PNG") -> bytes:
+    """The right half."""
+    inside = np.zeros(size, np.uint8)
+    inside[:, size[1] // 2 :] = value
+    file = BytesIO()
+    Image.fromarray(inside).save(file, kind)
+    return file.getvalue()
+
+
+def test_exemplars_of_a_request() -> None:
+    """They are what `segment` takes, beside words, beside the service's own, and alone."""
+    model, one, two, inside = hash_model(), picture(5), picture(6, (30, 50)), mask((30, 50), 255)
+    first, second = Exemplar(one, mask()), Exemplar(two, inside)
+    ours = Exemplar(picture(7), np.asarray(Image.open(BytesIO(mask()))))
+    both = {"images": [one, two], "masks": [mask(), inside]}
+    half = Exemplar(one, mask(), 0.25)
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (both | {"names": "rust, moss"}, {"rust": first, "moss": second}),
+        (both | {"names": ["rust", "rust"], "background": "true"}, {"rust": [first, second]}),
+        (
+            {"names": " rust ", "classes": "rust; stain, sky", "exemplar_weight": "0.25"},
+            {"rust": ["rust", "stain", half], "sky": "sky"},
+        ),
+        ({"names": "moss", "short_side": "64"}, {"moss": first}),
+    ]
+    with serving(model) as client:
+        for fields, classes in asked:
+            side, background = int(fields.get("short_side", 32)), "background" in fields
+            want = model.segment(picture(1), classes, background, short_side=side)
+            answer = shown(client, **fields)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["annotations"] == want.to_coco("a.png")["annotations"]
+            assert list(want.areas()) == [f["name"] for f in answer.json()["figures"]]
+        empty = {"exemplar_classes": "", "exemplar_images": "", "exemplar_masks": ""}
+        assert segment(client, picture(), **empty).json() == segment(client, picture()).json()
+    with serving(model, classes={"rust": (ours,), "sky": ("sky",)}) as client:
+        for fields, classes in (
+            ({}, {"rust": [ours, first], "sky": "sky"}),
+            ({"classes": "sky, rust"}, {"sky": "sky", "rust": [ours, first]}),
+        ):
+            want = model.segment(picture(1), classes, short_side=32)
+            found = shown(client, **fields).json()["annotations"]
+            assert found == want.to_coco("a.png")["annotations"]
+    kept = model.embed_classes({"rust": ours, "sky": "sky"}, short_side=32)
+    with serving(model, classes=kept) as client:
+        assert "embedded already" in shown(client).json()["detail"]
+
+
 def test_embed(client: Any, model: Talk2DINO) -> None:
     found = client.post("/embed", json={"classes": WORDS}).json()
     want = model.embed_classes(WORDS)
@@ -311,6 +371,27 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "image: Field required", lambda c: c.post("/segment", data={"classes": "cat"})),
         (422, "image", lambda c: c.post("/segment", data={"image": "text", "classes": "cat"})),
         (422, "", lambda c: c.post("/segment", json={"classes": "cat"})),
+        (422, "exemplar 1 of 'rust': mask of an exemplar: 41x64", lambda c: shown(
+            c, masks=[mask((41, 64))])),
+        (422, "exemplar 2 of 'rust'", lambda c: shown(
+            c, ["rust", "rust"], [mask(), mask(value=0)], [picture(5)] * 2)),
+        (422, "is empty", lambda c: shown(c, masks=[mask(value=0)])),
+        (422, "JPEG", lambda c: shown(c, masks=[mask(kind="JPEG")])),
+        (422, "one channel", lambda c: shown(c, masks=[picture(5)])),
+        (422, "mask of exemplar 1 of 'rust': not a picture", lambda c: shown(c, masks=[b"P5"])),
+        (422, "picture of exemplar 1 of 'rust': not", lambda c: shown(c, images=[b"%PDF"])),
+        (422, "2 exemplar_classes, 1 exemplar_images, 1", lambda c: shown(c, "rust, moss")),
+        (422, "1 exemplar_classes, 0 exemplar_images", lambda c: segment(
+            c, picture(), exemplar_classes="rust")),
+        (422, "give a text", lambda c: shown(c, " , ", [mask()] * 2, [picture(5)] * 2)),
+        (422, "half a character", lambda c: shown(c, "a\u0007")),
+        (422, "exemplar_weight=1.5", lambda c: shown(c, exemplar_weight="1.5")),
+        (422, "exemplar_images", lambda c: segment(c, picture(), exemplar_images="text")),
+        (413, "exemplar_images: 4; give at most 3", lambda c: shown(
+            c, "a,b,c,d", [mask()] * 4, [picture(5)] * 4)),
+        (413, "1200x1000 pixels", lambda c: shown(c, images=[picture(0, (1000, 1200), "JPEG")])),
+        (413, "1200x1000 pixels", lambda c: shown(c, masks=[mask((1000, 1200))])),
+        (413, "9 words", lambda c: shown(c, "rust", classes="a,b,c,d,e,f,g,h,i")),
         (422, "image", lambda c: c.post("/segment", content=b"--x\r\nz", headers=MULTIPART)),
         (422, "body", lambda c: c.post("/embed", content=b"{")),
         (400, "parsing", lambda c: c.post("/embed", content=b'{"classes": "\xff"}', headers=JSON)),
