@@ -27,7 +27,7 @@ class Options:
         minimum_area: pixels; smaller annotations are left out.
         tolerance: pixels by which a polygon may stray from the outline; 0 keeps every corner.
         polygons: COCO holds polygons in place of masks.
-        image_root_url: Label Studio fetches `image_root_url` + name of the picture.
+        image_root_url: Label Studio fetches `image_root_url` + name of the picture, quoted.
 
     Raises:
         ConfigError: a negative area or tolerance.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -48,7 +49,7 @@ class LabelStudio:
         self.first = False
 
     def _task(self, picture: AnnotatedPicture) -> dict[str, Any]:
-        address = self.options.image_root_url + picture.file_name
+        address = self.options.image_root_url + quote(picture.file_name)
         names = [one.name for one in self.categories]
         return {"data": {"image": address}, "predictions": [prediction(picture, names)]}
 

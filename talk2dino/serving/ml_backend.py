@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.serving.service import Service, TooLargeError, Wanted
+
+log = logging.getLogger(__name__)
 
 LOCAL_FILES = "/data/local-files/"
 HOPS = 3  # redirects that are followed, to hosts that are allowed
@@ -120,7 +123,7 @@ class TaskPictures:
             http and https.
         root: folder of Label Studio's local files (its `LOCAL_FILES_DOCUMENT_ROOT`), or None.
         label_studio_url: of Label Studio, for pictures that were uploaded there; allowed, too.
-        key: its access token; sent to that server alone.
+        key: its access token, a personal or a legacy one; sent to that server alone.
         most: bytes of a picture.
         seconds: for fetching one.
 
@@ -138,6 +141,7 @@ class TaskPictures:
         seconds: float = 30,
     ) -> None:
         self.most, self.seconds, self.key = most, seconds, key
+        self._access: str | None = None  # what a personal access token gave, for minutes
         self.hosts = {place for host in hosts for place in _places(host)}
         self.home = None if label_studio_url is None else _address(label_studio_url)
         if label_studio_url is not None and (self.home is None or not self.home.host):
@@ -183,17 +187,25 @@ class TaskPictures:
     async def _fetch(self, source: str) -> bytes:
         async with httpx.AsyncClient(trust_env=False, timeout=self.seconds) as client:
             address = self._allowed(source)
-            for _ in range(1 + HOPS):
+            hops, renewed = HOPS, False
+            while hops >= 0:
                 headers = {"Accept-Encoding": "identity"}
-                if self.key and self.home is not None and _place(address) == _place(self.home):
-                    headers["Authorization"] = f"Token {self.key}"
+                ours = self.home is not None and _place(address) == _place(self.home)
+                if self.key and ours:
+                    bearer = f"Bearer {self._access}" if self._access else None
+                    headers["Authorization"] = bearer or f"Token {self.key}"
                 try:
                     async with client.stream("GET", address, headers=headers) as answer:
                         if answer.has_redirect_location:
                             address = self._allowed(str(address.join(answer.headers["location"])))
+                            hops -= 1
+                            continue
+                        if answer.status_code == 401 and ours and self.key and not renewed:
+                            renewed, self._access = True, await self._renew(client)
                             continue
                         if answer.status_code != 200:
-                            raise DataError(f"{source:.200}: status {answer.status_code}")
+                            which = " (LABEL_STUDIO_API_KEY)" if ours else ""
+                            raise DataError(f"{source:.200}: status {answer.status_code}{which}")
                         parts, size = [], 0
                         async for part in answer.aiter_raw():
                             parts.append(part)
@@ -204,6 +216,13 @@ class TaskPictures:
                 except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
                     raise DataError(f"{source:.200}: {type(error).__name__}") from error
             raise DataError(f"{source:.200}: more than {HOPS} redirects")
+
+    async def _renew(self, client: httpx.AsyncClient) -> str | None:
+        """The token that Label Studio gives for a personal access token, as its SDK gets it."""
+        address = f"{str(self.home).rstrip('/')}/api/token/refresh/"
+        answer = await client.post(address, json={"refresh": self.key})
+        made = answer.json().get("access") if answer.status_code == 200 else None
+        return made if isinstance(made, str) else None
 
     def _allowed(self, source: str) -> httpx.URL:
         address = _address(source)
@@ -280,17 +299,20 @@ class MLBackend:
     async def predict(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`/predict`: a prediction per task, in order.
 
-        A task whose picture cannot be had gets an empty prediction and is named in `errors`; if
+        Label Studio sends all tasks that were chosen at once, waits 100 seconds, and says nothing
+        of what goes wrong. So of more than a batch the first alone is answered, upon which it asks
+        for one after the other. A task whose picture cannot be had gets no prediction (an empty
+        one would be kept, and never asked for again) and is named in `errors` and in the log; if
         that is all of them, the request is refused.
 
         Raises:
-            UserError: no task, too many, a setup without brushes, or no task that could be done.
+            UserError: no task, a setup without brushes, or no task that could be done.
         """
         tasks = given.get("tasks")
         if not isinstance(tasks, list) or not tasks:
             raise DataError("tasks: a list of tasks is missing")
-        if len(tasks) > self.service.limits.queue:
-            raise TooLargeError(f"tasks: {len(tasks)}; send at most {self.service.limits.queue}")
+        if len(tasks) > self.service.limits.batch_size:
+            tasks = tasks[:1]
         controls = read_controls(given.get("label_config"))
         working = [asyncio.create_task(self._task(one, controls)) for one in tasks]
         try:
@@ -304,11 +326,12 @@ class MLBackend:
             for task, made in zip(tasks, done, strict=True)
             if isinstance(made, UserError)
         ]
+        for error in errors:
+            log.warning("predict: %s", " ".join(error.split()))
         if len(errors) == len(tasks):
             first = next(made for made in done if isinstance(made, UserError))
             raise type(first)("; ".join(errors)[:2000])
-        empty = {"model_version": self.version, "result": [], "score": 0.0}
-        results = [empty if isinstance(made, UserError) else made for made in done]
+        results = [[] if isinstance(made, UserError) else made for made in done]
         return {"results": results} | ({"errors": errors} if errors else {})
 
     async def _task(self, task: Any, controls: Sequence[Control]) -> dict[str, Any] | UserError:

@@ -193,6 +193,10 @@ class Routes:
         """Label Studio: a project says its labeling setup."""
         return self.backend.setup(body)
 
+    async def versions(self) -> dict[str, Any]:
+        """Label Studio: the versions of the model, which are one."""
+        return {"versions": [self.backend.version]}
+
     async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
         """Label Studio: pre-annotations of tasks."""
         return await self.backend.predict(body)
@@ -256,6 +260,7 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
     app.add_api_route("/health", routes.health, methods=["GET"])
     app.add_api_route("/metrics", routes.metrics_text, **get)
     app.add_api_route("/", routes.health, include_in_schema=False, **get)
+    app.add_api_route("/versions", routes.versions, tags=["Label Studio"], **get)
     for path, route in (
         ("/setup", routes.setup),
         ("/predict", routes.predict),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/none":
             self.send_error(404)
+        elif self.path == "/personal" and self.headers.get("Authorization") != "Bearer short":
+            self.send_error(401)
         else:
             self.send_response(200)
             self.end_headers()
@@ -50,6 +53,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(SECRET if self.path == "/secret" else PICTURE)
             except OSError:
                 pass
+
+    def do_POST(self) -> None:
+        given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, given["refresh"]))  # type: ignore[attr-defined]
+        self.send_response(200 if given["refresh"] == KEY else 401)
+        self.end_headers()
+        self.wfile.write(b'{"access": "short"}')
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -109,6 +119,31 @@ def test_label_studios_key_goes_to_it_alone(servers: list[Any]) -> None:
     assert [key for _, key in other.asked] == [None] * 2
     with pytest.raises(DataError):
         read(TaskPictures(), "/data/upload/1/a.png")
+
+
+def test_a_personal_access_token_is_exchanged(servers: list[Any]) -> None:
+    """As Label Studio's SDK does it; anew when what it gave has expired."""
+    home, other = servers
+    pictures = TaskPictures([other.place], None, f"http://{home.place}/", KEY)
+    assert read(pictures, "/personal") == read(pictures, "/personal") == PICTURE
+    renewed = ("/api/token/refresh/", KEY)
+    assert home.asked == [
+        ("/personal", f"Token {KEY}"),
+        renewed,
+        *[("/personal", "Bearer short")] * 2,
+    ]
+    pictures._access = "expired"
+    assert read(pictures, "/personal") == PICTURE
+    assert home.asked[4:] == [
+        ("/personal", "Bearer expired"),
+        renewed,
+        ("/personal", "Bearer short"),
+    ]
+    with pytest.raises(DataError, match=r"401$"):
+        read(pictures, f"http://{other.place}/personal")
+    assert other.asked == [("/personal", None)]
+    with pytest.raises(DataError, match=r"status 401 \(LABEL_STUDIO_API_KEY\)"):
+        read(TaskPictures([], None, f"http://{home.place}", "wrong"), "/personal")
 
 
 def test_files_below_the_root_alone_are_read(tmp_path: Path) -> None:
