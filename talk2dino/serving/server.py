@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 import talk2dino
@@ -92,6 +92,13 @@ class SegmentForm(BaseModel):
     output: Literal["json", "labels", "overlay"] = Field(
         "json", description="JSON, or a PNG: the label map, or the picture with the classes"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, given: Any) -> Any:
+        """The page of the description sends fields that nobody filled; older FastAPI keeps them."""
+        kept = given.items() if isinstance(given, dict) else ()
+        return {key: value for key, value in kept if value != ""} if kept else given
 
 
 Filled = Annotated[SegmentForm, Form(media_type="multipart/form-data")]
@@ -274,7 +281,8 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        where = [] if first["type"] == "json_invalid" else first["loc"][1:]
+        place = ".".join(map(str, where)) or "body"
         return _error(422, f"{place}: {first['msg']}")
 
     async def http(request: Request, error: Exception) -> Response:
