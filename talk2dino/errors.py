@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 
 class UserError(Exception):
     """Something in the user's hands is wrong.
@@ -33,3 +35,16 @@ class CheckpointError(UserError):
 
 class EncoderError(UserError):
     """An encoder's weights or its optional package are not available."""
+
+
+def check_number(key: str, value: object, least: float, most: float) -> None:
+    """Refuse what is no number of `least` to `most`: a whole one, if `least` is an `int`.
+
+    Raises:
+        ConfigError: out of that range, NaN, or of another type; `True` is no number.
+    """
+    whole = isinstance(least, int)
+    fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not fits or not least <= value <= most:  # type: ignore[operator]
+        kind = "a whole number of " if whole and not fits else ""
+        raise ConfigError(f"{key}={value!r:.60}: use {kind}{least:.12g} to {most:.12g}")

@@ -12,7 +12,7 @@ from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError
-from talk2dino.files import user_path
+from talk2dino.files import refuse_foreign, user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import export_dense, export_projection, sorted_rows
 from talk2dino.inference.onnx_files import ExportedFile, is_our_file, require_packages
@@ -45,8 +45,7 @@ def export(config: DictConfig) -> None:
     single = output.suffix == ".onnx"
     classes = class_words(config.classes) if config.classes is not None else None
     command.require_output_folder(output.parent if single else output, "output")
-    if not config.overwrite:
-        refuse_foreign(config, output, single)
+    check_output(config, output, single)
     model = load_model(config, "cpu", classes)
     psi = model.projection
     if config.text_tower:
@@ -79,7 +78,7 @@ def export(config: DictConfig) -> None:
         _say(*dense(path, rows=rows, row_classes=numbers, metadata=facts, open_vocabulary=True))
 
 
-def refuse_foreign(config: DictConfig, output: Path, single: bool) -> None:
+def check_output(config: DictConfig, output: Path, single: bool) -> None:
     """Refuse to overwrite what this command did not write.
 
     Raises:
@@ -90,15 +89,12 @@ def refuse_foreign(config: DictConfig, output: Path, single: bool) -> None:
     names = [*segmenters, *(f"{name}-int8" for name in segmenters if config.int8), "projection"]
     files = [output] if single else [output / f"{name}.onnx" for name in names]
     files += [output / "text.onnx"] * config.text_tower
-    foreign = [file for file in files if file.exists() and not is_our_file(file)]
-    tokenizer = output / "tokenizer.json"  # goes with our text.onnx
-    if config.text_tower and tokenizer.exists() and not is_our_file(output / "text.onnx"):
-        foreign.append(tokenizer)
-    if foreign:
-        raise ConfigError(
-            f"output={foreign[0]}: is there and was not written by talk2dino.export; use another "
-            "output, or overwrite=true"
-        )
+    files += [output / "tokenizer.json"] * config.text_tower
+
+    def ours(file: Path) -> bool:  # a tokenizer goes with our text.onnx
+        return is_our_file(file if file.suffix == ".onnx" else output / "text.onnx")
+
+    refuse_foreign(files, ours, "talk2dino.export", config.overwrite)
 
 
 def _facts(model: Talk2DINO, templates: str | None) -> dict[str, str]:

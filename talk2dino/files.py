@@ -241,6 +241,35 @@ def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[s
         )
 
 
+def refuse_foreign(
+    files: Iterable[Path],
+    ours: Callable[[Path], bool],
+    by: str,
+    overwrite: bool | None = False,
+    source: Path | None = None,
+) -> None:
+    """Refuse files that a command is about to write over.
+
+    Args:
+        files: that it will write.
+        ours: whether one that is there is its own.
+        by: the command, for the message.
+        overwrite: replace others, too, but no folder; None where there is no such key.
+        source: what the command reads, which is never replaced.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    for file in files:
+        if source is not None and file.exists() and file.samefile(source):
+            raise ConfigError(f"output={file}: is the input itself; use another name")
+        if file.is_dir() or (file.exists() and not overwrite and not ours(file)):
+            more = "" if overwrite is None or file.is_dir() else ", or overwrite=true"
+            raise ConfigError(
+                f"output={file}: is there and was not written by {by}; use another output{more}"
+            )
+
+
 def foreign(file: Path) -> StoreError:
     """The refusal to replace a file of other origin."""
     return StoreError(

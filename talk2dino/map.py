@@ -29,7 +29,7 @@ def run_map(config: DictConfig) -> None:
     background_threshold(config.background)  # refuses it before the model is loaded
     refinement = command.build(config.refinement) if config.refinement else None
     if config.minimum_area < 1:
-        raise ConfigError(f"minimum_area={config.minimum_area}: give pixels, 1 or more")
+        raise ConfigError("minimum_area=0: use 1 to 1000000000000")
     with MapImage(
         config.image,
         config.meters_per_pixel,

@@ -12,7 +12,7 @@ from talk2dino.config import command
 from talk2dino.config.command import progress
 from talk2dino.config.model_and_classes import class_words, listed, load_model, require
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.files import read_json, user_path, write_json
+from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.videos.frames import (
     WRITTEN_BY,
@@ -44,10 +44,7 @@ def video(config: DictConfig) -> None:
     figures = output.with_suffix(".json")
     if output.suffix.lower() != ".mp4":
         raise ConfigError(f"output={output}: the name must end in .mp4")
-    if output.exists() and output.samefile(source):
-        raise ConfigError(f"output={output}: is the video itself; use another name")
-    if not config.overwrite:
-        refuse_foreign(output, figures)
+    refuse_foreign([output, figures], is_ours, WRITTEN_BY, config.overwrite, source)
     command.require_output_folder(output.parent, "output")
     vocabulary = load_model(config, classes=classes).open_vocabulary(
         classes,
@@ -73,27 +70,14 @@ def video(config: DictConfig) -> None:
     print(f"{output}: {found.frames} frames, {100 * found.flicker:.2f} % of labels change a frame")
 
 
-def refuse_foreign(output: Path, figures: Path) -> None:
-    """Refuse to overwrite what this command did not write.
-
-    Raises:
-        ConfigError: the first such file.
-    """
-    if output.exists() and not is_our_video(output):
-        foreign: Path | None = output
-    elif figures.exists():
-        try:
-            noted = read_json(figures, dict, "figures").get("written_by")
-        except DataError:
-            noted = None
-        foreign = None if str(noted).startswith(WRITTEN_BY) else figures
-    else:
-        foreign = None
-    if foreign is not None:
-        raise ConfigError(
-            f"output={foreign}: is there and was not written by talk2dino.video; use another "
-            "output, or overwrite=true"
-        )
+def is_ours(file: Path) -> bool:
+    """Whether this command wrote an overlay, or the figures beside it."""
+    if file.suffix != ".json":
+        return is_our_video(file)
+    try:
+        return str(read_json(file, dict, "figures").get("written_by")).startswith(WRITTEN_BY)
+    except DataError:
+        return False
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, check_number
 
 Mask: TypeAlias = npt.NDArray[np.uint8]
 WRITTEN_BY = "talk2dino"
@@ -40,10 +39,8 @@ class Options:
     image_root_url: str = "/data/local-files/?d="
 
     def __post_init__(self) -> None:
-        if self.minimum_area < 0:
-            raise ConfigError(f"minimum_area={self.minimum_area}: a number of pixels, 0 or more")
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise ConfigError(f"tolerance={self.tolerance}: a distance in pixels, 0 or more")
+        check_number("minimum_area", self.minimum_area, 0, 10**12)
+        check_number("tolerance", self.tolerance, 0.0, 1e6)
 
     def refuse_idle(self, formats: Collection[str]) -> None:
         """Refuse settings that none of the formats takes.

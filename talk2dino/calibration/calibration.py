@@ -38,7 +38,7 @@ from talk2dino.encoders.hub import hub_file, split_hub_id
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import replacing, user_path
+from talk2dino.files import refuse_foreign, replacing, user_path
 from talk2dino.segmentation.scores import class_scores, with_offsets
 
 FILE = "calibration.safetensors"
@@ -275,10 +275,7 @@ def check_writable(path: str | Path) -> Path:
     target = user_path(path)
     if target.suffix != ".safetensors":
         raise ConfigError(f"output={path}: the name must end in .safetensors")
-    if target.exists() and not _is_ours(target):
-        raise ConfigError(
-            f"output={path}: is there and was not written by talk2dino.calibrate; use another name"
-        )
+    refuse_foreign([target], _is_ours, "talk2dino.calibrate", None)
     return target
 
 

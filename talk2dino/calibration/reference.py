@@ -15,7 +15,7 @@ from torch import Tensor
 from talk2dino.datasets.pictures import is_picture, read_image, unread
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.errors import CheckpointError, ConfigError, DataError, check_number
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.segmentation.segmenter import Segmenter
 
@@ -137,10 +137,8 @@ def check_draw(count: int, seed: int) -> None:
     Raises:
         ConfigError: `count` is out of its range, or `seed` is negative.
     """
-    if not LEAST <= count <= MOST:
-        raise ConfigError(f"tokens={count}: use {LEAST} to {MOST}")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: use 0 or more")
+    check_number("tokens", count, LEAST, MOST)
+    check_number("seed", seed, 0, 2**32 - 1)
 
 
 def _plan(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.errors import CheckpointError, ConfigError, check_number
 from talk2dino.renamed import TARGET, current
 
 
@@ -66,8 +66,7 @@ class QuantileOffset:
 
     def __post_init__(self) -> None:
         for name in ("share", "quantile"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"rule.{name}={getattr(self, name)}: use 0..1")
+            check_number(f"rule.{name}", getattr(self, name), 0.0, 1.0)
 
     def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
@@ -100,8 +99,7 @@ class MeanOffset:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"rule.share={self.share}: use 0..1")
+        check_number("rule.share", self.share, 0.0, 1.0)
 
     def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
         """See `Rule`."""

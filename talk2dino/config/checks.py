@@ -22,6 +22,7 @@ from hydra.utils import get_object
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from talk2dino.config.ranges import check_ranges, expected
 from talk2dino.errors import ConfigError
 from talk2dino.renamed import TARGET, current
 
@@ -69,12 +70,13 @@ def readable(hint: Any) -> str:
 
 
 def check_given(config: DictConfig) -> None:
-    """Refuse a config that lacks a required value or has a key too many (`+key=value`).
+    """Refuse a config that lacks a required value, or has a key too many or a number out of range.
 
     Raises:
-        ConfigError: one line with the missing keys, or the unknown one.
+        ConfigError: one line with the missing keys, the unknown one, or the number.
     """
     _check_keys(config, "")
+    check_ranges(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
@@ -190,6 +192,10 @@ def explain(error: Exception, command: str) -> str:
             f"{error.override}: not of the form key=value ({reason}); "
             "put quotes around values with special characters: 'key=\"value\"'"
         )
+    number = re.match(r"Error merging override ([^=]+)=", text)
+    if number and re.search("Integer|Float", text + "".join(causes)):
+        key = number.group(1).lstrip("+~")
+        return f"{key}={_given_value(key)}: give {expected(key)}"
     override = re.match(r"Could not override '([^']+)'", text)
     if override:
         key = override.group(1)

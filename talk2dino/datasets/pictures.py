@@ -289,7 +289,7 @@ def to_pixels(image: ImageLike) -> Tensor:
             raise DataError(f"image: this PIL image cannot be read ({error})") from error
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
+    if isinstance(image, Tensor) and is_plain(image) and image.ndim == 3 and len(image) == 3:
         return _to_bytes(image.detach().cpu(), image.numel())
     shape = tuple(getattr(image, "shape", ()))
     raise DataError(
@@ -312,7 +312,7 @@ def size_of(image: ImageLike) -> tuple[int, int] | None:
     except Exception:  # broken files make decoders raise anything
         return None
     if isinstance(image, Image.Image):
-        return image.height, image.width
+        return (image.height, image.width) if image.height and image.width else None
     shape = tuple(getattr(image, "shape", ()))
     if len(shape) not in (2, 3) or not all(shape):
         return None
@@ -354,20 +354,30 @@ def _from_bytes(content: bytes) -> Tensor:
     try:
         return _from_upright(read_picture(BytesIO(content)))
     except Exception as error:  # broken files make decoders raise anything
-        raise DataError(f"image: {len(content)} bytes that are no picture ({error})") from error
+        why = str(error).partition(" <")[0]  # without the name of a Python object
+        raise DataError(f"image: {len(content)} bytes that are no picture ({why})") from error
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds values of its own: not a sparse one, nor one on `meta`."""
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _from_upright(image: Image.Image) -> Tensor:
+    if not image.width or not image.height:
+        raise ValueError("it holds no pixel")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
     """`[H, W, 3]` or `[H, W]`; a channel axis in front would be a tensor's."""
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
+    if np.ma.is_masked(image):
+        raise DataError("image: a masked array; say what its masked pixels are: filled(0)")
+    image = np.asarray(image)  # no matrix, which NumPy may crash on
+    image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image: array {image.shape}; give [H, W, 3] RGB or [H, W] gray")
-    if image.dtype != np.uint8 and image.dtype.kind != "f":
+    if image.dtype != np.uint8 and (image.dtype.kind != "f" or image.dtype.itemsize > 8):
         raise DataError(f"image: {image.dtype} array; give uint8, or float within 0..1")
     # copied: a tensor needs positive strides (unlike a flipped view) and writable memory
     pixels = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
@@ -380,7 +390,9 @@ def _to_bytes(image: Tensor, count: int) -> Tensor:
         raise DataError(f"image: {tuple(image.shape)} holds no pixel")
     if image.dtype == torch.uint8:
         return image.clone()
-    lowest, highest = (float(x) for x in image.aminmax()) if image.is_floating_point() else (0, 2)
+    if not image.is_floating_point():
+        raise DataError(f"image: {image.dtype}; give uint8, or float within 0..1")
+    lowest, highest = map(float, image.aminmax())
     if not 0 <= lowest <= highest <= 1:  # NaN fails too
         raise DataError(
             f"image: {image.dtype} in {lowest:.9g}..{highest:.9g}; give uint8, or 0..1 (clip it)"

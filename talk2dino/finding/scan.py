@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.reference import Advance
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import StoreError, check_number
 from talk2dino.features.store.reader import FeatureStore, Field
 from talk2dino.segmentation.scores import merge_synonyms, split_offsets
 
@@ -286,5 +286,4 @@ def check_search(top: int, best: int) -> None:
         ConfigError: the first of them.
     """
     for key, value, most in (("top", top, 10_000), ("best", best, 4096)):
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(f"{key}={value}: use 1 to {most}")
+        check_number(key, value, 1, most)

@@ -7,22 +7,24 @@ A folder of them has a folder per class, and in it pictures, each with its mask 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
-from talk2dino.datasets.pictures import ImageLike, is_picture, read_values, to_pixels
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.datasets.pictures import ImageLike, is_picture, is_plain, read_values, to_pixels
+from talk2dino.errors import DataError, ResultWarning, check_number
 from talk2dino.files import user_path
 from talk2dino.segmentation.segmenter import EncodedImage
 
@@ -147,8 +149,7 @@ def check_weight(weight: object, key: str) -> None:
     Raises:
         ConfigError: no number of 0..1.
     """
-    if not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
-        raise ConfigError(f"{key}={weight!r}: use 0..1, the share of exemplars beside words")
+    check_number(key, weight, 0.0, 1.0)
 
 
 def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[Exemplar, ...]]:
@@ -216,23 +217,45 @@ def _read_mask(mask: ImageLike) -> Tensor:
         with suppress(OSError), path.open("rb") as file:
             _refuse_jpeg(file, f"mask={mask}")
         values = read_values(path, _ONE_CHANNEL, f"mask={mask}")
+        with Image.open(path) as opened:
+            values = _by_color(values, opened)
     elif isinstance(mask, bytes):
         _refuse_jpeg(BytesIO(mask), "mask of an exemplar")
         values = read_values(BytesIO(mask), _ONE_CHANNEL, "mask of an exemplar")
+        with Image.open(BytesIO(mask)) as opened:
+            values = _by_color(values, opened)
     elif isinstance(mask, Image.Image):
-        values = np.asarray(mask)
+        values = _by_color(np.asarray(mask), mask)
+    elif isinstance(mask, Tensor) and is_plain(mask):
+        whole = mask.detach().cpu()
+        values = (whole.float() if whole.is_floating_point() else whole).numpy()
     else:
-        values = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-    if values.ndim != 2 or values.dtype.kind not in "buif":
+        values = np.asarray(mask if isinstance(mask, np.ndarray) else None)
+    if values.ndim != 2 or values.dtype.kind not in "buif" or np.isnan(values).any():
         raise DataError(
             f"mask of an exemplar: {values.dtype} {values.shape}; give [H, W], 0 outside the class"
         )
+    found = np.unique(values)
+    if len(found) > 2:
+        name = f"mask={mask}" if isinstance(mask, (str, Path)) else "mask of an exemplar"
+        shown = ", ".join(f"{value:g}" for value in found[:4])
+        said = f"{name}: holds {len(found)} values ({shown}, …); all but 0 are the class"
+        warnings.warn(said, ResultWarning, stacklevel=2)
     return torch.from_numpy(values != 0)
 
 
 def _refuse_jpeg(file: BinaryIO, name: str) -> None:
     if file.read(2) == _JPEG:
         raise DataError(f"{name}: JPEG changes pixels; save the mask as PNG")
+
+
+def _by_color(values: NDArray[Any], picture: Image.Image) -> NDArray[Any]:
+    """Where a palette picture is not black, if black is in it under another number than 0."""
+    palette = picture.getpalette() if picture.mode == "P" else None
+    if palette is None or not any(palette[:3]):
+        return values
+    black = [n for n in np.unique(values).tolist() if not any(palette[3 * n : 3 * n + 3] or [1])]
+    return values != black[0] if len(black) == 1 else values
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
 from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError, ResultWarning
+from talk2dino.errors import CheckpointError, ConfigError, ResultWarning, check_number
 from talk2dino.inference.class_embeddings import Classes
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
@@ -356,9 +356,10 @@ class Talk2DINO(TextSide):
         Raises:
             ConfigError: `short_side` is not positive, or another refinement.
         """
-        given: Any = short_side  # whatever a caller without types may give
-        if given is not None and (not hasattr(given, "__index__") or not 1 <= given <= 8192):
-            raise ConfigError(f"short_side={given!r}: give pixels up to 8192, for instance 448")
+        if short_side is not None:
+            check_number("short_side", short_side, 1, 8192)
+        if pamr not in (True, False, None):
+            raise ConfigError(f"pamr={pamr!r:.60}: give True or False")
         if not isinstance(refinement, KNN | PAMR | None):
             raise ConfigError(f"refinement={refinement!r}: give KNN(…), PAMR(…) or None")
         along_edges = PAMR() if pamr else None

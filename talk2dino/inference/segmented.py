@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -338,10 +339,8 @@ def background_threshold(
     Raises:
         ConfigError: outside 0..1, where every score lies, or no number.
     """
-    if background is None or background is False:
-        return None
-    if background is True:
-        return default
+    if background is None or isinstance(background, (bool, np.bool_)):
+        return default if background else None
     try:
         return _checked(float(background))
     except (TypeError, ValueError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -15,7 +16,7 @@ from torch import Tensor
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, composed
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, ResultWarning
 from talk2dino.inference.exemplars import Exemplar
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.class_maps import ClassMaps
@@ -77,11 +78,14 @@ def read_words(
     """
     groups = _groups(classes)
     names = list(groups)
-    own = {name: _words(sentences) for name, sentences in (prompts or {}).items()}
+    if not isinstance(prompts or {}, Mapping):
+        raise ConfigError(f"prompts={prompts!r:.60}: give sentences by class name")
+    own = {name: _words(texts, "prompts") for name, texts in (prompts or {}).items()}
     for name in own:
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
-    negative = _words(negatives)
+    negative = _words(negatives, "negatives")
+    _check_shared(groups, negative)
     if negative and BACKGROUND in groups:
         raise ConfigError(
             f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
@@ -115,7 +119,7 @@ def exemplars_of(classes: Classes) -> dict[str, tuple[Exemplar, ...]]:
 
 def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
     """Names and what stands for them, in order."""
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
+    if isinstance(classes, str) or not _is_list(classes):
         raise ConfigError(
             f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
             "class embeddings"
@@ -137,29 +141,55 @@ def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
 
 
 def _shown(given: Shown | Sequence[Shown]) -> tuple[Any, ...]:
-    return _words(given, Exemplar)
+    return _words(given, "classes", Exemplar)
 
 
-def _words(given: Any, *also: type) -> tuple[Any, ...]:
+def _is_list(given: object) -> bool:
+    """Whether it can be gone through more than once, in parts that may be texts."""
+    return isinstance(given, Iterable) and not isinstance(given, (Iterator, bytes, Tensor))
+
+
+def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
     """Words as a tuple; entries of the classes `also` are none, but may stand there."""
-    single = isinstance(given, str) or not isinstance(given, Iterable)
+    single = isinstance(given, str) or not _is_list(given)
     words: tuple[Any, ...] = (given,) if single else tuple(given)
     for word in words:
         if not isinstance(word, (str, *also)) or (isinstance(word, str) and not word.strip()):
             raise ConfigError(
-                "classes: the list is empty or has an empty name; use ['cat', 'sofa'], "
-                f"not {word!r}"
+                f"{key}: the list is empty or has an empty name; use ['cat', 'sofa'], not {word!r}"
             )
         if isinstance(word, str):
-            check_word(word, "classes")
+            check_word(word, key)
+    if key == "prompts" and not words:
+        raise ConfigError("prompts: the list is empty; give a sentence")
     return words
+
+
+def _check_shared(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str]) -> None:
+    """Refuse a negative that is a class's word; say where two classes share one: the first wins.
+
+    Raises:
+        ConfigError: such a negative.
+    """
+    owners: dict[str, str] = {}
+    for name, entries in groups.items():
+        for word in {composed(entry) for entry in entries if isinstance(entry, str)}:
+            if word in map(composed, negatives):
+                raise ConfigError(f"negatives: {word!r} is also a word of the class {name!r}")
+            if (owner := owners.setdefault(word, name)) != name:
+                said = (
+                    f"classes: {word!r} is a word of {owner!r} and of {name!r}: the first gets it"
+                )
+                warnings.warn(said, ResultWarning, stacklevel=4)
 
 
 def _sentences(names: Sequence[str], templates: str | Sequence[str]) -> list[Sentences]:
     if isinstance(templates, str):
         return [tuple(group) for group in named_prompts(names, templates)]
+    if not _is_list(templates):
+        raise ConfigError(f"templates={templates!r:.60}: give sentences with {{}} for the name")
     for template in templates:
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ConfigError(f"templates: {template!r} has no {{}} for the name of the class")
     if not templates:
         raise ConfigError("templates: the list is empty; give a sentence with {} for the name")

@@ -21,6 +21,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.files import (
     foreign,
     read_json,
+    refuse_foreign,
     replacing,
     sole_writer,
     user_path,
@@ -101,14 +102,7 @@ def refuse_foreign_maps(files: Sequence[Path], image: Path, overwrite: bool) -> 
     Raises:
         ConfigError: the first such file.
     """
-    for file in files:
-        if file.exists() and file.samefile(image):
-            raise ConfigError(f"output={file}: is the image itself; use another name")
-        if file.is_dir() or (file.exists() and not overwrite and not written_here(file)):
-            raise ConfigError(
-                f"output={file}: is there and was not written by {SOFTWARE}; "
-                "use another output, or overwrite=true"
-            )
+    refuse_foreign(files, written_here, SOFTWARE, overwrite, image)
 
 
 def segment_map(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
 OVERVIEW = 1024  # pixels a side, from which percentiles are taken
+UNFLAGGED = (-9999.0, -32768.0, -99999.0)  # usual for no data, where the file does not say so
 COARSEST = 32  # pixels of the file to one; a block of GDAL's then takes 200 MB
 STRETCH = (2.0, 98.0)  # percentiles, of what has more than eight bits
 
@@ -142,9 +143,7 @@ class MapImage:
     def _limits(
         self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
     ) -> npt.NDArray[np.float64] | None:
-        if value_range is not None:
-            return np.tile(np.array(value_range, float), (len(self.bands), 1))
-        if stretch is None and self._file.dtypes[0] == "uint8":
+        if value_range is None and stretch is None and self._file.dtypes[0] == "uint8":
             return None
         shape = (min(self._file.height, OVERVIEW), min(self._file.width, OVERVIEW))
         with reading(self.path):
@@ -153,13 +152,20 @@ class MapImage:
         for number, band in zip(self.bands, seen, strict=True):
             values = band.compressed().astype(float)
             values = values[np.isfinite(values)]
-            if not len(values):
+            if not len(values) and value_range is None:
                 raise DataError(
                     f"image={self.path}: band {number} has no valid pixel to stretch; "
                     "give value_range=[LOW,HIGH]"
                 )
-            limits.append(np.percentile(values, stretch or STRETCH))
-        return np.array(limits)
+            limits.append(value_range or np.percentile(values, stretch or STRETCH))
+            black, white = limits[-1]
+            if (values <= black).all() or (values >= white).all() or black in UNFLAGGED:
+                said = (
+                    f"image={self.path}: band {number} shows little with black at {black:g} and "
+                    f"white at {white:g}; give value_range=[LOW,HIGH], or gdal_edit.py -a_nodata"
+                )
+                warnings.warn(said, ResultWarning, stacklevel=2)
+        return np.array(limits, float)
 
     @property
     def referenced(self) -> bool:
@@ -174,7 +180,7 @@ class MapImage:
     @property
     def pixel_area(self) -> float | None:
         """Square meters of a pixel of the file, or None where they are unknown."""
-        if not self.referenced or self._file.crs.is_geographic:
+        if not self.referenced or not self._file.crs.is_projected:
             return None
         factor = self._file.crs.linear_units_factor[1]
         return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
@@ -210,7 +216,8 @@ class MapImage:
         if self.limits is None:
             return values.astype(np.uint8, copy=False)
         low, high = self.limits.T[:, :, None, None].astype(np.float32)
-        scaled = (np.nan_to_num(values.astype(np.float32)) - low) / np.maximum(high - low, 1e-12)
+        known = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+        scaled = (known - low) / np.maximum(high - low, 1e-12)
         whole: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
         return whole
 
@@ -293,6 +300,11 @@ def _opened(path: Path) -> Any:
         )
     if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
         raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
+    if file.crs is not None and file.crs.is_geographic and not transform.is_identity:
+        west, south, east, north = file.bounds
+        if not (-360 <= west < east <= 360 and -91 <= south < north <= 91):
+            wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
+            raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
     if file.count and len(file.subdatasets) > 1:
         warnings.warn(
             f"{name}: holds {len(file.subdatasets)} pictures; the first is taken",
@@ -319,7 +331,7 @@ def _meters(file: Any, name: str) -> float:
             f"{name}: has no georeference, so meters_per_pixel means nothing; give "
             "scale=PIXELS, for instance scale=2 for half the resolution"
         )
-    if not file.crs.is_geographic:
+    if file.crs.is_projected:
         if file.crs.to_epsg() == 3857:
             west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
             latitude = math.radians((south + north) / 2)
@@ -330,6 +342,8 @@ def _meters(file: Any, name: str) -> float:
                 stacklevel=2,
             )
         return float(file.crs.linear_units_factor[1])
+    if not file.crs.is_geographic:
+        raise DataError(f"{name}: coordinates are no plane's; reproject it, or give scale=PIXELS")
     west, south, east, north = file.bounds
     zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
     code = (32700 if (south + north) / 2 < 0 else 32600) + zone

@@ -175,7 +175,7 @@ def write_polygons(
                         "id": written,
                         "geometry": {
                             "type": "Polygon",
-                            "coordinates": [_placed(file, ring + corner) for ring in rings],
+                            "coordinates": _placed(file, [ring + corner for ring in rings]),
                         },
                         "properties": {"class": classes[int(label)], "pixels": pixels},
                     }
@@ -195,13 +195,18 @@ def _pixels(rings: Sequence[npt.NDArray[Any]]) -> int:
     return round(areas[0] - sum(areas[1:]))
 
 
-def _placed(file: Any, ring: npt.NDArray[Any]) -> list[list[float]]:
-    """Longitude and latitude of a ring in pixels `[N, 2]`; pixels without georeference."""
+def _placed(file: Any, rings: Sequence[npt.NDArray[Any]]) -> list[list[list[float]]]:
+    """Longitude and latitude of rings in pixels `[N, 2]`; pixels without georeference.
+
+    Longitudes begin within -180..180; across the antimeridian they go on beyond, without a jump.
+    """
     from rasterio.warp import transform
 
-    xs, ys = ring.T
     if file.crs is None:
-        return [list(map(float, point)) for point in ring]
+        return [ring.astype(float).tolist() for ring in rings]
+    xs, ys = np.concatenate(rings).T
     there = file.transform
     xs, ys = transform(file.crs, "EPSG:4326", there.a * xs + there.c, there.e * ys + there.f)
-    return [[round(x, 8), round(y, 8)] for x, y in zip(xs, ys, strict=True)]
+    east = np.unwrap(xs, period=360)
+    points = np.stack([east - 360 * np.round(east[0] / 360), ys], 1).round(8)
+    return [part.tolist() for part in np.split(points, np.cumsum([len(r) for r in rings])[:-1])]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from io import BytesIO
 from typing import Any
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 from talk2dino.datasets.benchmarks.classes import composed, typed_classes
 from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, check_number
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.exemplars import WEIGHT, Exemplar
 from talk2dino.inference.model import Talk2DINO
@@ -65,10 +64,9 @@ class Limits:
     batch_wait_ms: float = 5
 
     def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            least = 0 if key == "batch_wait_ms" else 1 if isinstance(value, int) else 1e-3
-            if not (math.isfinite(value) and least <= value <= 1e9):
-                raise ConfigError(f"{key}={value}: give a number from {least} on")
+        for item in fields(self):
+            least = 0.0 if item.name == "batch_wait_ms" else 1 if item.type == "int" else 1e-3
+            check_number(item.name, getattr(self, item.name), least, 1e9)
 
     @property
     def body(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -13,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch import Tensor
 
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import DataError, ResultWarning, check_number
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 
 NEIGHBORS, TEMPERATURE = 4, 0.05  # patches of the last frame that stand for one, and their softmax
 WRITTEN_BY = "talk2dino.video"  # comment of every video of ours
+DAMAGED = 10_000  # packets that cannot be decoded, after which a video ends
 SIMILAR = 0.5  # cosine below which nothing of the last frame stands for a patch
 
 
@@ -36,15 +39,14 @@ class Smoother:
     as they always do.
 
     Args:
-        strength: 0 keeps every frame by itself; below 1.
+        strength: 0 keeps every frame by itself; 0.99 at most.
 
     Raises:
-        ConfigError: outside 0..1.
+        ConfigError: out of that range.
     """
 
     def __init__(self, strength: float = 0.75) -> None:
-        if not 0 <= strength < 1:
-            raise ConfigError(f"smoothing={strength}: give a share of the past, 0 up to 0.95")
+        check_number("smoothing", strength, 0.0, 0.99)
         self.strength = strength
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -105,6 +107,8 @@ def segment_video(
     """Write a video with the classes in color over it; one frame is in memory at a time.
 
     Frames keep their times. Sound is left out, as are a last row and column that make the size odd.
+    What cannot be decoded, and frames of another size or without a time of their own, are said
+    (`ResultWarning`); the overlay has the size of the first frame.
 
     Args:
         source: any file that FFmpeg reads.
@@ -114,7 +118,7 @@ def segment_video(
         advance: is told the frames that are done and their number, 0 if the file does not say.
 
     Raises:
-        DataError: no video, or a damaged one.
+        DataError: no video, or no frame that can be decoded.
         StoreError: the disk is full, or the folder cannot be written.
     """
     import av
@@ -128,12 +132,13 @@ def segment_video(
         temporary = stack.enter_context(replacing(target))
         made = stack.enter_context(av.open(str(temporary), "w", format="mp4"))
         made.metadata["comment"] = WRITTEN_BY
-        out = made.add_stream("libx264", rate=stream.average_rate or Fraction(25))
+        rate = stream.average_rate or Fraction(25)
+        out = made.add_stream("libx264", rate=rate)
         out.pix_fmt = "yuv420p"
         if stream.time_base is not None:
             out.codec_context.time_base = stream.time_base
-        frames = opened.decode(stream)
-        while (frame := _next(frames, source, count)) is not None:
+        frames = _Frames(opened, stream, rate)
+        for frame in frames:
             picture = vocabulary.encode([_upright(frame)])[0]
             result = vocabulary(smoother(picture) if smoother else picture)
             for name, share in result.areas().items():
@@ -141,19 +146,25 @@ def segment_video(
             if last is not None and last.shape == result.labels.shape:
                 changed += float((last != result.labels).double().mean())
             last = result.labels
-            pixels = np.asarray(result.overlay(legend=False))
+            overlay = result.overlay(legend=False)
             if count == 0:
-                out.height, out.width = (length - length % 2 for length in pixels.shape[:2])
-            drawn = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(pixels[: out.height, : out.width]), format="rgb24"
-            )
+                size = overlay.size
+                out.width, out.height = (length - length % 2 for length in size)
+                if not out.width or not out.height:
+                    raise DataError(f"video={source}: frames of {size[0]}x{size[1]} are too small")
+            elif overlay.size != size:
+                frames.other.append(count)
+                overlay = ImageOps.pad(overlay, size)
+            pixels = np.asarray(overlay)[: out.height, : out.width]
+            drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             drawn.pts, drawn.time_base = frame.pts, frame.time_base
             made.mux(out.encode(drawn))
             count += 1
             advance(count, stream.frames)
         if last is None:
-            raise DataError(f"video={source}: holds no frame that can be read")
+            raise DataError(f"video={source}: holds no frame that can be read{frames.error}")
         made.mux(out.encode(None))
+        frames.say(f"video={source}", count)
     shares = {name: total / count for name, total in totals.items()}
     size = (int(last.shape[0]), int(last.shape[1]))
     return VideoFigures(count, size, shares, changed / max(count - 1, 1))
@@ -173,7 +184,7 @@ def open_video(source: Path) -> Any:
         opened = av.open(str(source))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"video={source}: not a video that can be read ({error})") from error
-    if not opened.streams.video:
+    if not opened.streams.video or opened.format.name == "tty":  # which draws any text
         opened.close()
         raise DataError(f"video={source}: holds no video")
     return opened
@@ -190,13 +201,74 @@ def is_our_video(path: Path) -> bool:
         return False
 
 
-def _next(frames: Any, source: Path, count: int) -> Any:
-    import av
+class _Frames:
+    """The frames that can be decoded, each later than the one before; counts what is not as it was.
 
-    try:
-        return next(frames, None)
-    except av.FFmpegError as error:
-        raise DataError(f"video={source}: damaged after frame {count} ({error})") from error
+    Args:
+        opened: the file.
+        stream: its video.
+        rate: frames a second, where they do not say their time.
+    """
+
+    def __init__(self, opened: Any, stream: Any, rate: Fraction) -> None:
+        self.opened, self.stream, self.rate = opened, stream, rate
+        self.damaged, self.moved = 0, 0
+        self.seconds = 0.0  # from the first frame to the end of the last
+        self.other: list[int] = []  # frames of another size than the first
+        self.error = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        first, last, late = None, None, 0  # ticks; how much later than the file says
+        for frame in self._decoded():
+            base = frame.time_base or self.stream.time_base or 1 / self.rate
+            step = max(1, round(1 / (self.rate * base)))
+            wanted = frame.pts if frame.pts is None else frame.pts + late
+            if wanted is None:
+                wanted = 0 if last is None else last + step
+            elif last is not None and wanted <= last:
+                late, self.moved = late + last + step - wanted, self.moved + 1
+                wanted = last + step
+            frame.pts, frame.time_base, last = wanted, base, wanted
+            first = wanted if first is None else first
+            self.seconds = float((wanted + step - first) * base)
+            yield frame
+
+    def _decoded(self) -> Iterator[Any]:
+        """Frame by frame; a packet that cannot be decoded is left out."""
+        import av
+
+        packets = self.opened.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                found = packet.decode()
+            except av.FFmpegError as error:
+                self.damaged += 1
+                self.error = self.error or f" ({error})"
+                if packet is None or self.damaged > DAMAGED:
+                    return
+                continue
+            yield from found
+
+    def say(self, name: str, count: int) -> None:
+        """Warn of what the overlay has otherwise than the video."""
+        import av
+
+        said = []
+        promised = float((self.opened.duration or 0) / av.time_base)
+        if self.damaged:
+            said.append(f"{self.damaged} parts could not be decoded and are left out{self.error}")
+        if count < self.stream.frames or self.seconds < 0.98 * promised - 0.3:
+            least = f"{count} frames, {self.seconds:.1f} s"
+            said.append(f"only {least} could be read of {promised:.1f} s")
+        if self.moved:
+            said.append(f"times went back {self.moved} times; frames follow each other there")
+        if self.other:
+            said.append(f"from frame {self.other[0]} on {len(self.other)} have another size")
+        if said:
+            warnings.warn(f"{name}: {'; '.join(said)}", ResultWarning, stacklevel=3)
 
 
 def _upright(frame: Any) -> npt.NDArray[np.uint8]:

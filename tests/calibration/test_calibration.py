@@ -235,7 +235,7 @@ def test_only_known_rules_are_built() -> None:
     assert build_rule(describe_rule(rule), "here") == rule
     with pytest.raises(ConfigError, match="QuantileOffset"):
         describe_rule(object())
-    with pytest.raises(ConfigError, match=r"rule.share=1.5: use 0..1"):
+    with pytest.raises(ConfigError, match=r"rule.share=1.5: use 0 to 1"):
         QuantileOffset(1.5)
 
 
@@ -249,5 +249,5 @@ def test_the_mean_rule_compares_with_tokens_without_their_mean(model: Talk2DINO)
     centered = rows @ (tokens - tokens.mean(dim=0)).t()
     torch.testing.assert_close(rows @ tokens.t() - offsets[:, None], centered)
     assert torch.equal(replace(made, rule=MeanOffset(0.0)).apply(rows)[1], torch.zeros(3))
-    with pytest.raises(ConfigError, match=r"rule.share=-1: use 0..1"):
+    with pytest.raises(ConfigError, match=r"rule.share=-1: use 0 to 1"):
         MeanOffset(-1)

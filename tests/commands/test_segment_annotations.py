@@ -133,10 +133,10 @@ def test_errors_are_one_line(
     given = [*given, "checkpoint=none.pth"]  # found out later than all of these
     for value, said in {
         "formats=[coca]": "formats=[coca]: no such format; choose among coco, yolo, labelstudio",
-        "tolerance=-1": "tolerance=-1.0: a distance in pixels, 0 or more",
-        "tolerance=nan": "tolerance=nan: a distance in pixels",
+        "tolerance=-1": "tolerance=-1.0: use 0 to",
+        "tolerance=nan": "tolerance=nan: use 0 to",
         "tolerance=far": "tolerance=far",
-        "minimum_area=-1": "minimum_area=-1: a number of pixels, 0 or more",
+        "minimum_area=-1": "minimum_area=-1: use 0 to",
     }.items():
         assert said in fails(capfd, "segment", *given, "formats=[coco]", value), value
     for value, formats, more in (

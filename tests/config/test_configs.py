@@ -250,7 +250,7 @@ TYPOS = [
     ("train", ["logger=null"], "logger=null", "write ~logger"),
     ("train", ["checkpoint.moniter=a"], "unknown config key checkpoint.moniter", "monitor?"),
     ("train", ["checkpoint.monitor=val/recall"], "monitor=val/recall", "val/text_to_image/recall"),
-    ("train", ["checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0", "1 or more"),
+    ("train", ["checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0", "use 1 to"),
     ("train", ["checkpoint.monitor=train/loss", "checkpoint.save_top_k=0"], "save_top_k=0", "1 or"),
     ("train", ["checkpoint.monitor=train/loss", "checkpoint.mode=up"], "checkpoint.mode=up", "min"),
     ("train", ["early_stopping.patients=2"], "early_stopping.patients", "patience?"),

@@ -302,7 +302,7 @@ def test_the_command_says_it_in_one_line(
     line = fails(capfd, *command, f"hydra.run.dir={folder}")
     assert line.startswith(f"{root}/masks/1.png: (24, 33) rows and columns")
     line = fails(capfd, *command, "batch_size=0", f"hydra.run.dir={folder}")
-    assert line == "batch_size=0: use 1 or more"
+    assert line == "batch_size=0: use 1 to 1000000"
     foreign_label(root)
     line = fails(capfd, *command, f"hydra.run.dir={folder}")
     assert line.startswith(f"{root}/masks/1.png: label value 7, 9 is no class")

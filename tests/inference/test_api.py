@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from talk2dino import Talk2DINO, load_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.errors import CheckpointError, ConfigError, DataError, ResultWarning, UserError
 from talk2dino.inference.vocabulary import TextCache
 from talk2dino.segmentation import KNN, PAMR
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
@@ -186,8 +187,8 @@ def test_wrong_input_is_one_line(model: Talk2DINO, pixels: torch.Tensor, tmp_pat
         ("give a list of names", {"classes": "cat"}),
         ("classes=None: give a list of names", {"classes": None}),
         ("classes=7: give a list of names", {"classes": 7}),
-        ("short_side='56': give pixels", {"classes": ["cat"], "short_side": "56"}),
-        ("short_side=56.5: give pixels", {"classes": ["cat"], "short_side": 56.5}),
+        ("short_side='56': use a whole number of 1 to", {"classes": ["cat"], "short_side": "56"}),
+        ("short_side=56.5: use a whole number of 1 to", {"classes": ["cat"], "short_side": 56.5}),
         ("has no {} for the name", {"classes": ["cat"], "templates": ["a cat"]}),
         ("templates='poetic' is unknown", {"classes": ["cat"], "templates": "poetic"}),
         ("'dog' is none of the classes", {"classes": ["cat"], "prompts": {"dog": "a dog"}}),
@@ -494,3 +495,75 @@ def test_the_package_exports_what_users_import() -> None:
     assert talk2dino.load_projection is load_projection
     with pytest.raises(AttributeError, match="no attribute 'Talk2DINo'"):
         talk2dino.Talk2DINo  # noqa: B018
+
+
+WORDS: dict[str, Any] = {"classes": ["cat", "sofa"], "short_side": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": (name for name in ["cat"])}, "classes=<generator.*give a list"),
+        ({"classes": b"cat"}, "classes=b'cat': give a list"),
+        ({"classes": torch.zeros(2)}, "classes=tensor.*give a list"),
+        ({"classes": ["cat\u200b", "sofa"]}, "one that nobody sees"),
+        ({"negatives": (name for name in ["x"])}, "negatives: .*not <generator"),
+        ({"negatives": None}, "negatives: .*not None"),
+        ({"negatives": ["sofa"]}, "negatives: 'sofa' is also a word of the class 'sofa'"),
+        ({"templates": (t for t in ["a {}"])}, "templates=<generator.*give sentences"),
+        ({"templates": [1]}, "templates: 1 has no {}"),
+        ({"templates": 5}, "templates=5: give sentences"),
+        ({"prompts": {"cat": []}}, "prompts: the list is empty"),
+        ({"prompts": ["a cat"]}, "prompts=.*give sentences by class name"),
+        ({"pamr": "false"}, "pamr='false': give True or False"),
+        ({"short_side": True}, "short_side=True: use a whole number of 1 to 8192"),
+        ({"short_side": torch.tensor(32)}, "short_side=tensor.*use a whole number"),
+    ],
+)
+def test_arguments_of_other_types_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        hash_model().segment(noise_pixels(), **WORDS | changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_numpys_true_is_true_and_a_word_of_two_classes_is_said() -> None:
+    model = hash_model()
+    found = model.segment(noise_pixels(), **WORDS, background=np.True_)
+    assert found.threshold == 0.55
+    with pytest.warns(ResultWarning, match="'sofa' is a word of 'seat' and of 'sofa'"):
+        model.segment(noise_pixels(), {"seat": ["chair", "sofa"], "sofa": "sofa"}, short_side=32)
+
+
+PIXELS = np.zeros((40, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (PIXELS.astype(np.longdouble), "float128 array|longdouble"),
+        (np.ma.masked_equal(PIXELS, 0), "masked array"),
+        (torch.zeros(3, 40, 64).to_sparse(), "give a PIL image"),
+        (torch.zeros(3, 40, 64, device="meta"), "give a PIL image"),
+        (torch.zeros(3, 40, 64, dtype=torch.int32), "torch.int32; give uint8"),
+        (torch.zeros(3, 40, 64, dtype=torch.bool), "torch.bool; give uint8"),
+        (Image.new("RGB", (0, 5)), "holds no pixel"),
+        (b"xx", r"2 bytes that are no picture \(cannot identify image file\)"),
+    ],
+)
+def test_pictures_of_other_kinds_are_one_line(picture: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        hash_model().segment(picture, **WORDS)
+
+
+def test_a_matrix_is_gray() -> None:
+    """NumPy ends the process where it repeats one along a new axis."""
+    assert to_pixels(np.asmatrix(PIXELS[..., 0])).shape == (3, 40, 64)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**30, True, "x", None, [1]])
+def test_refinements_take_numbers_of_their_ranges(value: Any) -> None:
+    for kind, key in ((KNN, "k"), (KNN, "num_iter"), (KNN, "keep"), (PAMR, "num_iter")):
+        with pytest.raises(ConfigError, match=f"{key}=.*: use .* to "):
+            kind(**{key: value})
+    with pytest.raises(ConfigError, match="dilations"):
+        PAMR(dilations=[value])

@@ -23,7 +23,7 @@ from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.rules import MeanOffset
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.errors import CheckpointError, ConfigError, DataError, ResultWarning
 from talk2dino.inference.class_embeddings import KEY
 from talk2dino.inference.exemplars import Seen, Spread, class_row, read_folder, see
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
@@ -289,7 +289,7 @@ def test_exemplars_that_are_refused(model: Talk2DINO, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         model.segment(pixels, {"x": Exemplar(tmp_path / "no.jpg", inside)})
     for weight in (-0.1, 1.5, float("nan"), "1"):
-        with pytest.raises(ConfigError, match=r"weight=.*use 0\.\.1"):
+        with pytest.raises(ConfigError, match=r"weight=.*use 0 to 1"):
             Exemplar(pixels, inside, weight)  # type: ignore[arg-type]
     nameless: Any = [Exemplar(pixels, inside)]
     for classes in (nameless, [nameless]):
@@ -439,7 +439,7 @@ def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]
     refused("a_mask.png: 48x50 pixels (rows x columns), but its picture has 48x96")
     save_pair(bad / "dark", "a", pixels, half(pixels) & False)
     refused("a_mask.png: is empty")
-    refused("exemplar_weight=2.0: use 0..1", 2.0)
+    refused("exemplar_weight=2.0: use 0 to 1", 2.0)
     (bad / "dark" / "a_mask.png").rename(bad / "dark" / "c_mask.png")
     refused("dark/a.png needs a mask of its own, a_mask.png")
     save_pair(bad / "dark", "a", pixels, half(pixels))
@@ -470,3 +470,21 @@ def test_an_exemplar_that_is_settled_is_not_read_again() -> None:
     assert kept.digest == before != exemplar.digest
     assert kept.weight == 0.3 and kept.settled().digest == before
     assert int(kept.read()[0].max()) == 0
+
+
+def test_masks_are_taken_for_what_they_show(tmp_path: Path) -> None:
+    """Palettes by color, soft or labeled masks with a warning, NaN and lists not at all."""
+    picture = np.zeros((4, 6, 3), np.uint8)
+    inside = np.arange(6) < 2 + np.zeros((4, 1))
+    white_first = Image.fromarray(np.uint8(~inside), "P")
+    white_first.putpalette([255, 255, 255, 0, 0, 0])
+    white_first.save(tmp_path / "mask.png")
+    for mask in (white_first, tmp_path / "mask.png", torch.tensor(inside).bfloat16()):
+        assert np.array_equal(Exemplar(picture, mask).read()[1], inside)
+    grad = torch.tensor(inside, dtype=torch.float32, requires_grad=True)
+    assert np.array_equal(Exemplar(picture, grad).read()[1], inside)
+    with pytest.warns(ResultWarning, match=r"holds 3 values \(0, 1, 2, …\); all but 0"):
+        Exemplar(picture, np.uint8(inside) + np.uint8(np.arange(6) < 1)).read()
+    for wrong in (np.where(inside, np.nan, 0), inside.tolist(), [[1], [1, 2]], grad.to_sparse()):
+        with pytest.raises(DataError, match=r"mask of an exemplar: .*give \[H, W\]"):
+            Exemplar(picture, wrong).read()

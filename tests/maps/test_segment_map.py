@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from talk2dino import Talk2DINO
-from talk2dino.errors import ConfigError, DataError, StoreError
+from talk2dino.errors import ConfigError, DataError, ResultWarning, StoreError
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.maps import blocks as blocks_module
 from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
 from talk2dino.maps.geotiff import MapImage, require_rasterio
+from talk2dino.maps.map_files import _placed
 from tests.helpers.encoders import hash_model
 
 rasterio = pytest.importorskip("rasterio")
@@ -336,6 +338,12 @@ def test_without_georeference(vocabulary: OpenVocabulary, tmp_path: Path) -> Non
             {"meters_per_pixel": 1},
             "degrees.*EPSG:32732",
         ),
+        (
+            {"crs": 'LOCAL_CS["here",UNIT["metre",1]]'},
+            {"meters_per_pixel": 1},
+            "coordinates are no plane's",
+        ),
+        ({"crs": "EPSG:4326"}, {}, "are no degrees.*gdal_edit.py"),
         ({}, {"meters_per_pixel": 100}, "200 pixels"),
         ({}, {"meters_per_pixel": float("nan")}, "positive"),
         ({}, {"meters_per_pixel": 1, "scale": 2}, "one of them"),
@@ -360,7 +368,7 @@ def test_files_of_other_origin_stay(vocabulary: OpenVocabulary, tmp_path: Path) 
     before = other.read_bytes()
     with pytest.raises(ConfigError, match=r"other.tif.*overwrite=true"):
         segment(vocabulary, source, other)
-    with pytest.raises(ConfigError, match="is the image itself"):
+    with pytest.raises(ConfigError, match="is the input itself"):
         segment(vocabulary, source, source, overwrite=True)
     (tmp_path / ".third.tif.parts").mkdir()
     (tmp_path / ".third.tif.parts" / "mine.txt").write_text("mine")
@@ -385,3 +393,43 @@ def test_a_broken_file_is_said(tmp_path: Path) -> None:
         MapImage(tmp_path / "map.tif")
     with pytest.raises(DataError, match="no such file"):
         MapImage(tmp_path / "absent.tif")
+
+
+def test_places_that_do_not_fit_the_plane(tmp_path: Path) -> None:
+    """Longitudes go on across the antimeridian; a local plane has no known area."""
+    squares = [np.array([[0, 0], [9, 0], [9, 9], [0, 9], [0, 0]])]
+    places = {"EPSG:3857": 20037500, "EPSG:4326": 200}
+    for crs, west in places.items():
+        step = 10 if crs == "EPSG:3857" else 1e-5
+        source = write(
+            tmp_path / "map.tif", noise(20, 20), crs=crs, transform=from_origin(west, 0, step, step)
+        )
+        with rasterio.open(source) as file:
+            east = np.array(_placed(file, squares)[0])[:, 0]
+        assert np.abs(np.diff(east)).max() < 0.01
+        assert east[0] == pytest.approx(180 if west > 200 else -160, abs=1e-3)
+    source = write(tmp_path / "map.tif", noise(20, 20), crs='LOCAL_CS["here",UNIT["metre",1]]')
+    with MapImage(source) as image:
+        assert image.pixel_area is None
+
+
+def test_what_would_be_black_is_said(tmp_path: Path) -> None:
+    values = np.full((1, 40, 50), 700, np.uint16)
+    wanted = "band 1 shows little with black at"
+    with pytest.warns(ResultWarning, match=f"{wanted} 700 and white at 700"):
+        MapImage(write(tmp_path / "map.tif", values)).close()
+    values[:, :, 9:] = np.arange(41) * 9
+    source = write(tmp_path / "map.tif", values)
+    with pytest.warns(ResultWarning, match=f"{wanted} 5000 and white at 6000"):
+        MapImage(source, value_range=[5000, 6000]).close()
+    floats = np.where(np.arange(50) < 9, -9999, np.arange(50)).astype(np.float32)
+    floats = np.broadcast_to(floats, (1, 40, 50)).copy()
+    with pytest.warns(ResultWarning, match=f"{wanted} -9999.*a_nodata"):
+        MapImage(write(tmp_path / "map.tif", floats)).close()
+    floats[0, 0, :3] = np.inf, -np.inf, np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with MapImage(write(tmp_path / "map.tif", floats), value_range=[0, 49]) as image:
+            (y, x), (height, width) = image.first, image.shape
+            pixels, _ = image.read(range(y, y + height), range(x, x + width))
+            assert (pixels[:, 0, :3] == 0).all() and pixels[0, 0, -1] == 255

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.vocabulary import EncodedPicture
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 from talk2dino.segmentation.windows import sliding_windows
@@ -143,7 +143,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(target.with_suffix(".json").read_text())
     assert figures["frames"] == 3 and sum(figures["shares"].values()) == pytest.approx(1)
     assert sorted(path.name for path in target.parent.iterdir()) == ["out.json", "out.mp4"]
-    assert "is the video itself" in fails(capfd, "video", *given, f"output={source}")
+    assert "is the input itself" in fails(capfd, "video", *given, f"output={source}")
     other = write(tmp_path / "mine.mp4", scene(1), [0])
     before = other.read_bytes()
     assert "was not written by" in fails(capfd, "video", *given, f"output={other}")
@@ -170,3 +170,63 @@ def test_a_damaged_video_leaves_nothing(tmp_path: Path) -> None:
     else:  # FFmpeg reads what is there
         assert 0 < found.frames < 9 and target.exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def joined(path: Path, *shapes: tuple[int, int]) -> Path:
+    """Transport streams of five frames each, one after another, whose times begin anew."""
+    parts = []
+    for height, width in shapes:
+        with av.open(str(path), "w", format="mpegts") as made:
+            stream = made.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for level in range(5):
+                pixels = np.full((height, width, 3), 40 * level, np.uint8)
+                made.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            made.mux(stream.encode(None))
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def times(path: Path) -> list[float]:
+    with av.open(str(path)) as opened:
+        return [round(float(frame.pts * frame.time_base), 3) for frame in opened.decode(video=0)]
+
+
+def test_what_is_not_as_in_the_video_is_said(tmp_path: Path) -> None:
+    """Times that go back, frames of another size, a file that ends too soon, no times at all."""
+    vocabulary = hash_model().open_vocabulary(["cat", "sofa"], short_side=32)
+    target = tmp_path / "out.mp4"
+    with pytest.warns(ResultWarning, match="went back 1 times.*from frame 5 on 5 have another"):
+        found = segment_video(joined(tmp_path / "a.ts", (40, 64), (64, 48)), target, vocabulary)
+    assert found.frames == 10 and np.allclose(np.diff(times(target)), 0.1)
+    source = write(tmp_path / "in.mkv", scene(9), [n / 3 for n in range(9)])
+    source.write_bytes(source.read_bytes()[: source.stat().st_size * 2 // 3])
+    with pytest.warns(ResultWarning, match=r"only . frames, .* s could be read of 2"):
+        assert segment_video(source, target, vocabulary).frames == len(times(target))
+    raw = tmp_path / "raw.h264"
+    with av.open(str(raw), "w", format="h264") as made:
+        stream = made.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 40, 64, "yuv420p"
+        for pixels in scene(3):
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        made.mux(stream.encode(None))
+    segment_video(raw, target, vocabulary)
+    assert times(target) == [0, 0.04, 0.08]
+
+
+def test_results_never_take_the_place_of_the_video_or_of_a_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in.mp4", scene(1), [0]).rename(tmp_path / "out.json")
+    given = ("checkpoint=x", "classes=[cat,sofa]", "overwrite=true", f"video={source}")
+    said = fails(capfd, "video", *given, f"output={tmp_path / 'out.mp4'}")
+    assert "out.json: is the input itself" in said
+    (tmp_path / "folder.mp4").mkdir()
+    said = fails(capfd, "video", *given, f"output={tmp_path / 'folder.mp4'}")
+    assert said.endswith(
+        "folder.mp4: is there and was not written by talk2dino.video; use another output"
+    )
+    text = tmp_path / "notes.txt"
+    text.write_text("hello world\n" * 50)  # which FFmpeg would draw
+    assert "holds no video" in fails(capfd, "video", *given[:3], f"video={text}")

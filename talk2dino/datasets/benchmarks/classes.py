@@ -65,6 +65,7 @@ class ClassList:
 
 
 _ENTRY_KEYS = ("name", "id", "synonyms", "color")
+_UNSEEN = "\u00ad\u200b\u2060\ufeff"  # soft hyphen, no space, no break, byte order mark
 MAX_VALUE = 65535  # of a 16-bit label map
 _SHIPPED = Path(__file__).parent / "class_lists"
 
@@ -155,10 +156,10 @@ def check_word(word: object, where: str) -> None:
     """
     if not isinstance(word, str) or not word.strip():
         raise DataError(f"{where}: a name or synonym is {word!r:.60}; give a text")
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
+    if any(unicodedata.category(letter) in ("Cc", "Cs") or letter in _UNSEEN for letter in word):
         raise DataError(
-            f"{where}: {word!a:.60} has a control character or half a character (lone "
-            "surrogate); remove it"
+            f"{where}: {word!a:.60} has a control character, one that nobody sees, or half a "
+            "character (lone surrogate); remove it"
         )
 
 

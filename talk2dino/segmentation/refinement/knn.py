@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, check_number
 
 SCOPES = ("window", "picture")
 HELD = 1 << 24  # cosines held at once: 67 MB
@@ -59,18 +59,14 @@ class KNN(nn.Module):
         power: float | None = None,
     ) -> None:
         super().__init__()
-        if k < 1:
-            raise ConfigError(f"knn.k={k}: use 1 or more")
-        if num_iter < 0:
-            raise ConfigError(f"knn.num_iter={num_iter}: use 0 or more")
-        if not 0 <= keep <= 1:
-            raise ConfigError(f"knn.keep={keep}: use 0..1")
-        if temperature <= 0:
-            raise ConfigError(f"knn.temperature={temperature}: use more than 0")
+        check_number("knn.k", k, 1, 1_000_000)
+        check_number("knn.num_iter", num_iter, 0, 1000)
+        check_number("knn.keep", keep, 0.0, 1.0)
+        check_number("knn.temperature", temperature, 1e-6, 1e6)
         if scope not in SCOPES:
             raise ConfigError(f"knn.scope={scope!r}: choose one of {', '.join(SCOPES)}")
-        if power is not None and power < 0:
-            raise ConfigError(f"knn.power={power}: use 0 or more, or null for the temperature")
+        if power is not None:
+            check_number("knn.power", power, 0.0, 1e3)
         self.k, self.num_iter = k, num_iter
         self.keep, self.temperature = keep, temperature
         self.scope, self.power = scope, power

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, check_number
 from talk2dino.segmentation.scores import upsample
 
 RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
@@ -62,10 +62,11 @@ class PAMR(nn.Module):
         whole_image: bool = False,
     ) -> None:
         super().__init__()
-        if num_iter < 0:
-            raise ConfigError(f"pamr.num_iter={num_iter}: use 0 or more")
-        if not dilations or min(dilations) < 1:
-            raise ConfigError(f"pamr.dilations={list(dilations)}: give distances of at least 1")
+        check_number("pamr.num_iter", num_iter, 0, 1000)
+        if not isinstance(dilations, Sequence) or not dilations:
+            raise ConfigError(f"pamr.dilations={dilations!r:.60}: give distances, as in [1,2,4]")
+        for distance in dilations:
+            check_number("pamr.dilations", distance, 1, 8192)
         self.num_iter = num_iter
         self.dilations = tuple(dilations)
         self.compiled = compiled
