@@ -93,7 +93,7 @@ def test_it_serves_until_sigterm_and_finishes_what_is_running(checkpoint: Path) 
         (["token='with spaces is not good'"], "token: give 16 or more"),
         (["host=no.such.host.invalid"], r"host=no\.such\.host\.invalid port=8000: cannot be"),
         (["port=70000"], "port=70000: a number of 0..65535"),
-        (["queue=0"], "queue=0: give a number from 1"),
+        (["queue=0"], "queue=0: use 1 to"),
         (["timeout=nan"], "timeout=nan: give a number"),
         (["short_side=2000", "port=0"], "short_side=2000: give at most 896"),
         (["image_root=none"], "image_root=none: no such folder"),
