@@ -236,8 +236,8 @@ TYPOS = [
         "experiment=vitb_infonce|vit",
     ),
     ("train", ["simlarity=dense"], "simlarity", "similarity?"),
-    ("train", ["seed=x"], "seed=x", "Integer"),
-    ("train", ["data.batch_size=many"], "data.batch_size=many", "Integer"),
+    ("train", ["seed=x"], "seed=x", "whole number"),
+    ("train", ["data.batch_size=many"], "data.batch_size=many", "whole number"),
     ("train", ["optimizer.lr=fast"], "optimizer.lr='fast'", "float"),
     ("train", ["trainer.max_epochs=abc"], "trainer.max_epochs='abc'", "int"),
     ("train", ["trainer.deterministic=3"], "trainer.deterministic=3", "bool"),
@@ -251,7 +251,12 @@ TYPOS = [
     ("train", ["checkpoint.moniter=a"], "unknown config key checkpoint.moniter", "monitor?"),
     ("train", ["checkpoint.monitor=val/recall"], "monitor=val/recall", "val/text_to_image/recall"),
     ("train", ["checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0", "use 1 to"),
-    ("train", ["checkpoint.monitor=train/loss", "checkpoint.save_top_k=0"], "save_top_k=0", "1 or"),
+    (
+        "train",
+        ["checkpoint.monitor=train/loss", "checkpoint.save_top_k=0"],
+        "save_top_k=0",
+        "use 1",
+    ),
     ("train", ["checkpoint.monitor=train/loss", "checkpoint.mode=up"], "checkpoint.mode=up", "min"),
     ("train", ["early_stopping.patients=2"], "early_stopping.patients", "patience?"),
     (
@@ -260,7 +265,7 @@ TYPOS = [
         "early_stopping.monitor=val/text_to_image/recall@1",
         "nothing to validate on",
     ),
-    ("train", ["ema.decay=1.5"], "ema.decay=1.5", "between 0 and 1"),
+    ("train", ["ema.decay=1.5"], "ema.decay=1.5", "use 0 to 1"),
     ("train", ["ema.dcay=0.9"], "ema.dcay", "ema.decay?"),
     ("train", ["sample_segmentations.image=[a]"], "sample_segmentations.image", "images?"),
     (
@@ -298,7 +303,7 @@ TYPOS = [
     ("map", ["meters_per_pixle=1"], "meters_per_pixle", "meters_per_pixel?"),
     ("segment", ["text=clip"], "text=clip", "text=clip_vitb16?"),
     ("segment", ["clases=[cat]"], "clases", "classes?"),
-    ("segment", ["short_side=tall"], "short_side=tall", "Integer"),
+    ("segment", ["short_side=tall"], "short_side=tall", "whole number"),
     ("segment", ["background=grey"], "background=grey", "give a score 0..1, or true"),
 ]
 
