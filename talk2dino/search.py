@@ -66,6 +66,8 @@ def search(config: DictConfig) -> None:
     if not config.overwrite:
         refuse_foreign_results(output)
     model = load_model(config, classes=queries)
+    if store.vision is not None:
+        model.vision.refuse_other_layers(store.vision.spec, f"store={config.store}")
     calibration = model.calibration if field == PATCHES else None
     facts: dict[str, Any] = {
         "checkpoint": str(config.checkpoint),

@@ -194,6 +194,7 @@ class Calibration:
                 f"calibration={self.origin}: made with another {wrong} than this checkpoint has; "
                 "calibrate it again, or go without: calibration=none"
             )
+        vision.refuse_other_layers(made["spec"], f"calibration={self.origin}")
 
     def save(self, path: str | Path) -> Path:
         """Write the file, complete or not at all; only an earlier calibration is replaced.

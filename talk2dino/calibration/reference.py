@@ -84,6 +84,7 @@ def require_encoder(store: FeatureStore, vision: TimmVisionEncoder, fix: str) ->
             f"store={store.path}: its features are of {named}, not of this checkpoint's "
             f"{vision.name} with the same weights; {fix}"
         )
+    vision.refuse_other_layers(theirs.spec, f"store={store.path}")
 
 
 def draw_from_pictures(

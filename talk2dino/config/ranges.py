@@ -27,7 +27,7 @@ _GROUPS: list[tuple[Range, str]] = [
         "max_patches chunk_size min_count max_length hidden_dim text_dim vision_dim num_heads "
         "captions_per_scene long_side",
     ),
-    ((0, _MANY), "pictures examples patience trial"),
+    ((0, _MANY), "pictures examples patience trial max_exemplars"),
     ((1, 10**9), "images_per_shard every_n_steps limit count total_steps steps_per_epoch"),
     ((0, 10**9), "warmup_steps"),
     ((0, 1024), "num_workers prefetch"),

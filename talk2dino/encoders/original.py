@@ -272,7 +272,7 @@ def published_names(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple
     """`model_name` and `clip_model_name` of two encoders' specs.
 
     Raises:
-        ConfigError: an encoder that no released model has.
+        ConfigError: an encoder that no released model has, or patch tokens of other blocks.
     """
     names = {"vision": {VISION_NAMES.get(k, k): k for k in RELEASED}}
     names["text"] = {ours: theirs for theirs, ours in TEXT_NAMES.items()}
@@ -281,6 +281,11 @@ def published_names(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple
             raise ConfigError(
                 f"{part}.name={spec['name']}: the original's layout has {', '.join(names[part])}"
             )
+    if vision.get("layers") is not None:
+        raise ConfigError(
+            f"vision.layers={list(vision['layers'])}: the original takes the last block's patch "
+            "tokens only; write .safetensors"
+        )
     return names["vision"][vision["name"]], names["text"][text["name"]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from talk2dino.encoders.weights import (
     seeded,
     state_dict_digest,
 )
-from talk2dino.errors import EncoderError
+from talk2dino.errors import CheckpointError, EncoderError
 
 BUNDLED = "vit_small_patch14_dinov2"
 
@@ -173,10 +174,11 @@ class VisionFeatures:
         patch_tokens: [B, P, D] as `forward_features` gives them, so after the final norm where the
             model applies it to tokens (DINO, DINOv2, DINOv3, MAE, CLIP); models that norm only the
             pooled vector (BEiT) give them as they leave the last block, and so does SAM, whose
-            neck changes the width (original `vit_out`). Row-major over the grid.
+            neck changes the width (original `vit_out`). Row-major over the grid. With `layers`,
+            those of these blocks, each after the final norm, joined.
         self_attn_maps: [B, H, P] float32 CLS→patch attention logits of the last block, before
             softmax. Without a CLS token the first token is the query.
-        cls_token: [B, D]; zeros for a model without CLS token.
+        cls_token: [B, D] of the same blocks; zeros for a model without CLS token.
         grid: patch rows and columns, P = rows x columns.
         second_last_out: [B, D] CLS token that leaves the block before the last, without norm
             (original `second_last_out`); zeros for a model without CLS token.
@@ -205,10 +207,14 @@ class TimmVisionEncoder(nn.Module):
             `False` takes the plain query/key products, as the original does and the released
             DINOv3 weights expect. Both agree where nothing happens between projection and product
             (DINO, DINOv2, MAE, CLIP).
+        layers: indices of the blocks that give the tokens, as in timm's `forward_intermediates`:
+            from 0, or from the end with -1; joined in the model's order. None: what the model
+            gives, as in the paper. Attention is always the last block's.
 
     Raises:
         EncoderError: unknown or unsupported model, weights that are not available or belong to
-            another model, or an image size that is no multiple of the patch size.
+            another model, an image size that is no multiple of the patch size, or a block that
+            the model does not have.
     """
 
     mean: Tensor  # [1, 3, 1, 1]
@@ -221,6 +227,7 @@ class TimmVisionEncoder(nn.Module):
         image_size: int = 448,
         batch_size: int = 16,
         rope_in_attention: bool = True,
+        layers: Sequence[int] | None = None,
     ) -> None:
         from timm.data import resolve_model_data_config
 
@@ -232,7 +239,8 @@ class TimmVisionEncoder(nn.Module):
         self.anatomy = examine(self.model, name, fixed_size)
         self.patch_size: int = self.anatomy.patch_size
         self.num_prefix_tokens: int = self.anatomy.num_prefix_tokens
-        self.embed_dim: int = self.anatomy.embed_dim
+        self.layers = None if layers is None else self._indices(layers)
+        self.embed_dim: int = self.anatomy.embed_dim * len(self.layers or [-1])
         self.num_heads: int = self.anatomy.num_heads
         # A fused call shows its inputs and never holds [N, N]; TIMM_FUSED_ATTN=0 would hide them.
         self.model.blocks[-1].attn.fused_attn = True
@@ -253,11 +261,12 @@ class TimmVisionEncoder(nn.Module):
     def compile_blocks(self) -> None:
         """Let `torch.compile` translate the blocks on first use; the state's names stay.
 
-        The last two stay as they are: their outputs and attention are read while they run. Every
-        other batch size is translated anew, which takes a while, so keep it.
+        The last two and those of `layers` stay as they are: their outputs and attention are read
+        while they run. Every other batch size is translated anew, which takes a while, so keep it.
         """
-        for block in self.model.blocks[:-2]:
-            block.compile(dynamic=False)
+        for index, block in enumerate(self.model.blocks[:-2]):
+            if index not in (self.layers or ()):
+                block.compile(dynamic=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> VisionFeatures:
@@ -274,12 +283,13 @@ class TimmVisionEncoder(nn.Module):
             EncoderError: a size that the model cannot take.
         """
         rows, columns = self._grid(images)
-        taps: dict[str, Tensor] = {}
+        taps: dict[int, Tensor] = {}
+        last = len(self.model.blocks) - 1
         hooks = [
             self.model.blocks[index].register_forward_hook(
-                lambda _module, _inputs, output, index=index: taps.update({str(index): output})
+                lambda _module, _inputs, output, index=index: taps.update({index: output})
             )
-            for index in (-2, -1)
+            for index in {last - 1, last, *(self.layers or ())}
         ]
         try:
             with LastAttention().watch(self.model.blocks[-1].attn) as attention:
@@ -287,12 +297,44 @@ class TimmVisionEncoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        if tokens.dim() == 4:  # SAM: a map from its neck, [B, C, h, w]; take the last block's
-            tokens = taps["-1"].flatten(1, 2)  # [B, P, D]
+        if self.layers is not None:
+            joined = [self.model.norm(taps[index].flatten(1, -2)) for index in self.layers]
+            tokens = torch.cat(joined, dim=-1)  # [B, N, D]
+        elif tokens.dim() == 4:  # SAM: a map from its neck, [B, C, h, w]; take the last block's
+            tokens = taps[last].flatten(1, 2)  # [B, P, D]
         patches = tokens[:, self.num_prefix_tokens :]
         maps = self._attention(attention, patches.shape[1])
-        cls, earlier = self._cls(tokens), self._cls(taps["-2"].flatten(1, -2))
+        cls, earlier = self._cls(tokens), self._cls(taps[last - 1].flatten(1, -2))
         return VisionFeatures(patches, maps, cls, (rows, columns), earlier)
+
+    def _indices(self, layers: Sequence[int]) -> list[int]:
+        """Block indices from 0, in the order of the blocks."""
+        count = len(self.model.blocks)
+        indices = [index % count for index in layers if -count <= index < count]
+        if not layers or len(set(indices)) < len(layers):
+            raise EncoderError(
+                f"vision.layers={list(layers)}: give different blocks of {self.name} from 0 to "
+                f"{count - 1}, or from -{count} to -1, or null for what the model gives"
+            )
+        if not hasattr(self.model, "norm"):
+            raise EncoderError(f"vision.layers={list(layers)}: {self.name} has no final norm")
+        return sorted(indices)
+
+    def refuse_other_layers(self, spec: Mapping[str, Any] | None, whose: str) -> None:
+        """Refuse what was made of the tokens of other blocks, which have another meaning.
+
+        Args:
+            spec: of the encoder that it was made with; None if that is not known.
+            whose: of the error, for instance `checkpoint=run`.
+
+        Raises:
+            CheckpointError: other `layers`.
+        """
+        if spec is not None and spec.get("layers") != self.layers:
+            raise CheckpointError(
+                f"{whose}: made of the tokens of vision.layers={spec.get('layers') or 'null'}, not "
+                f"of {self.layers or 'null'}; use the same for both"
+            )
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]
@@ -330,6 +372,7 @@ class TimmVisionEncoder(nn.Module):
             "image_size": self.image_size,
             "batch_size": self.batch_size,
             "rope_in_attention": self.rope_in_attention,
+            **({} if self.layers is None else {"layers": self.layers}),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -181,7 +181,14 @@ class FeatureDataModule(L.LightningDataModule):
 def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:
     for kind in ("vision", "text"):
         one, other = getattr(train, kind), getattr(val, kind)
-        if one is None or other is None or one.weights_sha256 == other.weights_sha256:
+        if one is None or other is None:
+            continue
+        if kind == "vision" and one.spec.get("layers") != other.spec.get("layers"):
+            raise StoreError(
+                f"{val.path}: its vision.layers={other.spec.get('layers')} is not that of "
+                f"{train.path} ({one.spec.get('layers')}); extract both alike"
+            )
+        if one.weights_sha256 == other.weights_sha256:
             continue
         raise StoreError(
             f"{val.path}: its {kind} encoder {other.name} is not that of {train.path} "

@@ -121,6 +121,7 @@ class Talk2DINO(TextSide):
                     f"checkpoint={where}: does not name its vision encoder; say it with vision=…"
                 )
             vision = build_vision(checkpoint.vision)
+        vision.refuse_other_layers(checkpoint.vision, f"checkpoint={where}")
         if text is None:
             text = checkpoint.text
         model = cls(vision, text, checkpoint.projection, dtype)

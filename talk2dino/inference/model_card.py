@@ -121,6 +121,7 @@ def _parts(
     return {
         "vision encoder": vision.get("name"),
         "vision weights": vision.get("weights"),
+        "patch tokens of blocks": vision.get("layers"),
         "text encoder": text.get("name"),
         "text weights": text.get("weights"),
         "prompt templates": text.get("templates"),

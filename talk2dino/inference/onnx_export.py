@@ -65,7 +65,7 @@ class DensePath(nn.Module):
         if not vision.anatomy.fixed_size:
             with quiet():  # timm reports it
                 self.backbone.set_input_size(img_size=(size, size))  # resamples positions now
-        self.prefix = vision.num_prefix_tokens
+        self.prefix, self.layers = vision.num_prefix_tokens, vision.layers
         self.grid = (size // vision.patch_size, size // vision.patch_size)
         self.size = size if full_size else None
         self.project_patches = copy.deepcopy(project_patches)
@@ -76,10 +76,23 @@ class DensePath(nn.Module):
             self.register_buffer("class_embeddings", rows.cpu().clone())
         self.counts = row_classes.bincount().tolist()
 
+    def _patch_tokens(self, pixels: Tensor) -> Tensor:
+        """`[1, P, D]` as the encoder gives them; blocks after the last of `layers` do not run."""
+        if self.layers is None:
+            return self.backbone.forward_features(pixels)[:, self.prefix :]  # type: ignore[no-any-return]
+        parts = self.backbone.forward_intermediates(
+            pixels,
+            indices=self.layers,
+            norm=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat(parts, dim=-1)
+
     def forward(self, image: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """`[1, 3, S, S]` float RGB 0..1 to `[1, K, S, S]`, or `[1, K, S/p, S/p]`."""
-        tokens = self.backbone.forward_features((image - self.mean) / self.std)
-        tokens = tokens[:, self.prefix :]  # [1, P, D]
+        tokens = self._patch_tokens((image - self.mean) / self.std)
         if self.project_patches is not None:
             tokens = self.project_patches(tokens)
         rows = self.class_embeddings if class_embeddings is None else class_embeddings

@@ -172,9 +172,10 @@ def _check_shared(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str
         ConfigError: such a negative.
     """
     owners: dict[str, str] = {}
+    shut = set(map(composed, negatives))
     for name, entries in groups.items():
         for word in {composed(entry) for entry in entries if isinstance(entry, str)}:
-            if word in map(composed, negatives):
+            if word in shut:
                 raise ConfigError(f"negatives: {word!r} is also a word of the class {name!r}")
             if (owner := owners.setdefault(word, name)) != name:
                 said = (

@@ -569,6 +569,7 @@ def test_errors_of_ranks_are_one_line(
         "train",
         "experiment=vits_infonce",
         "projection.text_dim=null",
+        "projection.vision_dim=384",
         f"store={store}",
         f"hydra.run.dir={tmp_path}",
         *TRAIN,

@@ -175,6 +175,9 @@ def test_another_model_is_refused(model: Talk2DINO) -> None:
     changed.model.norm.weight.data += 1
     with pytest.raises(CheckpointError, match="another vision encoder"):
         calibration.check(changed, model.projection)
+    last = TimmVisionEncoder("test_vit", "random", image_size=32, layers=[-1])
+    with pytest.raises(CheckpointError, match=r"vision\.layers=null, not of \[5\]"):
+        calibration.check(last, model.projection)
 
 
 def test_pretrained_folder_carries_it(model: Talk2DINO, tmp_path: Path) -> None:

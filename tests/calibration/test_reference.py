@@ -46,6 +46,12 @@ def test_patches_of_a_store(vision: TimmVisionEncoder, tmp_path: Path) -> None:
     assert set(np.bincount(found // 16)) == {0, 7, 8}
 
 
+def test_a_store_of_other_blocks_is_refused(vision: TimmVisionEncoder, tmp_path: Path) -> None:
+    store = store_of(tmp_path, TimmVisionEncoder("test_vit", "random", 64, layers=[-1]))
+    with pytest.raises(CheckpointError, match=r"store=.*vision\.layers=\[5\], not of null"):
+        draw_from_store(store, vision, 130, 0)
+
+
 def test_all_patches_there_are(vision: TimmVisionEncoder, tmp_path: Path) -> None:
     store = store_of(tmp_path, vision, images=10)
     drawn = draw_from_store(store, vision, 160, 0)

@@ -36,7 +36,7 @@ def test_all_give_the_same_labels(
 ) -> None:
     """Evaluation, segmentation and Python; and without the calibration, those of before."""
     made = Calibration.load(calibrated / FILE)
-    assert made.tokens.shape == (500, 384) and made.facts["pictures"] == 24
+    assert made.tokens.shape == (500, 768) and made.facts["pictures"] == 24
     assert made.background is not None and 0.3 < made.background.threshold < 0.8
     bench = MosaicBenchmark(name="scenes", count=1, height=112, width=112)
     sample, names = bench.sample(0), [c.name for c in bench.class_list.prompted]

@@ -29,7 +29,7 @@ from tests.helpers.stores import tiny_store
 COMMANDS = ("extract", "train", "evaluate", "segment", "map", "calibrate", "embed", "search")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 USED = {  # groups of each command
-    "extract": ("source", "vision", "text", "features", "launcher"),
+    "extract": ("source", "vision", "layers", "text", "features", "launcher"),
     "train": (
         "projection",
         "similarity",
@@ -77,6 +77,24 @@ def test_every_option_composes_and_fits_its_class(command: str, group: str, opti
     check_given(config)
     check_targets(config)
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "layers"),
+    [
+        ("extract", ["vision=dinov2_vits14"], [7, 9]),
+        ("extract", ["vision=dinov2_vits14", "vision.layers=null"], None),
+        ("extract", ["vision=dinov2_vits14", "vision.layers=[-1]"], [-1]),
+        ("extract", [], None),
+        ("evaluate", ["vision=dinov2_vits14"], None),  # as checkpoints without a word of it mean
+    ],
+)
+def test_only_extraction_chooses_other_blocks(
+    command: str, given: list[str], layers: list[int] | None
+) -> None:
+    required = ["store=s", "source.images=i", "source.annotations=a"]
+    config = compose(command, *given, *(required if command == "extract" else ["checkpoint=c"]))
+    assert config.vision.layers == layers
 
 
 def test_the_refinements_reach_the_segmenter() -> None:
@@ -472,5 +490,6 @@ def test_values_stand_in_yaml_only(name: str) -> None:
     walk(SCHEMAS[name], stated, "")
     choices = [item for item in stated["defaults"] if isinstance(item, dict)]
     groups = {key for choice in choices for key in choice} - {"launcher", "experiment"}
+    groups = {key for key in groups if not key.startswith("optional ")}  # of another group's keys
     plain = set(stated) - {"defaults", "hydra"} | groups
     assert {item.name for item in fields(SCHEMAS[name])} == {key for key in plain if "/" not in key}

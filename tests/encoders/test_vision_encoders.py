@@ -183,6 +183,40 @@ def test_second_last_out_is_the_cls_token_before_the_last_block() -> None:
     torch.testing.assert_close(got, layers[0][1][:, 0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch14_dinov2"])
+def test_layers_are_joined_after_the_final_norm(name: str) -> None:
+    size = 56 if "14" in name else 64
+    encoder = make(name, size, layers=[-3, 1])
+    images, depth = torch.rand(2, 3, size, size), len(encoder.model.blocks)
+    pixels = (images - encoder.mean) / encoder.std
+    parts = [
+        encoder.model.get_intermediate_layers(
+            pixels, n=[index], return_prefix_tokens=True, norm=True
+        )
+        for index in sorted((depth - 3, 1))
+    ]
+    got, default = encoder(images), make(name, size)(images)
+    want = torch.cat([part[0][0] for part in parts], -1)
+    torch.testing.assert_close(got.patch_tokens, want)
+    torch.testing.assert_close(got.cls_token, torch.cat([part[0][1][:, 0] for part in parts], -1))
+    assert encoder.embed_dim == want.shape[-1]
+    for field in ("self_attn_maps", "second_last_out"):
+        torch.testing.assert_close(getattr(got, field), getattr(default, field))
+    last = build_vision(make(name, size, layers=[-1]).spec)(images)
+    torch.testing.assert_close(last.patch_tokens, default.patch_tokens, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [[], [6], [-7], [0, 0], [5, -1]])
+def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
+    with pytest.raises(EncoderError, match="different blocks of test_vit from 0 to 5, or from -6"):
+        make("test_vit", layers=layers)
+
+
+def test_layers_need_a_final_norm() -> None:
+    with pytest.raises(EncoderError, match="samvit_base_patch16 has no final norm"):
+        make("samvit_base_patch16", layers=[0])
+
+
 def test_mae_tokens_have_passed_the_final_norm() -> None:
     tokens = shared("vit_base_patch16_224.mae")(torch.rand(1, 3, 64, 64)).patch_tokens
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 16), atol=1e-4, rtol=0)

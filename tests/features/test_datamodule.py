@@ -122,6 +122,15 @@ def test_validation_with_other_encoders_is_refused(tmp_path: Path, kind: str) ->
     assert "\n" not in line
 
 
+def test_validation_with_tokens_of_other_blocks_is_refused(tmp_path: Path) -> None:
+    for name, spec in (("last", {}), ("joined", {"layers": [7, 9]})):
+        write_store(tmp_path / name, *arrays(), vision={"name": "vit", "spec": spec})
+    with pytest.raises(
+        StoreError, match=r"joined: its vision\.layers=\[7, 9\] is not that of .*last"
+    ):
+        module(tmp_path / "last", val_store=tmp_path / "joined")
+
+
 def test_one_caption_per_image_and_epoch(store: Path) -> None:
     data = module(store, captions="one_per_image", batch_size=4, val_fraction=0)
     loader = data.train_dataloader()

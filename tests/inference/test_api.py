@@ -16,6 +16,7 @@ from PIL import Image
 
 import talk2dino
 from talk2dino import Talk2DINO, load_projection
+from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.datasets.pictures import to_pixels
 from talk2dino.encoders.vision import TimmVisionEncoder
@@ -470,12 +471,12 @@ def test_pretrained_round_trip(trained_run: Path, tmp_path: Path) -> None:
         ),
     ]
     want = first.encode_text(["a cat", "grass"])
-    assert want.shape == (2, 384)
+    assert want.shape == (2, 768)  # two blocks of ViT-S
     for other in others:
         torch.testing.assert_close(other.encode_text(["a cat", "grass"]), want, rtol=0, atol=0)
     picture = torch.randint(0, 256, (3, 60, 60), dtype=torch.uint8)
     torch.testing.assert_close(others[0].encode_image(picture), first.encode_image(picture))
-    assert first.encode_image(picture).shape == (1, 64, 384)  # 112 / 14 squared
+    assert first.encode_image(picture).shape == (1, 64, 768)  # 112 / 14 squared
     state = load_projection(file).state_dict()
     torch.testing.assert_close(state, dict(first.projection.state_dict()))
 
@@ -488,6 +489,22 @@ def test_from_pretrained_errors_are_one_line(tmp_path: Path) -> None:
     torch.save(ProjectionLayer(8, 64).state_dict(), tmp_path / "original.pth")
     with pytest.raises(CheckpointError, match="does not name its vision encoder; say it with"):
         Talk2DINO.from_pretrained(tmp_path / "original.pth")
+
+
+def test_a_projection_knows_the_blocks_that_it_was_trained_on(tmp_path: Path) -> None:
+    last, joined = (
+        TimmVisionEncoder("test_vit", weights="random", image_size=64, layers=layers)
+        for layers in (None, [-3, -1])
+    )
+    for own, other, named in ((last, joined, "null, not of"), (joined, last, r"\[3, 5\], not of")):
+        projection = ProjectionLayer(8, own.embed_dim)
+        file = tmp_path / f"{own.embed_dim}.safetensors"
+        save_projection(projection, file, {"vision": own.spec})
+        text: Any = HashText()
+        model = Talk2DINO.from_pretrained(file, text=text, device="cpu")
+        assert model.vision.layers == own.layers
+        with pytest.raises(CheckpointError, match=f"made of the tokens of vision.layers={named}"):
+            Talk2DINO.from_pretrained(file, vision=other, text=text, device="cpu")
 
 
 def test_the_package_exports_what_users_import() -> None:

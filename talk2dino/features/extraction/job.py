@@ -162,7 +162,8 @@ class Extraction:
             "source": self.source.fingerprint(),
             "vision": {k: vision[k] for k in ("name", "weights_sha256", "image_size")}
             | {"rope_in_attention": self.vision.rope_in_attention, "precision": self.precision}
-            | {"batch_size": self.vision.batch_size, "compile": self.compiled},
+            | {"batch_size": self.vision.batch_size, "compile": self.compiled}
+            | {k: v for k, v in vision["spec"].items() if k == "layers"},
             "text": {k: text[k] for k in ("name", "weights_sha256")}
             | {k: v for k, v in text["spec"].items() if k in ("pooling", "max_length")}
             | {"precision": self.text_precision, "batch_size": text["spec"].get("batch_size")},
