@@ -44,7 +44,7 @@ quickstart: $(VENV)/.quickstart
 quickstart-steps:
 	@printf '\n1. Extract: %s scenes through DINOv2 ViT-S/14 and MiniLM into a feature store\n' $(SCENES)
 	$(PY) -m talk2dino.extract source=mosaic source.count=$(SCENES) vision=dinov2_vits14 \
-	  text=minilm images_per_shard=128 store=$(OUT)/store hydra.run.dir=$(OUT)/extract
+	  vision.layers=null text=minilm images_per_shard=128 store=$(OUT)/store hydra.run.dir=$(OUT)/extract
 	@printf '\n2. Train: dense alignment, and beside it the head choice of the paper (max_score)\n'
 	$(PY) -m talk2dino.train experiment=quickstart store=$(OUT)/store \
 	  trainer.max_epochs=$(EPOCHS) hydra.run.dir=$(OUT)/dense

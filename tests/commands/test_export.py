@@ -42,18 +42,20 @@ def open_onnx(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def saved(folder: Path, text: TextEncoder) -> Path:
+def saved(folder: Path, text: TextEncoder, layers: list[int] | None = None) -> Path:
     """A checkpoint of a shallow vision encoder, a text encoder and a random projection."""
-    vision = TimmVisionEncoder("shallow_dinov2", "random", image_size=56)
+    vision = TimmVisionEncoder("shallow_dinov2", "random", image_size=56, layers=layers)
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
-    save_projection(ProjectionLayer(text.embed_dim, 384), folder / "psi.safetensors", specs)
+    save_projection(
+        ProjectionLayer(text.embed_dim, vision.embed_dim), folder / "psi.safetensors", specs
+    )
     return folder / "psi.safetensors"
 
 
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need(*BUNDLED, "onnxscript", "onnxruntime", "tokenizers")
-    return saved(tmp_path_factory.mktemp("minilm"), SentenceTransformerTextEncoder())
+    return saved(tmp_path_factory.mktemp("minilm"), SentenceTransformerTextEncoder(), [0, -1])
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 def test_store_holds_pooled_and_dense_features(quickstart: Path) -> None:
     store = FeatureStore(quickstart / "store")
     assert len(store.images) == 96 and len(store.captions) == 5 * 96
-    assert store.images["patch_tokens"].shape == (96, 256, 768)
-    assert store.images["disentangled_self_attn"].shape == (96, 6, 768)
+    assert store.images["patch_tokens"].shape == (96, 256, 384)
+    assert store.images["disentangled_self_attn"].shape == (96, 6, 384)
     assert store.verify() == []
 
 
