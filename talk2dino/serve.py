@@ -71,14 +71,12 @@ def serve(config: DictConfig) -> None:
     """Load the model and answer requests."""
     from talk2dino.alignment.checkpoint import checkpoint_digest
     from talk2dino.inference.class_embeddings import ClassEmbeddings
-    from talk2dino.inference.exemplars import check_weight
     from talk2dino.serving.gate import LOCAL, Metrics, Rules
     from talk2dino.serving.ml_backend import MLBackend, TaskPictures
     from talk2dino.serving.server import Routes, bind, build_app
     from talk2dino.serving.server import serve as run
     from talk2dino.serving.service import Limits, Service
 
-    check_weight(config.exemplar_weight, "exemplar_weight")
     limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
     given = config.classes or config.exemplars is not None
     classes = named_classes(config) if given else None

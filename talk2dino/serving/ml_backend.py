@@ -221,7 +221,8 @@ class TaskPictures:
         """The token that Label Studio gives for a personal access token, as its SDK gets it."""
         address = f"{str(self.home).rstrip('/')}/api/token/refresh/"
         answer = await client.post(address, json={"refresh": self.key})
-        made = answer.json().get("access") if answer.status_code == 200 else None
+        found = answer.json() if answer.status_code == 200 else None
+        made = found.get("access") if isinstance(found, dict) else None
         return made if isinstance(made, str) else None
 
     def _allowed(self, source: str) -> httpx.URL:
