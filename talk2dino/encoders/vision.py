@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
 from talk2dino.encoders.bundled import dinov2_vits14_weights
 from talk2dino.encoders.hub import cached_if_unreachable
+from talk2dino.encoders.layers import block_of, checked_layers, joined, watched
 from talk2dino.encoders.original import read_weights
 from talk2dino.encoders.weights import (
     first_line,
@@ -175,10 +176,10 @@ class VisionFeatures:
             model applies it to tokens (DINO, DINOv2, DINOv3, MAE, CLIP); models that norm only the
             pooled vector (BEiT) give them as they leave the last block, and so does SAM, whose
             neck changes the width (original `vit_out`). Row-major over the grid. With `layers`,
-            those of these blocks, each after the final norm, joined.
+            those of these layers, each normed, joined.
         self_attn_maps: [B, H, P] float32 CLS→patch attention logits of the last block, before
             softmax. Without a CLS token the first token is the query.
-        cls_token: [B, D] of the same blocks; zeros for a model without CLS token.
+        cls_token: [B, D] of the same layers; zeros for a model without CLS token.
         grid: patch rows and columns, P = rows x columns.
         second_last_out: [B, D] CLS token that leaves the block before the last, without norm
             (original `second_last_out`); zeros for a model without CLS token.
@@ -207,9 +208,10 @@ class TimmVisionEncoder(nn.Module):
             `False` takes the plain query/key products, as the original does and the released
             DINOv3 weights expect. Both agree where nothing happens between projection and product
             (DINO, DINOv2, MAE, CLIP).
-        layers: indices of the blocks that give the tokens, as in timm's `forward_intermediates`:
-            from 0, or from the end with -1; joined in the model's order. None: what the model
-            gives, as in the paper. Attention is always the last block's.
+        layers: blocks that give the tokens, from 0, or from the end with -1, after the final norm
+            as in timm's `forward_intermediates`; `6.attn` is what the attention of block 6 adds.
+            Joined in the model's order. None: what the model gives, as in the paper. Attention
+            maps are always the last block's.
 
     Raises:
         EncoderError: unknown or unsupported model, weights that are not available or belong to
@@ -227,7 +229,7 @@ class TimmVisionEncoder(nn.Module):
         image_size: int = 448,
         batch_size: int = 16,
         rope_in_attention: bool = True,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
     ) -> None:
         from timm.data import resolve_model_data_config
 
@@ -239,7 +241,7 @@ class TimmVisionEncoder(nn.Module):
         self.anatomy = examine(self.model, name, fixed_size)
         self.patch_size: int = self.anatomy.patch_size
         self.num_prefix_tokens: int = self.anatomy.num_prefix_tokens
-        self.layers = None if layers is None else self._indices(layers)
+        self.layers = None if layers is None else checked_layers(model, name, layers)
         self.embed_dim: int = self.anatomy.embed_dim * len(self.layers or [-1])
         self.num_heads: int = self.anatomy.num_heads
         # A fused call shows its inputs and never holds [N, N]; TIMM_FUSED_ATTN=0 would hide them.
@@ -265,7 +267,7 @@ class TimmVisionEncoder(nn.Module):
         while they run. Every other batch size is translated anew, which takes a while, so keep it.
         """
         for index, block in enumerate(self.model.blocks[:-2]):
-            if index not in (self.layers or ()):
+            if index not in map(block_of, self.layers or ()):
                 block.compile(dynamic=False)
 
     @torch.no_grad()
@@ -283,42 +285,20 @@ class TimmVisionEncoder(nn.Module):
             EncoderError: a size that the model cannot take.
         """
         rows, columns = self._grid(images)
-        taps: dict[int, Tensor] = {}
         last = len(self.model.blocks) - 1
-        hooks = [
-            self.model.blocks[index].register_forward_hook(
-                lambda _module, _inputs, output, index=index: taps.update({index: output})
-            )
-            for index in {last - 1, last, *(self.layers or ())}
-        ]
-        try:
-            with LastAttention().watch(self.model.blocks[-1].attn) as attention:
-                tokens = self.model.forward_features((images - self.mean) / self.std)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            watched(self.model, (last - 1, last, *(self.layers or ()))) as taps,
+            LastAttention().watch(self.model.blocks[-1].attn) as attention,
+        ):
+            tokens = self.model.forward_features((images - self.mean) / self.std)
         if self.layers is not None:
-            joined = [self.model.norm(taps[index].flatten(1, -2)) for index in self.layers]
-            tokens = torch.cat(joined, dim=-1)  # [B, N, D]
+            tokens = joined(self.model, taps, self.layers)  # [B, N, D]
         elif tokens.dim() == 4:  # SAM: a map from its neck, [B, C, h, w]; take the last block's
             tokens = taps[last].flatten(1, 2)  # [B, P, D]
         patches = tokens[:, self.num_prefix_tokens :]
         maps = self._attention(attention, patches.shape[1])
         cls, earlier = self._cls(tokens), self._cls(taps[last - 1].flatten(1, -2))
         return VisionFeatures(patches, maps, cls, (rows, columns), earlier)
-
-    def _indices(self, layers: Sequence[int]) -> list[int]:
-        """Block indices from 0, in the order of the blocks."""
-        count = len(self.model.blocks)
-        indices = [index % count for index in layers if -count <= index < count]
-        if not layers or len(set(indices)) < len(layers):
-            raise EncoderError(
-                f"vision.layers={list(layers)}: give different blocks of {self.name} from 0 to "
-                f"{count - 1}, or from -{count} to -1, or null for what the model gives"
-            )
-        if not hasattr(self.model, "norm"):
-            raise EncoderError(f"vision.layers={list(layers)}: {self.name} has no final norm")
-        return sorted(indices)
 
     def refuse_other_layers(self, spec: Mapping[str, Any] | None, whose: str) -> None:
         """Refuse what was made of the tokens of other blocks, which have another meaning.

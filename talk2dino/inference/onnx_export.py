@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.rules import Reference
+from talk2dino.encoders.layers import joined, watched
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import quiet
 from talk2dino.errors import ConfigError
@@ -77,18 +78,12 @@ class DensePath(nn.Module):
         self.counts = row_classes.bincount().tolist()
 
     def _patch_tokens(self, pixels: Tensor) -> Tensor:
-        """`[1, P, D]` as the encoder gives them; blocks after the last of `layers` do not run."""
+        """`[1, P, D]` as the encoder gives them; what `layers` do not need is left out."""
         if self.layers is None:
             return self.backbone.forward_features(pixels)[:, self.prefix :]  # type: ignore[no-any-return]
-        parts = self.backbone.forward_intermediates(
-            pixels,
-            indices=self.layers,
-            norm=True,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return torch.cat(parts, dim=-1)
+        with watched(self.backbone, self.layers) as taps:
+            self.backbone.forward_features(pixels)
+        return joined(self.backbone, taps, self.layers)[:, self.prefix :]
 
     def forward(self, image: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """`[1, 3, S, S]` float RGB 0..1 to `[1, K, S, S]`, or `[1, K, S/p, S/p]`."""

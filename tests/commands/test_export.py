@@ -42,7 +42,7 @@ def open_onnx(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def saved(folder: Path, text: TextEncoder, layers: list[int] | None = None) -> Path:
+def saved(folder: Path, text: TextEncoder, layers: list[int | str] | None = None) -> Path:
     """A checkpoint of a shallow vision encoder, a text encoder and a random projection."""
     vision = TimmVisionEncoder("shallow_dinov2", "random", image_size=56, layers=layers)
     specs = {"vision": vision.spec, "text": text.describe()["spec"]}
@@ -55,7 +55,7 @@ def saved(folder: Path, text: TextEncoder, layers: list[int] | None = None) -> P
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need(*BUNDLED, "onnxscript", "onnxruntime", "tokenizers")
-    return saved(tmp_path_factory.mktemp("minilm"), SentenceTransformerTextEncoder(), [0, -1])
+    return saved(tmp_path_factory.mktemp("minilm"), SentenceTransformerTextEncoder(), [0, "0.attn"])
 
 
 @pytest.fixture(scope="module")

@@ -85,12 +85,13 @@ def test_every_option_composes_and_fits_its_class(command: str, group: str, opti
         ("extract", ["vision=dinov2_vits14"], [7, 9]),
         ("extract", ["vision=dinov2_vits14", "vision.layers=null"], None),
         ("extract", ["vision=dinov2_vits14", "vision.layers=[-1]"], [-1]),
+        ("extract", ["vision=dinov2_vits14", "vision.layers=[6.attn,8]"], ["6.attn", 8]),
         ("extract", [], None),
         ("evaluate", ["vision=dinov2_vits14"], None),  # as checkpoints without a word of it mean
     ],
 )
 def test_only_extraction_chooses_other_blocks(
-    command: str, given: list[str], layers: list[int] | None
+    command: str, given: list[str], layers: list[int | str] | None
 ) -> None:
     required = ["store=s", "source.images=i", "source.annotations=a"]
     config = compose(command, *given, *(required if command == "extract" else ["checkpoint=c"]))

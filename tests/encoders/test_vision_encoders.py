@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from talk2dino.encoders import hub
 from talk2dino.encoders.build import build_vision
@@ -206,8 +207,27 @@ def test_layers_are_joined_after_the_final_norm(name: str) -> None:
     torch.testing.assert_close(last.patch_tokens, default.patch_tokens, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layers", [[], [6], [-7], [0, 0], [5, -1]])
-def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
+def test_layers_of_attention_are_what_it_adds() -> None:
+    """To a block's input, before the multilayer perceptron; test_vit scales neither."""
+    encoder = make("test_vit", 64, layers=["-5.attn", 2, "2.attn"])
+    assert encoder.layers == ["1.attn", "2.attn", 2]
+    assert build_vision(encoder.spec).layers == encoder.layers
+    images, before, after = torch.rand(2, 3, 64, 64), list[Tensor](), list[Tensor]()
+    for index in (1, 2):
+        block = encoder.model.blocks[index]
+        block.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+        block.norm2.register_forward_pre_hook(lambda _, inputs: after.append(inputs[0]))
+    got = encoder(images).patch_tokens
+    added = [y - x for x, y in zip(before, after, strict=True)]
+    parts = [functional.layer_norm(tokens, [64])[:, 1:] for tokens in added]
+    parts.append(make("test_vit", 64, layers=[2])(images).patch_tokens)
+    torch.testing.assert_close(got, torch.cat(parts, -1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layers", [[], [6], [-7], [0, 0], [5, -1], ["5.attn", "-1.attn"], ["6.attn"], ["2.mlp"], ["x"]]
+)
+def test_layers_that_are_not_there_are_refused(layers: list[int | str]) -> None:
     with pytest.raises(EncoderError, match="different blocks of test_vit from 0 to 5, or from -6"):
         make("test_vit", layers=layers)
 

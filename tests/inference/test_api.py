@@ -494,9 +494,12 @@ def test_from_pretrained_errors_are_one_line(tmp_path: Path) -> None:
 def test_a_projection_knows_the_blocks_that_it_was_trained_on(tmp_path: Path) -> None:
     last, joined = (
         TimmVisionEncoder("test_vit", weights="random", image_size=64, layers=layers)
-        for layers in (None, [-3, -1])
+        for layers in (None, ["-3.attn", -1])
     )
-    for own, other, named in ((last, joined, "null, not of"), (joined, last, r"\[3, 5\], not of")):
+    for own, other, named in (
+        (last, joined, "null, not of"),
+        (joined, last, r"\['3.attn', 5\], not of"),
+    ):
         projection = ProjectionLayer(8, own.embed_dim)
         file = tmp_path / f"{own.embed_dim}.safetensors"
         save_projection(projection, file, {"vision": own.spec})
