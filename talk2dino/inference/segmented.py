@@ -21,7 +21,7 @@ from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, O
 from talk2dino.annotations.data_sets import check_formats, write_data_sets
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, check_number
 from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.overlay import (
@@ -127,7 +127,7 @@ class SegmentedImage:
         Cleaning by attention stays as it was when the picture was segmented.
 
         Raises:
-            ConfigError: outside 0..1, or a class is called background.
+            ConfigError: no number in 0..1, or a class is called background.
         """
         if threshold is not None and BACKGROUND in self.names:
             raise ConfigError(
@@ -138,7 +138,7 @@ class SegmentedImage:
             self.names,
             self.class_scores,
             self.negative_scores,
-            _checked(threshold),
+            None if threshold is None else background_threshold(threshold),
             self.synonyms,
         )
 
@@ -158,10 +158,11 @@ class SegmentedImage:
             hide: names of classes to leave uncolored; the others keep their colors.
 
         Raises:
-            ConfigError: `hide` names no class of this picture.
+            ConfigError: `hide` names no class of this picture, or `alpha` is no opacity.
         """
+        check_number("alpha", alpha, 0.0, 1.0)
         labels = self.labels
-        for name in hide:
+        for name in [hide] if isinstance(hide, str) else hide:
             unseen = ignored_label(len(self.classes))
             labels = labels.masked_fill(self.labels == self.index(name), unseen)
         return overlay(to_picture(self.image), labels, self.classes, palette, alpha, legend)
@@ -178,8 +179,10 @@ class SegmentedImage:
                 so that maps of one picture compare.
 
         Raises:
-            ConfigError: no such class, or the background, which has no map of its own.
+            ConfigError: no such class, or the background, which has no map of its own; `alpha`
+                is no opacity.
         """
+        check_number("alpha", alpha, 0.0, 1.0)
         index = self.index(name) - self.has_background
         if index < 0:
             raise ConfigError(f"heatmap={name!r}: the background has no map; name a class")
@@ -196,11 +199,11 @@ class SegmentedImage:
         """Score of every class at one pixel.
 
         Raises:
-            ConfigError: outside the picture.
+            ConfigError: outside the picture, or no whole numbers.
         """
         height, width = self.labels.shape
-        if not (0 <= row < height and 0 <= column < width):
-            raise ConfigError(f"pixel ({row}, {column}): the picture has {height}x{width} pixels")
+        check_number("row", row, 0, height - 1)
+        check_number("column", column, 0, width - 1)
         at = partial(score_at, row=row, column=column, height=height, width=width)
         values = list(map(at, self.class_scores.blocks()))
         if self.has_background:
@@ -215,7 +218,13 @@ class SegmentedImage:
         """Write the labels as a PNG whose pixel values are the indices of `classes`.
 
         It is indexed, with colors; more than 255 classes make it one of 16 bits, without.
+
+        Raises:
+            ConfigError: a name that does not end in `.png`.
+            StoreError: it cannot be written there.
         """
+        if Path(path).suffix.lower() != ".png":
+            raise ConfigError(f"labels={str(path)!r}: they are a PNG; give a name such as seg.png")
         save_label_map(self.labels, path, classes=len(self.classes))
 
     def annotations(self, options: Options | None = None) -> list[Annotation]:
@@ -318,12 +327,6 @@ class SegmentedImage:
         return self.classes.index(name)
 
 
-def _checked(threshold: float | None) -> float | None:
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"background={threshold}: scores lie within 0..1; try 0.55")
-    return threshold
-
-
 BACKGROUND_SCORE = 0.55  # the original's for ViT-B (evaluation configs)
 
 
@@ -342,6 +345,9 @@ def background_threshold(
     if background is None or isinstance(background, (bool, np.bool_)):
         return default if background else None
     try:
-        return _checked(float(background))
+        threshold = float(background)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"background={background}: give a score 0..1, or true") from error
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"background={background}: scores lie within 0..1; try 0.55")
+    return threshold

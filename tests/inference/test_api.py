@@ -338,8 +338,11 @@ def test_threshold_after_the_fact(model: Talk2DINO, pixels: torch.Tensor) -> Non
     assert torch.equal(moved.scores, other.scores)
     plain = model.segment(pixels, ["cat", "dog"], background=0.4, short_side=32)
     assert plain.with_threshold(None).classes == ["cat", "dog"]
+    assert torch.equal(plain.with_threshold(0).labels, plain.with_threshold(0.0).labels)
     with pytest.raises(ConfigError, match="scores lie within"):
         first.with_threshold(55)
+    with pytest.raises(ConfigError, match="background=half: give a score"):
+        first.with_threshold("half")  # type: ignore[arg-type]
 
 
 def test_figures_of_a_result(model: Talk2DINO, pixels: torch.Tensor) -> None:
@@ -350,11 +353,20 @@ def test_figures_of_a_result(model: Talk2DINO, pixels: torch.Tensor) -> None:
         assert share == pytest.approx(float((found.labels == index).float().mean()))
     at = found.scores_at(3, 5)
     assert list(at.values()) == found.scores[:, 3, 5].tolist()
-    with pytest.raises(ConfigError, match="40x64 pixels"):
-        found.scores_at(40, 0)
+    for row, column, error in ((40, 0, "row=40: use 0 to 39"), (0, 1.5, "column=1.5: use a whole")):
+        with pytest.raises(ConfigError, match=error):
+            found.scores_at(row, column)  # type: ignore[arg-type]
     assert found._repr_png_().startswith(b"\x89PNG")
     hidden = found.overlay(alpha=1.0, legend=False, hide=["cat", "dog"])
     assert hidden.size == (64, 40)
+    alone = [found.overlay(legend=False, hide=names) for names in ("cat", ["cat"])]
+    assert alone[0].tobytes() == alone[1].tobytes()
+    for draw in (found.overlay, lambda alpha: found.heatmap("cat", alpha)):
+        with pytest.raises(ConfigError, match="alpha=3: use 0 to 1"):
+            draw(alpha=3)
+    for path in ("", "labels.jpg"):
+        with pytest.raises(ConfigError, match=f"labels='{path}': they are a PNG"):
+            found.save_labels(path)
     with pytest.raises(ConfigError, match="class 'cow': not segmented here"):
         found.overlay(hide=["cow"])
 
