@@ -1,7 +1,8 @@
 """Which blocks of a vision transformer give the patch tokens, and how several are joined.
 
 A layer is the index of a block, whose output passes the final norm, or `6.attn`: what the
-self-attention of block 6 hands on before the residual sum, each token normed (without weights).
+self-attention of block 6 hands on, before layer scale and the residual sum, each token normed
+(without weights).
 """
 
 from __future__ import annotations

@@ -129,16 +129,19 @@ class SegmentedImage:
         Raises:
             ConfigError: no number in 0..1, or a class is called background.
         """
-        if threshold is not None and BACKGROUND in self.names:
-            raise ConfigError(
-                f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
-            )
+        if threshold is not None:
+            check_number("background", threshold, 0.0, 1.0)
+            threshold = float(threshold)
+            if BACKGROUND in self.names:
+                raise ConfigError(
+                    f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+                )
         return self.from_scores(
             self.image,
             self.names,
             self.class_scores,
             self.negative_scores,
-            None if threshold is None else background_threshold(threshold),
+            threshold,
             self.synonyms,
         )
 

@@ -90,12 +90,16 @@ def test_a_run_becomes_files(
         )
     printed = capsys.readouterr().out
     assert printed.count("deviates from PyTorch by") == 3
-    onnx = open_onnx(tmp_path / "onnx" / "segmenter.onnx")
+    file = tmp_path / "onnx" / "segmenter.onnx"
+    onnx = open_onnx(file)
     facts = onnx.get_modelmeta().custom_metadata_map
     assert json.loads(facts["class_names"]) == ["cat", "sofa", "grass"]
     assert json.loads(facts["patch_size"]) == 14 and json.loads(facts["window"]) == 56
     assert json.loads(facts["mean"]) == pytest.approx([0.485, 0.456, 0.406])
     assert facts["vision"] == model.vision.name
+    weights = {w.name for w in importlib.import_module("onnx").load(file).graph.initializer}
+    assert any("blocks.0." in name for name in weights)
+    assert not any("blocks.1." in name for name in weights)  # whose tokens nobody takes
     picture = torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8)
     scores = onnx.run(["scores"], {"image": (picture[None].float() / 255).numpy()})[0]
     words = [["cat"], ["sofa", "couch"], ["grass"]]
