@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral, Real
 
 
@@ -15,6 +19,28 @@ class UserError(Exception):
 
 class ResultWarning(UserWarning):
     """A result will say less than it seems to; commands print it as one line."""
+
+
+_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+
+
+def say(message: str, stacklevel: int = 1) -> None:
+    """Warn (`ResultWarning`), and tell who listens in this context; `stacklevel` as `warnings`'."""
+    heard = _heard.get()
+    if heard is not None and message not in heard:
+        heard.append(message)
+    warnings.warn(message, ResultWarning, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """The texts of what is said in this context, and in threads that are given a copy of it."""
+    heard: list[str] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
 
 
 class ConfigError(UserError):

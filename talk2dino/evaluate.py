@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
-from talk2dino.errors import ConfigError, DataError, ResultWarning
+from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import EvaluationProgress, OutputOptions, SegmentationModule
 from talk2dino.evaluation.records import how_to_go_on
@@ -58,11 +57,9 @@ def evaluate(config: DictConfig) -> None:
         refuse_foreign_run(folder, records.is_dir, ["results_untrained.json"])
     classes = benchmark.class_list.classes
     if len(classes) == 1:
-        warnings.warn(
+        say(
             f"benchmark.classes: {classes[0].name!r} is alone, so every pixel becomes it and "
             "nothing is measured; add a background or more classes to compare with",
-            ResultWarning,
-            stacklevel=1,
         )
     check_files(benchmark)
     model = load_model(config, "cpu")  # the trainer moves it

@@ -49,9 +49,13 @@ def read_token(config: DictConfig, address: str) -> str | None:
         address: that the host means.
 
     Raises:
-        ConfigError: another host without a token, or one that is easily guessed.
+        ConfigError: another host without a token, an empty one, or one that is easily guessed.
     """
-    token = config.token or os.environ.get(TOKEN) or None
+    token, name = config.token, "token"
+    if token is None:
+        token, name = os.environ.get(TOKEN), TOKEN
+    if token == "":  # of a file that is not there, for instance: nobody means a service without
+        raise ConfigError(f"{name}: is empty; give a token, or none at all")
     if token is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise ConfigError(
             f"host={config.host}: others can reach it, so it needs a token: set {TOKEN} in the "
@@ -61,10 +65,27 @@ def read_token(config: DictConfig, address: str) -> str | None:
         len(token) >= SHORTEST and token.isascii() and token.isprintable() and " " not in token
     ):
         raise ConfigError(
-            f"token: give {SHORTEST} or more ASCII characters without spaces, for instance of: "
+            f"{name}: give {SHORTEST} or more ASCII characters without spaces and line breaks, of: "
             'python -c "import secrets; print(secrets.token_urlsafe())"'
         )
     return token
+
+
+def read_key(config: DictConfig) -> str | None:
+    """Label Studio's access token of the environment.
+
+    Raises:
+        ConfigError: an empty one, or one that no header can bring.
+    """
+    key = os.environ.get(LABEL_STUDIO_KEY)
+    if config.label_studio_url is None or key is None:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{LABEL_STUDIO_KEY}: is empty, or has a space, a line break or another character that "
+            "no token has; give the token alone"
+        )
+    return key
 
 
 def serve(config: DictConfig) -> None:
@@ -85,7 +106,7 @@ def serve(config: DictConfig) -> None:
         listed(config.image_hosts),
         config.image_root,
         config.label_studio_url,
-        os.environ.get(LABEL_STUDIO_KEY),
+        read_key(config),
         int(limits.max_upload_mb * 1024 * 1024),
         limits.timeout,
     )

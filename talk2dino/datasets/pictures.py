@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from talk2dino.errors import DataError, ResultWarning
+from talk2dino.datasets.wide_gray import eight_bits
+from talk2dino.errors import DataError, say
 from talk2dino.files import user_path
 
 _SUFFIXES = frozenset(
@@ -70,12 +71,13 @@ def is_picture(path: Path) -> bool:
     return known and path.is_file()
 
 
-def read_picture(file: Path | BinaryIO) -> Image.Image:
+def read_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Open a picture and bring it to upright 8-bit RGB, see `upright_rgb`.
 
     Pillow warns of more than 89 million pixels and refuses twice as many before it decodes any:
     large photographs are read without the warning, those that it refuses stay refused. Of an
-    animation, or a file of several pages, the first picture is read, with a `ResultWarning`.
+    animation, or a file of several pages, the first picture is read, with a `ResultWarning`, which
+    calls the file by `name` where it has no path, and is not given without either.
 
     Raises:
         OSError: the file is truncated or no picture; a broken decoder may raise anything else.
@@ -92,9 +94,8 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
         except Image.DecompressionBombError as error:
             fix = "scale it down, or cut it into tiles"
             raise Image.DecompressionBombError(f"{too_large()}; {fix}") from error
-    if several and isinstance(file, Path):
-        said = f"{file}: holds several pictures; the first is taken"
-        warnings.warn(said, ResultWarning, stacklevel=2)
+    if several and (name or isinstance(file, Path)):
+        say(f"{name or file}: holds several pictures; the first is taken", stacklevel=2)
     return rgb
 
 
@@ -111,30 +112,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         OSError: the file is truncated; a broken decoder may raise anything else.
-        ValueError: floating-point pixels, whose range is unknown.
+        ValueError: floating-point pixels, or values beyond 16 bits, whose range is unknown.
     """
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits a channel")
     image.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(image)
     if image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = eight_bits(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")
     return rgb if turn is None else rgb.transpose(turn)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit or 32-bit gray as 8-bit gray; a few rows at a time, for a picture may be large."""
-    # Mode I also holds 8-bit values (32-bit files of small numbers): those are kept.
-    wide = image.mode.startswith("I;16") or image.getextrema()[1] > 255  # type: ignore[operator]
-    gray = np.empty((image.height, image.width), np.uint8)
-    for top in range(0, image.height, 64):
-        rows = image.crop((0, top, image.width, min(top + 64, image.height)))
-        values = np.asarray(rows).astype(np.int64).clip(0, 65535)
-        gray[top : top + 64] = values // 257 if wide else values
-    return Image.fromarray(gray)
 
 
 STRIP = 8  # length of the longest strip that is kept of a picture, in its widths
@@ -352,7 +341,7 @@ def _from_path(path: str) -> Tensor:
 
 def _from_bytes(content: bytes) -> Tensor:
     try:
-        return _from_upright(read_picture(BytesIO(content)))
+        return _from_upright(read_picture(BytesIO(content), "image"))
     except Exception as error:  # broken files make decoders raise anything
         why = str(error).partition(" <")[0]  # without the name of a Python object
         raise DataError(f"image: {len(content)} bytes that are no picture ({why})") from error

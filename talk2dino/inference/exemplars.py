@@ -7,7 +7,6 @@ A folder of them has a folder per class, and in it pictures, each with its mask 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
 from talk2dino.datasets.pictures import ImageLike, is_picture, is_plain, read_values, to_pixels
-from talk2dino.errors import DataError, ResultWarning, check_number
+from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import user_path
 from talk2dino.segmentation.segmenter import EncodedImage
 
@@ -240,7 +239,7 @@ def _read_mask(mask: ImageLike) -> Tensor:
         name = f"mask={mask}" if isinstance(mask, (str, Path)) else "mask of an exemplar"
         shown = ", ".join(f"{value:g}" for value in found[:4])
         said = f"{name}: holds {len(found)} values ({shown}, …); all but 0 are the class"
-        warnings.warn(said, ResultWarning, stacklevel=2)
+        say(said, stacklevel=2)
     return torch.from_numpy(values != 0)
 
 

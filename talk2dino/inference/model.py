@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,12 +23,12 @@ from talk2dino.encoders.devices import PRECISIONS, autocast, choose_device
 from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError, ResultWarning, check_number
+from talk2dino.errors import CheckpointError, ConfigError, check_number, say
 from talk2dino.inference.class_embeddings import Classes
 from talk2dino.inference.model_card import refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.text_side import TextSide
-from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
+from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary, say_equal
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
@@ -335,12 +334,12 @@ class Talk2DINO(TextSide):
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
             )
         if len(words.names) == 1 and threshold is None and not words.has_negatives:
-            warnings.warn(
+            say(
                 f"classes: {words.names[0]!r} is alone, so every pixel becomes it, whatever is "
                 "there; add a background, negatives or more classes to compare with",
-                ResultWarning,
                 stacklevel=2,
             )
+        say_equal(words, rows)
         segmenter = self.segmenter(threshold, pamr, short_side, refinement)
         rows = self._calibrated(words, rows)
         return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, composed
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
-from talk2dino.errors import ConfigError, ResultWarning
+from talk2dino.errors import ConfigError, say
 from talk2dino.inference.exemplars import Exemplar
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.class_maps import ClassMaps
@@ -181,7 +180,29 @@ def _check_shared(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str
                 said = (
                     f"classes: {word!r} is a word of {owner!r} and of {name!r}: the first gets it"
                 )
-                warnings.warn(said, ResultWarning, stacklevel=4)
+                say(said, stacklevel=4)
+
+
+def say_equal(words: Words, rows: Tensor) -> None:
+    """Say which words of several classes have the same vector: the first class gets their pixels.
+
+    Text encoders mostly know no upper case, or take a word of a foreign script for an unknown one.
+
+    Args:
+        words: whose texts differ; of equal ones `read_words` speaks.
+        rows: `[N, D]` unit rows of these.
+    """
+    told = set()
+    for begin in range(0, len(rows), 256):
+        equal = rows[begin : begin + 256] @ rows.T > 1 - 2e-6
+        for number, first in equal.nonzero().tolist():
+            number += begin
+            pair = (words.row_words[first], words.row_words[number])
+            late, different = words.row_classes[number], composed(pair[0]) != composed(pair[1])
+            if words.row_classes[first] < late and late not in told and all(pair) and different:
+                told.add(late)
+                said = f"classes: {pair[0]!r} and {pair[1]!r} have the same vector: the first"
+                say(f"{said} gets the pixels of both", stacklevel=3)
 
 
 def _sentences(names: Sequence[str], templates: str | Sequence[str]) -> list[Sentences]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.errors import ConfigError, DataError, ResultWarning, UserError
+from talk2dino.errors import ConfigError, DataError, UserError, say
 from talk2dino.files import user_path
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class MapImage:
                     f"image={self.path}: band {number} shows little with black at {black:g} and "
                     f"white at {white:g}; give value_range=[LOW,HIGH], or gdal_edit.py -a_nodata"
                 )
-                warnings.warn(said, ResultWarning, stacklevel=2)
+                say(said, stacklevel=2)
         return np.array(limits, float)
 
     @property
@@ -306,9 +306,8 @@ def _opened(path: Path) -> Any:
             wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
             raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
     if file.count and len(file.subdatasets) > 1:
-        warnings.warn(
+        say(
             f"{name}: holds {len(file.subdatasets)} pictures; the first is taken",
-            ResultWarning,
             stacklevel=2,
         )
     if not file.count:
@@ -335,10 +334,9 @@ def _meters(file: Any, name: str) -> float:
         if file.crs.to_epsg() == 3857:
             west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
             latitude = math.radians((south + north) / 2)
-            warnings.warn(
+            say(
                 f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
                 f"{math.cos(latitude):.2f} m",
-                ResultWarning,
                 stacklevel=2,
             )
         return float(file.crs.linear_units_factor[1])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,9 +22,10 @@ async def in_thread(pool: ThreadPoolExecutor, function: Callable[..., T], *argum
     """Run a function in a thread; a caller that is cancelled still waits until it has ended.
 
     So whatever the caller holds meanwhile (memory, its place in the queue) is not given away while
-    the thread goes on. A function that has not begun does not begin then.
+    the thread goes on. A function that has not begun does not begin then. What it says is heard
+    where the caller listens (`errors.listening`).
     """
-    running = pool.submit(function, *arguments)
+    running = pool.submit(copy_context().run, function, *arguments)
     waiting = asyncio.wrap_future(running)
     try:
         return await asyncio.shield(waiting)

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class Gate:
         waited_for = True
         try:
             body = await asyncio.wait_for(self._body(scope, receive), self.rules.timeout)
+            _refuse_broken_form(scope, body)
             task = asyncio.create_task(self._application(scope, body, in_time))
         except asyncio.TimeoutError:
             raise self._late("was not complete") from None
@@ -240,6 +242,18 @@ class Gate:
             read += len(parts[-1])
             if not message.get("more_body", False) and read <= self.rules.body:
                 return b"".join(parts)
+
+
+def _refuse_broken_form(scope: Message, body: bytes) -> None:
+    """Refuse a form without its last line: whoever reads it loses the last field and says nothing.
+
+    Raises:
+        RefusedError: such a form.
+    """
+    kind = dict(scope["headers"]).get(b"content-type", b"")
+    found = re.match(rb"\s*multipart/.*;\s*boundary=\"?([^\";]+)", kind, re.IGNORECASE)
+    if found and body and b"--" + found[1].strip() + b"--" not in body:
+        raise RefusedError(400, "the form breaks off: its last line, --BOUNDARY--, is missing")
 
 
 def _token(authorization: str) -> str:

@@ -20,7 +20,7 @@ from defusedxml.ElementTree import fromstring
 
 from talk2dino.annotations.base import Options
 from talk2dino.annotations.labelstudio import prediction
-from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.datasets.benchmarks.classes import BACKGROUND, composed, refuse_typo
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LOCAL_FILES = "/data/local-files/"
 HOPS = 3  # redirects that are followed, to hosts that are allowed
+_SETTINGS = ("model_background", "model_instances", "model_minimum_area")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
 
 
@@ -63,7 +64,8 @@ def read_controls(setup: object) -> list[Control]:
     the default; `false`: every pixel gets a label), and whether connected areas are regions.
 
     Raises:
-        DataError: no XML, or without `BrushLabels` for an `Image`.
+        DataError: no XML, without `BrushLabels` for an `Image`, a label that is there twice, or an
+            attribute that is nearly one of these.
         ConfigError: an attribute out of its range.
     """
     if not isinstance(setup, str) or not setup.strip():
@@ -88,11 +90,15 @@ def read_controls(setup: object) -> list[Control]:
 
 def _control(tag: Element, value: str) -> Control:
     words: dict[str, tuple[str, ...]] = {}
+    where = f"label_config: <BrushLabels name={tag.get('name')!r}>"
+    refuse_typo(tag.attrib, _SETTINGS, where)
     for label in tag.iter("Label"):
         name = label.get("value", "")
-        given = [word.strip() for word in label.get("predicted_values", "").split(",")]
+        refuse_typo(label.attrib, ("predicted_values",), f"{where} <Label value={name!r:.60}>")
+        if composed(name) in map(composed, words):
+            raise DataError(f"{where} has the label {name!r:.60} twice; leave one out")
+        given = [word.strip() for word in re.split("[,;]", label.get("predicted_values", ""))]
         words[name] = tuple(word for word in given if word) or (name,)
-    where = f"label_config: <BrushLabels name={tag.get('name')!r}>"
     if not words or not all(name.strip() for name in words):
         raise DataError(f"{where} has no labels, or one without a value")
     background = tag.get("model_background", "false" if BACKGROUND in words else "true").lower()

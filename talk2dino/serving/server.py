@@ -10,108 +10,28 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 import talk2dino
 from talk2dino.annotations.base import Options
 from talk2dino.annotations.coco_instances import coco_annotation, coco_categories, coco_image
-from talk2dino.errors import ConfigError, UserError
+from talk2dino.errors import ConfigError, UserError, listening
 from talk2dino.inference.outputs import figures
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import label_picture
 from talk2dino.serving.brought import brought_exemplars
+from talk2dino.serving.forms import EmbedRequest, Filled, refuse_unread, what_is_wrong
 from talk2dino.serving.gate import Gate, Metrics, Rules
 from talk2dino.serving.ml_backend import MLBackend
-from talk2dino.serving.service import Service, TooLargeError, Wanted, read_words
-
-Words = Annotated[
-    str | None,
-    Field(
-        description="`cat, sofa; couch`: names separated by commas, synonyms by semicolons; or "
-        'JSON, `["cat", ["sofa", "couch"]]` or `{"sofa": ["sofa", "couch"]}`. Those that the '
-        "service began with if left out.",
-        examples=["cat, sofa; couch"],
-    ),
-]
-
-T = TypeVar("T")
-# the page of the description sends a list that is empty as one empty field
-Several = Annotated[list[T], BeforeValidator(lambda given: [one for one in given if one != ""])]
-
-EMPTY: dict[str, Any] = {"example": ""}  # what the page of the description begins with
-
-
-class SegmentForm(BaseModel):
-    """Fields of `POST /segment`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image: UploadFile = Field(description="the picture: JPEG, PNG, WebP, TIFF …")
-    classes: Words = None
-    background: Annotated[float | bool | None, Field(union_mode="left_to_right")] = Field(
-        None,
-        description="true, or a score 0..1: pixels that no class fits are background",
-        json_schema_extra=EMPTY,
-    )
-    negatives: str | None = Field(
-        None,
-        description="words that count as background where they win, as `classes`",
-        json_schema_extra=EMPTY,
-    )
-    pamr: bool = Field(True, description="refine the edges")
-    short_side: int | None = Field(
-        None, description="working size in pixels; smaller is faster", json_schema_extra=EMPTY
-    )
-    instances: bool = Field(False, description="an annotation per connected area, not per class")
-    minimum_area: int = Field(1, ge=0, description="pixels; smaller annotations are left out")
-    exemplar_classes: Several[str] = Field(
-        [],
-        description="classes that are shown: the name of each exemplar, in order; separated by "
-        "commas, or the field several times",
-    )
-    exemplar_images: Several[UploadFile] = Field([], description="a picture for each name")
-    exemplar_masks: Several[UploadFile] = Field(
-        [],
-        description="a mask for each picture, of its size: one channel, 0 outside the class; no "
-        "JPEG",
-    )
-    exemplar_weight: float | None = Field(
-        None,
-        description="share of the exemplars, 0..1, where a class has words as well",
-        json_schema_extra=EMPTY,
-    )
-    output: Literal["json", "labels", "overlay"] = Field(
-        "json", description="JSON, or a PNG: the label map, or the picture with the classes"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_empty(cls, given: Any) -> Any:
-        """The page of the description sends fields that nobody filled; older FastAPI keeps them."""
-        kept = given.items() if isinstance(given, dict) else ()
-        return {key: value for key, value in kept if value != ""} if kept else given
-
-
-Filled = Annotated[SegmentForm, Form(media_type="multipart/form-data")]
-
-
-class EmbedRequest(BaseModel):
-    """Body of `POST /embed`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    classes: str | list[str | list[str]] | dict[str, str | list[str]] | None = Field(
-        None, description="as in `/segment`", examples=[["cat", ["sofa", "couch"]]]
-    )
+from talk2dino.serving.service import Service, TooLargeError, Wanted, read_negatives
 
 
 class Routes:
@@ -129,14 +49,16 @@ class Routes:
     ) -> None:
         self.service, self.backend, self.metrics, self.model = service, backend, metrics, model
 
-    async def segment(self, form: Filled) -> Response:
+    async def segment(self, form: Filled, request: Request) -> Response:
         """Find the classes in a picture.
 
         JSON is a COCO data set of this picture, with run lengths as pycocotools takes them and a
-        `score` for each annotation; `figures` says index, share and color of every class.
+        `score` for each annotation; `figures` says index, share and color of every class, and
+        `warnings` where the result says less than it seems to (of a PNG, JSON in a header).
 
         Exemplars show classes in pictures with masks, beside `classes` or instead of them.
         """
+        await refuse_unread(request)
         weight = form.exemplar_weight
         exemplars = brought_exemplars(
             [name for names in form.exemplar_classes for name in names.split(",")],
@@ -149,27 +71,32 @@ class Routes:
             form.background,
             form.pamr,
             form.short_side,
-            tuple(read_words(form.negatives)) if form.negatives else (),
+            read_negatives(form.negatives) if form.negatives else (),
             exemplars,
         )
         options = Options(instances=form.instances, minimum_area=form.minimum_area)
         content = await form.image.read()
-        async with self.service.segmented(content, wanted) as result:
-            name = form.image.filename or "image"
-            made, kind = await self.service.call(_answer, result, form.output, name, options)
-        return Response(made, media_type=kind)
+        with listening() as said:
+            async with self.service.segmented(content, wanted) as result:
+                name = form.image.filename or "image"
+                given = (result, form.output, name, options, said)
+                made, kind = await self.service.call(_answer, *given)
+        told = {"Talk2DINO-Warnings": json.dumps(said)} if said and kind == PNG else None
+        return Response(made, media_type=kind, headers=told)
 
-    async def embed(self, body: EmbedRequest) -> Response:
+    async def embed(self, body: EmbedRequest, request: Request) -> Response:
         """Vectors of classes in the space of the patch tokens: unit rows, one per word.
 
         The word of a class that is only shown by exemplars is empty.
         """
+        await refuse_unread(request)
         given = body.classes
         text = given if given is None or isinstance(given, str) else json.dumps(given)
         classes = self.service.words(text)
         self.service.check_words(classes, ())
         embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
-        made = await self.service.call(embed, classes)
+        with listening() as said:
+            made = await self.service.call(embed, classes)
         names, first = made.words.names, int(made.words.has_negatives)
         rows = [
             {
@@ -181,7 +108,7 @@ class Routes:
                 made.words.row_classes, made.words.row_words, made.rows.tolist(), strict=True
             )
         ]
-        return JSONResponse({"width": made.rows.shape[1], "rows": rows})
+        return JSONResponse({"width": made.rows.shape[1], "rows": rows, "warnings": said})
 
     async def health(self) -> dict[str, Any]:
         """Whether the service answers."""
@@ -213,13 +140,15 @@ class Routes:
         return {"status": "ok", "result": None}
 
 
-def _answer(result: SegmentedImage, output: str, name: str, options: Options) -> tuple[bytes, str]:
+def _answer(
+    result: SegmentedImage, output: str, name: str, options: Options, said: list[str]
+) -> tuple[bytes, str]:
     """The content of an answer and its type."""
     if output != "json":
         labels = label_picture(result.labels, classes=len(result.classes))
         file = BytesIO()
         (labels if output == "labels" else result.overlay()).save(file, "PNG")
-        return file.getvalue(), "image/png"
+        return file.getvalue(), PNG
     picture, categories = result.annotated(name, options)
     made = {
         "images": [coco_image(picture, 1)],
@@ -229,10 +158,12 @@ def _answer(result: SegmentedImage, output: str, name: str, options: Options) ->
             for number, one in enumerate(picture.annotations, 1)
         ],
         "figures": figures(result),
+        "warnings": said,
     }
     return json.dumps(made).encode(), "application/json"
 
 
+PNG = "image/png"
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "the token is missing or another"},
     408: {"description": "not complete, or not answered, in time"},
@@ -257,6 +188,7 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
         description="Segment a picture into classes that are named in words.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a client that does not follow would take nothing for an answer
         swagger_ui_parameters={"validatorUrl": None},
     )
     png: dict[str, Any] = {"content": {"image/png": {}, "application/json": {}}}
@@ -280,14 +212,17 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [] if first["type"] == "json_invalid" else first["loc"][1:]
-        place = ".".join(map(str, where)) or "body"
-        return _error(422, f"{place}: {first['msg']}")
+        return _error(422, what_is_wrong(request, error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _error(error.status_code, str(error.detail), error.headers)
+        fix = {404: "/docs describes the paths", 405: f"send {(error.headers or {}).get('Allow')}"}
+        more = (
+            f" ({request.url.path:.100}; {fix[error.status_code]})"
+            if error.status_code in fix
+            else ""
+        )
+        return _error(error.status_code, f"{error.detail}{more}", error.headers)
 
     app.add_exception_handler(UserError, said)
     app.add_exception_handler(RequestValidationError, malformed)

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from talk2dino.datasets.benchmarks.classes import composed, typed_classes
-from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels
+from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels, too_large
 from talk2dino.errors import ConfigError, DataError, check_number
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.exemplars import WEIGHT, Exemplar
@@ -274,7 +274,8 @@ class Service:
             with Image.open(BytesIO(content)) as opened:
                 kind, (width, height) = opened.format, opened.size
         except Image.DecompressionBombError as error:
-            raise TooLargeError(f"{what}: {error}") from error
+            most = self.limits.max_megapixels
+            raise TooLargeError(f"{what}: {too_large()}; give at most {most:g} million") from error
         except Exception as error:  # broken files make decoders raise anything
             raise DataError(f"{what}: not a picture that can be read") from error
         if kind not in FORMATS:
@@ -339,11 +340,12 @@ def read_words(text: str) -> dict[str, tuple[str, ...]]:
         DataError: no class, one that is named twice, or JSON that cannot be read.
     """
     given: Any = [part for part in text.split(",") if part.strip()]
-    if text.lstrip().startswith(("[", "{")):
+    if text.lstrip().startswith(("[", "{", '"')):
         try:
-            given = json.loads(text, object_pairs_hook=_pairs)
+            given = json.loads(text, object_pairs_hook=read_object)
         except (ValueError, RecursionError) as error:
             raise DataError(f"classes: not JSON ({error})") from error
+    given = [given] if isinstance(given, str) else given
     if isinstance(given, Mapping):
         found = {name: _texts(words) for name, words in given.items()}
     else:
@@ -353,10 +355,25 @@ def read_words(text: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def read_negatives(text: str) -> tuple[str, ...]:
+    """The words of a request that count as background, synonyms among them; as `read_words`."""
+    try:
+        found = read_words(text)
+    except DataError as error:
+        raise DataError(str(error).replace("classes", "negatives", 1)) from error
+    return tuple(dict.fromkeys(word for words in found.values() for word in words))
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        DataError: a name that stands twice, of which JSON's readers keep the last.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise DataError("classes: a name stands twice")
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise DataError(f"classes: the name {twice!r:.60} stands twice; leave one out")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
 
-from talk2dino.errors import DataError, ResultWarning, check_number
+from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 
@@ -268,7 +267,7 @@ class _Frames:
         if self.other:
             said.append(f"from frame {self.other[0]} on {len(self.other)} have another size")
         if said:
-            warnings.warn(f"{name}: {'; '.join(said)}", ResultWarning, stacklevel=3)
+            say(f"{name}: {'; '.join(said)}", stacklevel=3)
 
 
 def _upright(frame: Any) -> npt.NDArray[np.uint8]:

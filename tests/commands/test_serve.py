@@ -18,6 +18,7 @@ from PIL import Image
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
+from talk2dino.errors import ConfigError
 from tests.helpers.pipeline import fails, need
 
 
@@ -91,6 +92,7 @@ def test_it_serves_until_sigterm_and_finishes_what_is_running(checkpoint: Path) 
         (["host=::", "port=0"], "needs a token"),
         (["host=0.0.0.0", "port=0", "token=short"], "token: give 16 or more"),
         (["token='with spaces is not good'"], "token: give 16 or more"),
+        (["token="], "token: is empty; give a token"),
         (["host=no.such.host.invalid"], r"host=no\.such\.host\.invalid port=8000: cannot be"),
         (["port=70000"], "port=70000: use 0 to 65535"),
         (["queue=0"], "queue=0: use 1 to"),
@@ -127,6 +129,29 @@ def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert read_token(config, "0.0.0.0") == "of-the-environment"
     config.token = "of-the-command-line"
     assert read_token(config, "127.0.0.1") == "of-the-command-line"
+    config.token = None
+    for given, said in (("", "TALK2DINO_TOKEN: is empty"), ("a" * 16 + "\n", "line breaks")):
+        monkeypatch.setenv("TALK2DINO_TOKEN", given)  # $(cat missing), or a file as it is
+        with pytest.raises(ConfigError, match=said):
+            read_token(config, "127.0.0.1")
+
+
+def test_the_key_of_label_studio_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from talk2dino.serve import read_key
+    from tests.helpers.configs import compose
+
+    config = compose("serve")
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "")
+    assert read_key(config) is None  # nothing would be asked with it
+    config.label_studio_url = "http://localhost:8080"
+    for given in ("", "key\n", "k y", "ключ"):
+        monkeypatch.setenv("LABEL_STUDIO_API_KEY", given)
+        with pytest.raises(ConfigError, match="LABEL_STUDIO_API_KEY: is empty, or has a space"):
+            read_key(config)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "a.key")
+    assert read_key(config) == "a.key"
 
 
 def test_without_its_libraries_it_says_how_to_get_them(

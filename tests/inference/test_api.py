@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -563,6 +564,29 @@ def test_numpys_true_is_true_and_a_word_of_two_classes_is_said() -> None:
     assert found.threshold == 0.55
     with pytest.warns(ResultWarning, match="'sofa' is a word of 'seat' and of 'sofa'"):
         model.segment(noise_pixels(), {"seat": ["chair", "sofa"], "sofa": "sofa"}, short_side=32)
+
+
+class LowerText(HashText):
+    """Knows no upper case, as CLIP and the uncased encoders."""
+
+    def encode(self, texts: Any) -> torch.Tensor:
+        return super().encode([text.lower() for text in texts])
+
+
+def test_words_that_the_text_encoder_takes_for_one_are_said() -> None:
+    vision = TimmVisionEncoder("test_vit", "random", image_size=32)
+    model = Talk2DINO(vision, LowerText(), ProjectionLayer(8, vision.embed_dim))
+    for classes, negatives, said in (
+        (["Cat", "dog", "cat"], (), "'Cat' and 'cat' have the same vector: the first gets"),
+        ({"a": ["x", "Dog"], "b": ["y", "dog"]}, (), "'Dog' and 'dog' have the same"),
+        (["dog"], ["Dog"], "'Dog' and 'dog' have the same"),
+    ):
+        with pytest.warns(ResultWarning, match=said) as heard:
+            model.open_vocabulary(classes, negatives=negatives)  # type: ignore[arg-type]
+        assert len(heard) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        model.open_vocabulary([["cat", "Cat"], "dog"])  # of one class
 
 
 PIXELS = np.zeros((40, 64, 3), np.uint8)

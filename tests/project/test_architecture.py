@@ -48,7 +48,7 @@ ONLY_IN = {
     "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
     "av": {"videos/frames.py"},
-    "fastapi": {"serving/server.py"},
+    "fastapi": {"serving/server.py", "serving/forms.py"},
     "httpx": {"serving/ml_backend.py"},
     "prometheus_client": {"serving/gate.py", "serving/server.py"},
     "jinja2": {"evaluation/report.py", "inference/model_card.py", "finding/found_files.py"},

@@ -209,6 +209,8 @@ def test_labeling_setups() -> None:
         "Car": ("car", "truck"),
         "Grüne Fläche & so": ("Grüne Fläche & so",),
     }
+    (other,) = read_controls(BRUSH.format("", '<Label value="A" predicted_values="b; c"/>'))
+    assert other.words == {"A": ("b", "c")}
     assert control.background == 0.4
     assert control.options.instances and control.options.minimum_area == 50
     (plain,) = read_controls(BRUSH.format("", labels))

@@ -7,8 +7,10 @@ import base64
 import json
 import shutil
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,6 +181,29 @@ def test_options_reach_the_model(client: Any, model: Talk2DINO) -> None:
     assert empty["annotations"] == segment(client, content).json()["annotations"]
     mapping = segment(client, content, {"sofa": ["sofa", "couch"]}).json()
     assert mapping["categories"][0]["synonyms"] == ["sofa", "couch"]
+
+
+def test_what_a_command_would_warn_of_is_answered(client: Any, model: Talk2DINO) -> None:
+    """Every time, to the one who asked; and all words of the negatives count."""
+    alone = "classes: 'cat' is alone"
+    for _ in range(2):  # Python's own filter gives a warning once
+        assert segment(client, picture(), '"cat"').json()["warnings"][0].startswith(alone)
+    png = segment(client, picture(), "cat", output="labels")
+    assert json.loads(png.headers["talk2dino-warnings"])[0].startswith(alone)
+    assert "talk2dino-warnings" not in segment(client, picture(), output="labels").headers
+    assert segment(client, picture()).json()["warnings"] == []
+    several = BytesIO()
+    pages = [Image.open(BytesIO(picture(n))).convert("RGB") for n in range(2)]
+    pages[0].save(several, "TIFF", save_all=True, append_images=pages[1:])
+    found = segment(client, several.getvalue()).json()
+    assert found["warnings"] == ["image: holds several pictures; the first is taken"]
+    assert found["annotations"] == segment(client, picture()).json()["annotations"]
+    dark = segment(client, gray(4095, np.uint16)).json()["warnings"]
+    assert dark == ["image: uses 12 of 16 bits, so it is nearly black; stretch its values first"]
+    for negatives in ("tree; bush", '{"plant": ["tree", "bush"]}'):
+        given = segment(client, picture(), negatives=negatives).json()
+        want = model.segment(picture(), WORDS, None, True, 32, negatives=["tree", "bush"])
+        assert given["annotations"] == want.to_coco("a.png")["annotations"]
 
 
 def test_requests_at_once_share_batches_and_get_their_own_results(model: Talk2DINO) -> None:
@@ -366,11 +391,42 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "short_side", lambda c: segment(c, picture(), short_side=-3)),
         (413, "short_side", lambda c: segment(c, picture(), short_side=10**30)),
         (422, "pamr", lambda c: segment(c, picture(), pamr="perhaps")),
-        (422, "pmar: Extra", lambda c: segment(c, picture(), pmar=True)),
+        (422, "pmar: no such field; did you mean pamr?", lambda c: segment(
+            c, picture(), pmar=True)),
+        (422, "threshold: no such field; there are image, classes, background", lambda c: segment(
+            c, picture(), threshold=0.5)),
+        (422, "background='abc': give a number or true or false", lambda c: segment(
+            c, picture(), background="abc")),
+        (422, "short_side='32.5': give a whole number", lambda c: segment(
+            c, picture(), short_side=32.5)),
+        (422, "image: is there 2 times", lambda c: form(c, image(), image(1), words())),
+        (422, "classes: is there 2 times", lambda c: form(c, image(), words(), words("dog"))),
+        (422, "'background': stands in the address", lambda c: c.post(
+            "/segment?background=true", files={"image": picture()}, data={"classes": "cat"})),
+        (422, "'classes': stands in the address", lambda c: c.post("/embed?classes=a", json={})),
+        (400, "breaks off", lambda c: form(c, image(), words(), end=b"")),
+        (400, "breaks off", lambda c: form(c, words(), image()[:-40], end=b"")),
+        (400, "boundary", lambda c: form(c, image(), kind="multipart/form-data")),
+        (422, "image: is text; send a file", lambda c: form(c, words(), field("image", b"x"))),
+        (422, "classes: is a file; send its content as text, curl -F 'classes=<FILE'",
+         lambda c: form(c, image(), field("classes", b"cat", "a.txt"))),
+        (422, "Content-Type: image/png; send a form", lambda c: form(c, kind="image/png")),
+        (422, "Content-Type: is missing; send a form", lambda c: c.post("/segment")),
+        (422, "Content-Type: text/plain; send JSON", lambda c: c.post(
+            "/embed", content=b"{}", headers={"Content-Type": "text/plain"})),
+        (422, "the name 'classes' stands twice", lambda c: c.post(
+            "/embed", content=b'{"classes": "a", "classes": "b"}', headers=JSON)),
+        (422, "the name 'a' stands twice", lambda c: c.post(
+            "/embed", content=b'{"classes": {"a": "b", "a": "c"}}', headers=JSON)),
+        (422, "is named twice", lambda c: segment(c, picture(), ["caf\u00e9", "cafe\u0301"])),
+        (422, "negatives: 'a' is named twice", lambda c: segment(c, picture(), negatives="a, a")),
+        (422, "not JSON", lambda c: segment(c, picture(), '"cat", "dog"')),
+        (413, "more than 178956970 pixels", lambda c: segment(c, large_png(60_000))),
+        (422, "0..70000; save it with 8 or 16 bits", lambda c: segment(c, gray(70_000, np.int32))),
         (422, "output", lambda c: segment(c, picture(), output="../x")),
-        (422, "image: Field required", lambda c: c.post("/segment", data={"classes": "cat"})),
-        (422, "image", lambda c: c.post("/segment", data={"image": "text", "classes": "cat"})),
-        (422, "", lambda c: c.post("/segment", json={"classes": "cat"})),
+        (422, "image: is missing", lambda c: form(c, words())),
+        (422, "send a form", lambda c: c.post("/segment", data={"image": "text"})),
+        (422, "send a form", lambda c: c.post("/segment", json={"classes": "cat"})),
         (422, "exemplar 1 of 'rust': mask of an exemplar: 41x64", lambda c: shown(
             c, masks=[mask((41, 64))])),
         (422, "exemplar 2 of 'rust'", lambda c: shown(
@@ -392,16 +448,17 @@ def test_health_metrics_and_description(client: Any) -> None:
         (413, "1200x1000 pixels", lambda c: shown(c, images=[picture(0, (1000, 1200), "JPEG")])),
         (413, "1200x1000 pixels", lambda c: shown(c, masks=[mask((1000, 1200))])),
         (413, "9 words", lambda c: shown(c, "rust", classes="a,b,c,d,e,f,g,h,i")),
-        (422, "image", lambda c: c.post("/segment", content=b"--x\r\nz", headers=MULTIPART)),
-        (422, "body", lambda c: c.post("/embed", content=b"{")),
+        (400, "breaks off", lambda c: c.post("/segment", content=b"--x\r\nz", headers=MULTIPART)),
+        (422, "body", lambda c: c.post("/embed", content=b"{", headers=JSON)),
         (400, "parsing", lambda c: c.post("/embed", content=b'{"classes": "\xff"}', headers=JSON)),
         (400, "", lambda c: c.post("/embed", content=b"[" * 200_000, headers=JSON)),
         (422, "", lambda c: c.post("/embed", json=[])),
-        (422, "clases: Extra", lambda c: c.post("/embed", json={"clases": ["cat"]})),
+        (422, "did you mean classes", lambda c: c.post("/embed", json={"clases": ["cat"]})),
         (422, "half a character", lambda c: c.post("/embed", content=SURROGATE, headers=JSON)),
         (404, "Not Found", lambda c: c.get("/../../etc/passwd")),
         (404, "Not Found", lambda c: c.get("/static-offline-docs/..%2f..%2fcore.py")),
-        (405, "Not Allowed", lambda c: c.get("/segment")),
+        (405, "Not Allowed (/segment; send POST)", lambda c: c.get("/segment")),
+        (404, "Not Found (/segment/; /docs", lambda c: c.post("/segment/")),
         (405, "Not Allowed", lambda c: c.request("PATCH", "/health", content=b"x" * 5000)),
         (421, "without a token", lambda c: c.get("/health", headers={"Host": "evil.example:80"})),
         (422, "tasks", lambda c: c.post("/predict", json={})),
@@ -413,6 +470,12 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "label_config", lambda c: c.post("/setup", json={"schema": "<View>"})),
         (422, "label_config", lambda c: c.post("/setup", json={"schema": BOMB})),
         (422, "label_config", lambda c: c.post("/setup", json={"schema": ["x"]})),
+        (422, "did you mean 'model_background'", lambda c: c.post(
+            "/setup", json={"schema": SETUP.replace("toName", 'model_backgroud="1" toName')})),
+        (422, "did you mean 'predicted_values'", lambda c: c.post(
+            "/setup", json={"schema": SETUP.replace("predicted_values", "predicted_value")})),
+        (422, "the label 'Cat' twice", lambda c: c.post(
+            "/setup", json={"schema": SETUP.replace('"Sofa"', '"Cat"')})),
     ],
 )  # fmt: skip
 def test_what_is_refused(client: Any, status: int, said: str, send: Callable[[Any], Any]) -> None:
@@ -423,6 +486,46 @@ def test_what_is_refused(client: Any, status: int, said: str, send: Callable[[An
     assert said in detail and "\n" not in detail and "Traceback" not in detail
     assert client.get("/health").status_code == 200
     assert metric(client, "talk2dino_open_requests") == 0
+
+
+def field(name: str, content: bytes, file: str = "") -> bytes:
+    """A part of a form, as it is sent."""
+    more = f'; filename="{file}"' if file else ""
+    return f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content
+
+
+def image(seed: int = 0) -> bytes:
+    return field("image", picture(seed), "a.png")
+
+
+def words(text: str = "cat") -> bytes:
+    return field("classes", text.encode())
+
+
+def form(client: Any, *parts: bytes, end: bytes = b"\r\n--x--\r\n", kind: str = "") -> Any:
+    """Parts put together by hand."""
+    headers = {"Content-Type": kind or MULTIPART["Content-Type"]}
+    return client.post("/segment", content=b"\r\n".join(parts) + end, headers=headers)
+
+
+def gray(most: int, kind: Any, rows: int = 40) -> bytes:
+    """A TIFF of wide values, `[rows, 64]`."""
+    file = BytesIO()
+    Image.fromarray(np.linspace(0, most, 64 * rows).astype(kind).reshape(rows, 64)).save(
+        file, "TIFF"
+    )
+    return file.getvalue()
+
+
+def large_png(side: int) -> bytes:
+    """What its header says, and no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
 
 
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -222,7 +222,7 @@ def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
         given = content.get("unlabeled", [])
         values = given if isinstance(given, list) else [given]
         ignored = [_label_value(value, f"{path}: unlabeled") for value in values]
-        _refuse_typo(content, ("classes", "unlabeled"), str(path))
+        refuse_typo(content, ("classes", "unlabeled"), str(path))
         content = content.get("classes", [])
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of classes, found {type(content).__name__}")
@@ -257,7 +257,7 @@ def _from_mapping(entry: Mapping[str, Any], number: int, origin: str) -> ClassSp
     check_word(entry["name"], f"{origin}: class {number}")
     name = entry["name"].strip()
     where = f"{origin}: class {number} ({name})"
-    _refuse_typo(entry, _ENTRY_KEYS, where)
+    refuse_typo(entry, _ENTRY_KEYS, where)
     given = entry.get("synonyms") or (name,)
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise DataError(f"{where}: synonyms is {given!r:.60}; give a list of names")
@@ -275,8 +275,12 @@ def _from_mapping(entry: Mapping[str, Any], number: int, origin: str) -> ClassSp
     )
 
 
-def _refuse_typo(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a key that is nearly a known one; others may belong to another program."""
+def refuse_typo(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a key that is nearly a known one; others may belong to another program.
+
+    Raises:
+        DataError: such a key.
+    """
     for key in given:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
         if near and key not in known:

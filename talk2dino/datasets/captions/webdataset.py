@@ -263,7 +263,8 @@ class WebDataset(Source):
             except ValueError as error:
                 raise OSError(f"the sample has no caption: {error}") from error
         data = self._reader.read(tar, int(sample["image_offset"]), int(sample["image_size"]))
-        return read_picture(BytesIO(data))
+        name = f"{self.tars[tar]}: sample {index}"
+        return read_picture(BytesIO(data), name)
 
     def fingerprint(self) -> dict[str, Any]:
         """Number, names and sizes of the tars, where captions come from, number of samples."""

@@ -1,0 +1,168 @@
+"""The fields of `/segment` and `/embed`, and in one line what is wrong with those of a request."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_origin
+
+from fastapi import Form, Request, UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from starlette.datastructures import UploadFile as Uploaded
+
+from talk2dino.errors import DataError
+from talk2dino.serving.service import read_object
+
+Words = Annotated[
+    str | None,
+    Field(
+        description="`cat, sofa; couch`: names separated by commas, synonyms by semicolons; or "
+        'JSON, `["cat", ["sofa", "couch"]]` or `{"sofa": ["sofa", "couch"]}`. Those that the '
+        "service began with if left out.",
+        examples=["cat, sofa; couch"],
+    ),
+]
+
+T = TypeVar("T")
+# the page of the description sends a list that is empty as one empty field
+Several = Annotated[list[T], BeforeValidator(lambda given: [one for one in given if one != ""])]
+
+EMPTY: dict[str, Any] = {"example": ""}  # what the page of the description begins with
+
+
+class SegmentForm(BaseModel):
+    """Fields of `POST /segment`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: UploadFile = Field(description="the picture: JPEG, PNG, WebP, TIFF …")
+    classes: Words = None
+    background: Annotated[float | bool | None, Field(union_mode="left_to_right")] = Field(
+        None,
+        description="true, or a score 0..1: pixels that no class fits are background",
+        json_schema_extra=EMPTY,
+    )
+    negatives: str | None = Field(
+        None,
+        description="words that count as background where they win, as `classes`",
+        json_schema_extra=EMPTY,
+    )
+    pamr: bool = Field(True, description="refine the edges")
+    short_side: int | None = Field(
+        None, description="working size in pixels; smaller is faster", json_schema_extra=EMPTY
+    )
+    instances: bool = Field(False, description="an annotation per connected area, not per class")
+    minimum_area: int = Field(1, ge=0, description="pixels; smaller annotations are left out")
+    exemplar_classes: Several[str] = Field(
+        [],
+        description="classes that are shown: the name of each exemplar, in order; separated by "
+        "commas, or the field several times",
+    )
+    exemplar_images: Several[UploadFile] = Field([], description="a picture for each name")
+    exemplar_masks: Several[UploadFile] = Field(
+        [],
+        description="a mask for each picture, of its size: one channel, 0 outside the class; no "
+        "JPEG",
+    )
+    exemplar_weight: float | None = Field(
+        None,
+        description="share of the exemplars, 0..1, where a class has words as well",
+        json_schema_extra=EMPTY,
+    )
+    output: Literal["json", "labels", "overlay"] = Field(
+        "json", description="JSON, or a PNG: the label map, or the picture with the classes"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, given: Any) -> Any:
+        """The page of the description sends fields that nobody filled; older FastAPI keeps them."""
+        kept = given.items() if isinstance(given, dict) else ()
+        return {key: value for key, value in kept if value != ""} if kept else given
+
+
+Filled = Annotated[SegmentForm, Form(media_type="multipart/form-data")]
+
+
+class EmbedRequest(BaseModel):
+    """Body of `POST /embed`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    classes: str | list[str | list[str]] | dict[str, str | list[str]] | None = Field(
+        None, description="as in `/segment`", examples=[["cat", ["sofa", "couch"]]]
+    )
+
+
+FIELDS: Mapping[str, type[BaseModel]] = {"/segment": SegmentForm, "/embed": EmbedRequest}
+_HINTS = {  # by the kind of pydantic's error, where its own words say less
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+}
+
+
+async def refuse_unread(request: Request) -> None:
+    """Refuse what nothing reads: fields in the address, and all but the last of several values.
+
+    Raises:
+        DataError: the first such field.
+    """
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise DataError(f"{name!r:.60}: stands in the address, where nothing is read; send a field")
+    if not request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
+        json.loads(await request.body(), object_pairs_hook=read_object)
+        return
+    several = {name for name, one in SegmentForm.model_fields.items() if _is_list(one.annotation)}
+    for name, count in Counter(key for key, _ in (await request.form()).multi_items()).items():
+        if count > 1 and name not in several:
+            raise DataError(f"{name}: is there {count} times; send it once")
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list
+
+
+def what_is_wrong(request: Request, errors: Sequence[Mapping[str, Any]]) -> str:
+    """One line for the first field that does not fit: its name, its value, and what to send.
+
+    Args:
+        request: that was refused.
+        errors: of pydantic.
+    """
+    first, path = errors[0], request.url.path
+    kind, given = first["type"], first.get("input")
+    where = [] if kind == "json_invalid" else [str(part) for part in first["loc"][1:]]
+    sent = request.headers.get("content-type", "").strip()
+    wanted, how = "application/json", "send JSON"
+    if path == "/segment":
+        wanted, how = "multipart/form-data", "send a form, curl -F image=@cat.jpg -F classes=cat"
+    if not sent.lower().startswith(wanted):
+        return f"Content-Type: {sent[:60] or 'is missing'}; {how}, as {wanted}"
+    if not where:
+        return f"body: {first['msg']}"
+    name = where[0]
+    if kind == "missing":
+        return f"{name}: is missing"
+    if kind == "extra_forbidden":
+        known = list(FIELDS[path].model_fields) if path in FIELDS else []
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{name:.60}: no such field; {fix}"
+    if isinstance(given, (UploadFile, Uploaded)):
+        return f"{name}: is a file; send its content as text, curl -F '{name}=<FILE'"
+    if "UploadFile" in first["msg"]:
+        return f"{name}: is text; send a file, curl -F {name}=@FILE"
+    hints = [
+        _HINTS.get(e["type"], e["msg"].removeprefix("Input should be "))
+        for e in errors
+        if e["loc"][1:2] == first["loc"][1:2]
+    ]
+    return f"{name}={given!r:.60}: give {' or '.join(dict.fromkeys(hints))}"
