@@ -39,6 +39,7 @@ from talk2dino.evaluation.settings import (
 )
 from talk2dino.files import read_json, refuse_foreign_run, write_json
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.inference.vocabulary import say_equal
 from talk2dino.segmentation import PAMR, Segmenter
 
 
@@ -78,7 +79,7 @@ def evaluate(config: DictConfig) -> None:
     if not results:
         return  # another rank reports
     columns["trained" if columns else "IoU"] = results
-    Console().print(class_table(columns, benchmark.reference))
+    Console(markup=False, emoji=False).print(class_table(columns, benchmark.reference))
     print(f"results: {file}")
     where = describe_environment(config.trainer.get("accelerator"), precision)
     write_json(folder / ENVIRONMENT, where)
@@ -129,6 +130,8 @@ def predict(
         projection,
         benchmark.templates,
     )
+    words = [word for spec in benchmark.class_list.prompted for word in spec.synonyms]
+    say_equal(words, row_classes.tolist(), text, "benchmark.classes")
     if calibration is not None:
         names = [benchmark.class_list.prompted[number].name for number in row_classes.tolist()]
         text = calibration.score_rows(text, names, projection)

@@ -7,7 +7,6 @@ import time
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,7 +30,7 @@ from talk2dino.files import user_path
 def extract(config: DictConfig) -> None:
     """Fill the store that the config describes, with a progress bar."""
     job = extraction(config)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of files have brackets
     say_left_out(job, console)
     check_space(job, console)
     with progress_bar(console, enabled=job.rank == 0) as bar:
@@ -109,8 +108,9 @@ def report(job: Extraction, manifest: Manifest | None, counted: Counter, console
     skipped = manifest.skipped
     if skipped:
         console.print(
-            f"[yellow]{skipped} images could not be read and were skipped; "
-            f"the list is {job.store / f'{job.split}-skipped.jsonl'}"
+            f"{skipped} images could not be read and were skipped; "
+            f"the list is {job.store / f'{job.split}-skipped.jsonl'}",
+            style="yellow",
         )
     images = sum(shard.images for shard in manifest.shards)
     captions = sum(shard.captions for shard in manifest.shards)
@@ -126,8 +126,9 @@ def say_left_out(job: Extraction, console: Console) -> None:
     left, file = job.source.left_out, job.store / f"{job.split}-left-out.jsonl"
     if not left or job.rank:
         return
-    first = escape(f"{left[0]['file_name']} ({left[0]['reason']})")
-    console.print(f"[yellow]{len(left)} files are left out, such as {first}; the list is {file}")
+    first = f"{left[0]['file_name']} ({left[0]['reason']})"
+    said = f"{len(left)} files are left out, such as {first}; the list is {file}"
+    console.print(said, style="yellow")
 
 
 def check_space(job: Extraction, console: Console) -> None:

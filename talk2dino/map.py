@@ -73,7 +73,7 @@ def report(result: MapResult, pixel_area: float | None, files: list[Path]) -> No
     for name, pixels in sorted(result.pixels.items(), key=lambda pair: -pair[1]):
         area = pixels * (pixel_area or 1)
         table.add_row(name, f"{100 * pixels / seen:.1f} %", f"{area:,.0f}")
-    Console().print(table, markup=False)
+    Console(markup=False, emoji=False).print(table)  # names have brackets
     if result.before:
         print(f"{result.before} of {result.blocks} blocks were done before")
     if result.ignored:

@@ -16,9 +16,10 @@ from talk2dino.alignment.checkpoint import read_checkpoint
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
+from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
-from talk2dino.files import user_path
+from talk2dino.files import read_text, user_path
 from talk2dino.finding.found_files import (
     JSON,
     PAGE,
@@ -103,9 +104,22 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
     listed = isinstance(given, (ListConfig, list)) or text is None or text[:1] in ("[", "{")
     named = text is not None and (is_file(text) or Path(text).suffix.lower() in (".txt", ".json"))
     try:
+        if text and text.lower().endswith(".txt") and user_path(text).is_file():
+            return _lines(user_path(text))
         return class_words(given if listed or named else [given])
     except (ConfigError, DataError) as error:
         raise type(error)(re.sub(r"^(benchmark\.)?classes\b", "query", str(error))) from error
+
+
+def _lines(file: Path) -> Mapping[str, tuple[str, ...]]:
+    """The queries of a text file, one on each line, which have no colors and no background."""
+    lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+    if not lines:
+        raise DataError(f"query={file}: is empty; write a query on each line")
+    try:
+        return typed_classes(lines)
+    except DataError as error:
+        raise DataError(str(error).replace("classes", f"query={file}", 1)) from error
 
 
 def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:
@@ -134,7 +148,7 @@ def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> N
 
 def report(facts: Mapping[str, Any], written: Written, output: Path, images: Path | None) -> None:
     """Print the first results, the recalls, what could not be read, and where the files are."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table()
     for name in ("query", "picture", "score", "place"):
         table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")

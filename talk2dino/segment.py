@@ -140,7 +140,7 @@ def _segment(
     share: Share,
 ) -> dict[Job, str]:
     """Write every result; gives the broken pictures of a folder with what is wrong."""
-    console, single = Console(), len(share.jobs) == 1
+    console, single = Console(markup=False, emoji=False), len(share.jobs) == 1
     totals: dict[str, list[float]] = {}
     broken: dict[Job, str] = {}
     said = LARGE

@@ -36,7 +36,7 @@ def require_all(config: DictConfig) -> None:
 
 def video(config: DictConfig) -> None:
     """Segment the frames of a video; writes the overlay and a JSON of figures beside it."""
-    classes = class_words(config.classes)
+    classes = class_words(config.classes, config.background)
     background_threshold(config.background)  # refuses it before the model is loaded
     smoother = Smoother(config.smoothing)
     source, output = user_path(config.video), user_path(config.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from talk2dino.config.command import build, progress
 from talk2dino.config.typed import parse_words
 from talk2dino.datasets.benchmarks.classes import (
+    BACKGROUND,
     composed,
     read_classes,
     shipped_lists,
     typed_classes,
 )
 from talk2dino.encoders.devices import choose_device
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.exemplars import read_folder
 from talk2dino.inference.model import Talk2DINO
@@ -67,7 +69,9 @@ def load_model(config: DictConfig, device: str | None = None, classes: object = 
     )
 
 
-def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
+def class_words(
+    given: object, background: bool | float | None = None
+) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     """Class names and the words that stand for them, from the command line or a file.
 
     Args:
@@ -76,15 +80,22 @@ def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
             package (see `datasets.benchmarks.classes`), or a `.safetensors` file of class
             embeddings. A background of a file is not prompted; among words it is one like any
             other.
+        background: what is asked for; without, it is said that a file's own is left out.
 
     Raises:
-        ConfigError: no class.
+        ConfigError: no class, or a word that is a file.
         DataError: a class file that cannot be read, or names a class twice.
     """
     if is_file(given):
         return ClassEmbeddings.load(given)
     if isinstance(given, str) and _is_file(given):
-        return {spec.name: spec.synonyms for spec in read_classes(given).prompted}
+        found = read_classes(given)
+        if found.has_background and (background is None or background is False):
+            say(
+                f"classes={given}: its {BACKGROUND} is left out, for it is no word; "
+                "background=true, where the classes are used, labels what no class fits"
+            )
+        return {spec.name: spec.synonyms for spec in found.prompted}
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
         given = parse_words(given, "classes")
     if isinstance(given, Mapping):
@@ -98,6 +109,12 @@ def class_words(given: object) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     named = [part for part in named if part and (not isinstance(part, str) or part.strip())]
     if not named:
         raise ConfigError(NO_CLASS)
+    for word in named:
+        if isinstance(word, str) and Path(word).suffix and os.path.isfile(word):  # noqa: PTH113
+            raise ConfigError(
+                f"classes: {word!r:.200} is a file; a list is a .txt or .json file, alone and "
+                "without brackets"
+            )
     return typed_classes(named)
 
 
@@ -133,7 +150,7 @@ def named_classes(config: DictConfig) -> dict[str, tuple[Shown, ...]] | ClassEmb
     Raises:
         ConfigError: exemplars beside class embeddings.
     """
-    words = {} if config.classes is None else class_words(config.classes)
+    words = {} if config.classes is None else class_words(config.classes, config.get("background"))
     if config.exemplars is None:
         return words  # type: ignore[return-value]  # words are what a class may be shown by
     if isinstance(words, ClassEmbeddings):

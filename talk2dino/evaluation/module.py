@@ -266,7 +266,7 @@ class EvaluationProgress(ProgressBar):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self.console = console or Console()
+        self.console = console or Console(markup=False, emoji=False)
         self._enabled = True
         self._bar: Progress | None = None
         self._begun = self._logged = 0.0
@@ -296,7 +296,7 @@ class EvaluationProgress(ProgressBar):
         if not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("mIoU {task.fields[miou]:.1f}  {task.fields[rate]:.2f} images/s"),

@@ -200,7 +200,7 @@ def compare(runs: Sequence[Run], folder: Path | None) -> None:
         folder: `summary.md`, `summary.csv` and `report.html` go there.
     """
     summary = summarize(runs)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(as_table(summary, console.width))
     for run in runs:
         if run.error:

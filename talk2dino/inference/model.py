@@ -339,7 +339,7 @@ class Talk2DINO(TextSide):
                 "there; add a background, negatives or more classes to compare with",
                 stacklevel=2,
             )
-        say_equal(words, rows)
+        say_equal(words.row_words, words.row_classes, rows)
         segmenter = self.segmenter(threshold, pamr, short_side, refinement)
         rows = self._calibrated(words, rows)
         return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))

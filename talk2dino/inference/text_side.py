@@ -39,6 +39,7 @@ from talk2dino.inference.vocabulary import (
     Words,
     exemplars_of,
     read_words,
+    say_equal,
 )
 from talk2dino.segmentation.segmenter import EncodedImage
 
@@ -144,6 +145,7 @@ class TextSide(nn.Module):
         given = ClassEmbeddings.of(classes)
         if given is None:
             words, rows = self._rows(classes, templates, negatives, prompts, short_side)
+            say_equal(words.row_words, words.row_classes, rows)
             texts, used = None, templates or ""
             if any(words.rows):
                 with self._turn:

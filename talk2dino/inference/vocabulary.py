@@ -84,7 +84,7 @@ def read_words(
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
     negative = _words(negatives, "negatives")
-    _check_shared(groups, negative)
+    _refuse_shut(groups, negative)
     if negative and BACKGROUND in groups:
         raise ConfigError(
             f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
@@ -164,45 +164,43 @@ def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
     return words
 
 
-def _check_shared(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str]) -> None:
-    """Refuse a negative that is a class's word; say where two classes share one: the first wins.
+def _refuse_shut(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str]) -> None:
+    """Refuse a negative that is a class's word.
 
     Raises:
         ConfigError: such a negative.
     """
-    owners: dict[str, str] = {}
     shut = set(map(composed, negatives))
     for name, entries in groups.items():
         for word in {composed(entry) for entry in entries if isinstance(entry, str)}:
             if word in shut:
                 raise ConfigError(f"negatives: {word!r} is also a word of the class {name!r}")
-            if (owner := owners.setdefault(word, name)) != name:
-                said = (
-                    f"classes: {word!r} is a word of {owner!r} and of {name!r}: the first gets it"
-                )
-                say(said, stacklevel=4)
 
 
-def say_equal(words: Words, rows: Tensor) -> None:
+def say_equal(
+    words: Sequence[str], classes: Sequence[int], rows: Tensor, key: str = "classes"
+) -> None:
     """Say which words of several classes have the same vector: the first class gets their pixels.
 
     Text encoders mostly know no upper case, or take a word of a foreign script for an unknown one.
 
     Args:
-        words: whose texts differ; of equal ones `read_words` speaks.
-        rows: `[N, D]` unit rows of these.
+        words: of every row, empty where there is none.
+        classes: of every row.
+        rows: `[N, D]`, unit.
+        key: for the message.
     """
     told = set()
     for begin in range(0, len(rows), 256):
         equal = rows[begin : begin + 256] @ rows.T > 1 - 2e-6
-        for number, first in equal.nonzero().tolist():
-            number += begin
-            pair = (words.row_words[first], words.row_words[number])
-            late, different = words.row_classes[number], composed(pair[0]) != composed(pair[1])
-            if words.row_classes[first] < late and late not in told and all(pair) and different:
-                told.add(late)
-                said = f"classes: {pair[0]!r} and {pair[1]!r} have the same vector: the first"
-                say(f"{said} gets the pixels of both", stacklevel=3)
+        for number, first in (equal.nonzero() + torch.tensor([begin, 0]).to(rows.device)).tolist():
+            here, there = words[number], words[first]
+            if classes[first] < classes[number] and classes[number] not in told and here and there:
+                told.add(classes[number])
+                what = f"{there!r} and {here!r} have the same vector"
+                if composed(here) == composed(there):
+                    what = f"{here!r} is a word of two classes"
+                say(f"{key}: {what}: the first gets its pixels", stacklevel=3)
 
 
 def _sentences(names: Sequence[str], templates: str | Sequence[str]) -> list[Sentences]:

@@ -35,7 +35,7 @@ class SweepTable(Callback):
         folder, sweep = Path(config.hydra.sweep.dir), config.sweep
         runs = ordered(read_sweep_runs(folder, sweep.metric), sweep.mode)
         if runs:
-            Console().print(write_tables(folder, runs, sweep.metric))
+            Console(markup=False, emoji=False).print(write_tables(folder, runs, sweep.metric))
             print(f"sweep: {folder / 'sweep.md'}, sweep.csv, sweep.png")
 
 

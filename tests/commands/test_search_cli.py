@@ -87,13 +87,15 @@ def test_pictures_places_and_thumbnails(
     assert len(pictures) == 4
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as thumbnail:
         assert thumbnail.height == 200
-    run(*command, 'query=[dog,"sofa; couch"]')  # ours, so it is replaced
-    assert [one["query"] for one in read(out)["queries"]] == ["dog", "sofa"]
+    run(*command, 'query=["x [/b] :cat:","sofa; couch"]')  # ours, so it is replaced
+    assert [one["query"] for one in read(out)["queries"]] == ["x [/b] :cat:", "sofa"]
     assert read(out)["queries"][0]["found"][0]["box"] is None
-    assert "images=DIR gives those of the pictures" in capfd.readouterr().out
-    (tmp_path / "queries.txt").write_text("dog\na cat\n")
+    said = capfd.readouterr().out
+    assert "images=DIR gives those of the pictures" in said and "x [/b] :cat:" in said
+    (tmp_path / "queries.txt").write_text("background\r\n\n#1 fan\n<script>\n")
     run(*command, f"query={tmp_path / 'queries.txt'}")
-    assert [one["query"] for one in read(out)["queries"]] == ["dog", "a cat"]
+    assert [one["query"] for one in read(out)["queries"]] == ["background", "#1 fan", "<script>"]
+    assert "<script>" not in (out / "found.html").read_text()
 
 
 def test_pictures_that_are_not_there_are_listed(
@@ -161,6 +163,8 @@ def test_what_cannot_be_done_is_one_line(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "found.html").write_text("my own")
     (tmp_path / "file").write_text("")
+    for name, text in (("queries.txt", "\n"), ("queries.csv", "cat"), ("two.txt", "cat\ncat")):
+        (tmp_path / name).write_text(text)
     asked = (f"checkpoint={psi}", f"store={store}", "query=cat", f"output={tmp_path / 'out'}")
     refused = {
         "checkpoint=…, store=…, query=… not given": [],
@@ -170,6 +174,9 @@ def test_what_cannot_be_done_is_one_line(
         "holds features of width 8": [*asked, f"store={tmp_path / 'narrow'}"],
         "has none of patch_tokens": [*asked, f"store={tmp_path / 'cls'}"],
         "query: the list is empty": [*asked, "query=[]"],
+        "queries.txt: is empty": [*asked, f"query={tmp_path / 'queries.txt'}"],
+        "two.txt: 'cat' is named twice": [*asked, f"query={tmp_path / 'two.txt'}"],
+        "queries.csv' is a file; a list is": [*asked, f"query={tmp_path / 'queries.csv'}"],
         "top=0: use 1 to": [*asked, "top=0"],
         "best=9999": [*asked, "best=9999"],
         "images=nowhere: no such folder": [*asked, "images=nowhere"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.pictures import picture_suffixes, to_pixels
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.outputs import Job, plan
 from tests.helpers.pipeline import fails, run
 
@@ -308,6 +309,15 @@ def test_class_words(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("cat\nsofa; couch\n")
     assert class_words(str(tmp_path / "words.txt")) == want
     assert len(class_words("voc")) == 20  # comes with the package
+    with pytest.warns(ResultWarning, match=r"background\+voc: its background is left out, for it"):
+        assert len(class_words("background+voc", False)) == 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        assert len(class_words("background+voc", 0.0)) == 20  # a score, where it may be
+    (tmp_path / "words.csv").write_text("cat\n")
+    for given in (f"{tmp_path}/words.csv", [f"{tmp_path}/words.txt"], f"cat,{tmp_path}/words.csv"):
+        with pytest.raises(ConfigError, match="is a file; a list is a"):
+            class_words(given)
     with pytest.raises(ConfigError, match="list is empty"):
         class_words(" , ")
     with pytest.raises(DataError, match="no such file"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from talk2dino.config.model_and_classes import class_words
@@ -76,6 +76,7 @@ def test_typed_words_come_out_as_they_are(typed: list[list[str]]) -> None:
 @given(groups.filter(bool))
 def test_files_give_the_names_that_they_hold(folder: Path, typed: list[list[str]]) -> None:
     typed = [group for group in typed if group[0] != "background"] or [["cat"]]
+    assume(not all(group[0][0].isdecimal() for group in typed))  # see test_evaluation.py
     as_text, as_json = folder / "list.txt", folder / "list.json"
     as_text.write_text("".join(";".join(group) + "\r\n\n" for group in typed), encoding="utf-8")
     listed = [{"name": g[0], "synonyms": g, "id": n} for n, g in enumerate(typed)]

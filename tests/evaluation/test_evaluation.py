@@ -22,7 +22,7 @@ from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.mosaic import MosaicBenchmark
 from talk2dino.datasets.pictures import read_image
-from talk2dino.errors import ConfigError, DataError, UserError
+from talk2dino.errors import ConfigError, DataError, ResultWarning, UserError
 from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.settings import check_precision
 from tests.helpers.encoders import MeanColorEncoder
@@ -226,6 +226,9 @@ def test_class_lists(tmp_path: Path) -> None:
     assert classes.classes[1].synonyms == ("hound",)
     assert not classes.has_background
     assert read_classes(["cat", "dog"]).names == ["cat", "dog"]
+    (tmp_path / "gap.txt").write_bytes(b"\xef\xbb\xbfcat\t\r\n\r\ndog \r\n\r\n")
+    with pytest.warns(ResultWarning, match=r"gap\.txt: line 2 is empty and does not count: label"):
+        assert read_classes(tmp_path / "gap.txt").names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,7 @@ def test_class_lists(tmp_path: Path) -> None:
         ("a.txt", " \n\n", "the class list is empty"),
         ("a.txt", "cat\n;\n", "class 1 is ';'; give it a name"),
         ("a.txt", "background", "background is the only class"),
+        ("a.txt", "0 cat\n7: dog\n", "line 1 is '0 cat', where the number would be part of"),
         ("a.json", "{oops", "not a json file"),
         ("a.json", "[]", "the class list is empty"),
         ("a.json", "3", "expected a list"),

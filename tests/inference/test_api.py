@@ -562,7 +562,7 @@ def test_numpys_true_is_true_and_a_word_of_two_classes_is_said() -> None:
     model = hash_model()
     found = model.segment(noise_pixels(), **WORDS, background=np.True_)
     assert found.threshold == 0.55
-    with pytest.warns(ResultWarning, match="'sofa' is a word of 'seat' and of 'sofa'"):
+    with pytest.warns(ResultWarning, match="'sofa' is a word of two classes: the first"):
         model.segment(noise_pixels(), {"seat": ["chair", "sofa"], "sofa": "sofa"}, short_side=32)
 
 

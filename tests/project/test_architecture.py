@@ -203,6 +203,14 @@ def test_files_are_read_in_one_sitting_and_folders_seen_at_a_glance() -> None:
         assert files <= (20 if folder == "." else LARGEST_FOLDER), folder
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_texts_of_users_are_printed_as_they_are(source: str) -> None:
+    """Rich takes `[/b]` for markup, and may end in a traceback, and `:cat:` for a picture."""
+    for arguments in re.findall(r"\bConsole\((.*?)\)", (PACKAGE / source).read_text()):
+        plain = "markup=False, emoji=False" in arguments or "stderr=True" in arguments
+        assert plain or source == "doctor.py", f"Console({arguments})"
+
+
 def test_no_two_files_share_a_name() -> None:
     names = Counter(Path(source).name for source in SOURCES)
     assert {name for name, count in names.items() if count > 1} <= SAME_NAME

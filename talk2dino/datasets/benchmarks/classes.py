@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from talk2dino.errors import DataError
+from talk2dino.errors import DataError, say
 from talk2dino.files import read_json, read_text, user_path
 
 BACKGROUND = "background"
@@ -212,7 +212,23 @@ def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
+    """The lines of a list of classes that are not empty.
+
+    Raises:
+        DataError: all begin with a number, which would be part of the names.
+    """
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
+    named = [line for line in lines if line]
+    if 0 < len(named) < len(lines):
+        empty = lines.index("") + 1
+        say(f"{path}: line {empty} is empty and does not count: label values go on without a gap")
+    numbers = [found[1] for found in map(re.compile(r"(\d+)[\s:;,.)]+\S").match, named) if found]
+    if len(numbers) == len(named) > 1 and sorted(set(numbers), key=int) == numbers:
+        raise DataError(
+            f"{path}: line 1 is {named[0]!r:.60}, where the number would be part of the name; give "
+            "the names alone, or a .json file with an id for each"
+        )
+    return named
 
 
 def _read_json(path: Path) -> tuple[list[Any], tuple[int, ...]]:
