@@ -100,7 +100,7 @@ def serve(config: DictConfig) -> None:
 
     limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
     given = config.classes or config.exemplars is not None
-    classes = named_classes(config) if given else None
+    classes = named_classes(config, brought=True) if given else None
     refinement = command.build(config.refinement) if config.refinement else None
     pictures = TaskPictures(
         listed(config.image_hosts),

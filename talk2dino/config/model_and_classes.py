@@ -21,7 +21,7 @@ from talk2dino.datasets.benchmarks.classes import (
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
-from talk2dino.inference.exemplars import read_folder
+from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.vocabulary import Shown, exemplars_of
 
@@ -142,16 +142,25 @@ def listed(given: Any) -> list[Any]:
     return [given] if isinstance(given, str) else list(given or [])
 
 
-def named_classes(config: DictConfig) -> dict[str, tuple[Shown, ...]] | ClassEmbeddings:
+def named_classes(
+    config: DictConfig, brought: bool = False
+) -> dict[str, tuple[Shown, ...]] | ClassEmbeddings:
     """The words of `classes` and the exemplars of the folder `exemplars`, by class.
 
-    Arguments and errors as `class_words` and `exemplars.read_folder`; one of the two may be null.
+    Errors as `class_words` and `exemplars.read_folder`; one of the two may be null.
+
+    Args:
+        config: of a command with these keys.
+        brought: whether exemplars may come later, so that their weight is of use in any case.
 
     Raises:
         ConfigError: exemplars beside class embeddings.
     """
     words = {} if config.classes is None else class_words(config.classes, config.get("background"))
+    idle = f"exemplar_weight={config.exemplar_weight}: no class has both words and exemplars"
     if config.exemplars is None:
+        if config.exemplar_weight != WEIGHT and not brought:
+            say(f"{idle}, so it does nothing")
         return words  # type: ignore[return-value]  # words are what a class may be shown by
     if isinstance(words, ClassEmbeddings):
         raise ConfigError(
@@ -161,6 +170,8 @@ def named_classes(config: DictConfig) -> dict[str, tuple[Shown, ...]] | ClassEmb
     typed = {composed(name): name for name in words}
     folder = read_folder(config.exemplars, config.exemplar_weight)
     shown = {typed.get(name, name): exemplars for name, exemplars in folder.items()}
+    if config.exemplar_weight != WEIGHT and not brought and not words.keys() & shown.keys():
+        say(f"{idle}, so it does nothing")
     return {name: (*words.get(name, ()), *shown.get(name, ())) for name in {**words, **shown}}
 
 

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
+from talk2dino.datasets.exif import SWAPS, orientation
 from talk2dino.datasets.wide_gray import eight_bits
 from talk2dino.errors import DataError, say
 from talk2dino.files import user_path
@@ -26,17 +27,6 @@ _SUFFIXES = frozenset(
         *(".bmp", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm"),
     )
 )
-_TURN = {  # EXIF orientation -> what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 _PAGES = ("GIF", "PNG", "TIFF", "WEBP")  # of JPEG, the pictures behind the first are previews
 HEIF = (".heic", ".heif", ".hif")  # photographs of telephones
 
@@ -66,9 +56,17 @@ def unread(endings: Sequence[str]) -> str:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file of a folder is taken for a picture: by its suffix, unless it is hidden."""
+    """Whether a file of a folder is taken for a picture: by its suffix, unless it is hidden.
+
+    A link that leads nowhere is one, too: whoever reads it says so, instead of leaving it out.
+    """
     known = path.suffix.lower() in picture_suffixes() and not path.name.startswith(".")
-    return known and path.is_file()
+    return known and is_there(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def read_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
@@ -146,21 +144,7 @@ def middle_strip(image: Image.Image, ratio: int = STRIP) -> Image.Image:
     return image.crop((0, excess, width, height - excess))
 
 
-def orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright by its EXIF tag; None if it is."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of damaged tags
-            return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged tags raise all sorts of errors; the picture itself may be sound
-        return None
-
-
 _SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
-_SWAPS = (  # these turns exchange rows and columns
-    *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
-    *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
-)
 
 
 def read_image(path: Path) -> Tensor:
@@ -216,10 +200,10 @@ def picture_size(path: Path) -> tuple[int, int]:
         DataError: not a picture.
     """
     with _readable(path), _open(path) as file:
-        if file.format == "TIFF" and orientation(file) in _SWAPS:
+        if file.format == "TIFF" and orientation(file) in SWAPS:
             file.load()  # Pillow turns it while loading; when `size` follows differs by version
         columns, rows = file.size
-        swapped = orientation(file) in _SWAPS
+        swapped = orientation(file) in SWAPS
     return (columns, rows) if swapped else (rows, columns)
 
 
@@ -227,6 +211,16 @@ def is_turned(path: Path) -> bool:
     """Whether an EXIF tag turns a picture or label file."""
     with _readable(path), _open(path) as file:
         return orientation(file) is not None
+
+
+def turned_alone(picture: Path | BinaryIO, mask: Path | BinaryIO) -> bool:
+    """Whether an EXIF tag turns a picture but not its mask, and their sizes fit either way.
+
+    Then nothing tells whether the mask was drawn on the upright picture, as it is taken to be.
+    """
+    with _readable(str(picture)), _open(picture) as one, _open(mask) as other:
+        turned = orientation(one) is not None and orientation(other) is None
+        return turned and one.size == other.size
 
 
 def _upright(file: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ A folder of them has a folder per class, and in it pictures, each with its mask 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,7 +22,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
-from talk2dino.datasets.pictures import ImageLike, is_picture, is_plain, read_values, to_pixels
+from talk2dino.datasets.pictures import (
+    HEIF,
+    ImageLike,
+    is_picture,
+    is_plain,
+    read_values,
+    to_pixels,
+    turned_alone,
+    unread,
+)
 from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import user_path
 from talk2dino.segmentation.segmenter import EncodedImage
@@ -89,10 +98,18 @@ class Exemplar:
         """
         pixels, inside = to_pixels(self.image), _read_mask(self.mask)
         size, wanted = tuple(inside.shape), tuple(pixels.shape[-2:])
+        files = [_file(self.image), _file(self.mask)]
         if size != wanted:
+            turned = size == wanted[::-1] and "; an EXIF tag turns one of them upright"
             raise DataError(
                 f"{self._mask_name}: {size[0]}x{size[1]} pixels (rows x columns), but its picture "
-                f"has {wanted[0]}x{wanted[1]}; give a mask of the same size"
+                f"has {wanted[0]}x{wanted[1]}; give a mask of the same size{turned or ''}"
+            )
+        if None not in files and turned_alone(files[0], files[1]):  # type: ignore[arg-type]
+            say(
+                f"{self._mask_name}: an EXIF tag turns its picture, and not the mask, which is "
+                "taken as drawn on the upright picture",
+                stacklevel=2,
             )
         if not inside.any():
             raise DataError(f"{self._mask_name}: is empty; pixels of the class are not 0")
@@ -170,7 +187,10 @@ def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[E
         raise DataError(f"{where}: no such folder; {_LAYOUT}")
     if stray := next((path for path in sorted(root.iterdir()) if is_picture(path)), None):
         raise DataError(f"{where}: {stray.name} lies in no folder of a class; {_LAYOUT}")
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    seen = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    if dead := next((path for path in seen if path.is_symlink() and not path.exists()), None):
+        raise DataError(f"{where}: {dead.name} is a link that leads nowhere; mend or remove it")
+    folders = [path for path in seen if path.is_dir()]
     if not folders:
         raise DataError(f"{where}: holds no folder of a class; {_LAYOUT}")
     found: dict[str, tuple[Exemplar, ...]] = {}
@@ -190,21 +210,61 @@ _LAYOUT = "a folder per class holds pictures and masks: crack/wall.jpg with crac
 
 
 def _pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Pictures of a class and their masks."""
-    files = [path for path in sorted(folder.iterdir()) if is_picture(path)]
-    masks = {path.stem.removesuffix(MASK): path for path in files if path.stem.endswith(MASK)}
-    pictures = [path for path in files if not path.stem.endswith(MASK)]
+    """Pictures of a class and their masks; names that differ in upper case alone are one."""
     where = f"exemplars={folder.parent}: {folder.name}"
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            raise DataError(f"{where}/{path.name} is a folder, in which nothing is read; {_LAYOUT}")
+        if not is_picture(path) and path.suffix.lower() in HEIF:
+            raise DataError(f"{where}/{path.name}: {unread([path.suffix.lower()])}")
+    files = [path for path in sorted(folder.iterdir()) if is_picture(path)]
+    masks = {p.stem[: -len(MASK)]: p for p in files if p.stem.lower().endswith(MASK)}
+    pictures = [path for path in files if path not in masks.values()]
     if not pictures or not masks:
         raise DataError(f"{where} holds no {'masks' if pictures else 'pictures'}; {_LAYOUT}")
-    names = [path.stem for path in pictures]
-    for path in pictures:
-        if path.stem not in masks or names.count(path.stem) > 1:
+    found = [(path, _mask_of(path, masks)) for path in pictures]
+    taken = [name for _, name in found]
+    for path, name in found:
+        if name is None or taken.count(name) > 1:
             wanted = f"needs a mask of its own, {path.stem}{MASK}.png"
             raise DataError(f"{where}/{path.name} {wanted}")
-    if alone := sorted(masks.keys() - set(names)):
+    if alone := sorted(masks.keys() - set(taken)):
         raise DataError(f"{where}/{masks[alone[0]].name} has no picture {alone[0]}.jpg beside it")
-    return [(path, masks[path.stem]) for path in pictures]
+    return [(path, masks[str(name)]) for path, name in found]
+
+
+def _mask_of(picture: Path, masks: Iterable[str]) -> str | None:
+    """The name of a picture's mask: its own, or the only one but for upper case and accents."""
+    if picture.stem in masks:
+        return picture.stem
+    same = [name for name in masks if _folded(name) == _folded(picture.stem)]
+    return same[0] if len(same) == 1 else None
+
+
+def _folded(name: str) -> str:
+    return composed(name).casefold()
+
+
+def say_confused(classes: Mapping[str, Sequence[Any]]) -> None:
+    """Say where a class that is shown has a name that another class says, or nearly.
+
+    Args:
+        classes: by name, words and exemplars.
+    """
+    for name, entries in classes.items():
+        if any(isinstance(entry, Exemplar) for entry in entries):
+            for other, words in classes.items():
+                said = (other, *(word for word in words if isinstance(word, str)))
+                near = next((word for word in said if _folded(word) == _folded(name)), None)
+                if other != name and near:
+                    say(
+                        f"classes: {name!r} is shown, and {near!r} stands for another class, "
+                        f"{other!r}; one name in both makes them one class",
+                        stacklevel=3,
+                    )
+                    break
 
 
 def _read_mask(mask: ImageLike) -> Tensor:
@@ -235,12 +295,24 @@ def _read_mask(mask: ImageLike) -> Tensor:
             f"mask of an exemplar: {values.dtype} {values.shape}; give [H, W], 0 outside the class"
         )
     found = np.unique(values)
+    name = f"mask={mask}" if isinstance(mask, (str, Path)) else "mask of an exemplar"
+    if len(found) > 1 and 0 not in found:
+        raise DataError(
+            f"{name}: holds {found[0]:g} and {found[1]:g} and no 0, so all of the picture would be "
+            "the class; pixels outside are 0"
+        )
     if len(found) > 2:
-        name = f"mask={mask}" if isinstance(mask, (str, Path)) else "mask of an exemplar"
         shown = ", ".join(f"{value:g}" for value in found[:4])
         said = f"{name}: holds {len(found)} values ({shown}, …); all but 0 are the class"
         say(said, stacklevel=2)
     return torch.from_numpy(values != 0)
+
+
+def _file(image: ImageLike) -> Path | BinaryIO | None:
+    """What Pillow can open, if it is a file or its bytes."""
+    if isinstance(image, (str, Path)):
+        return user_path(image)
+    return BytesIO(image) if isinstance(image, bytes) else None
 
 
 def _refuse_jpeg(file: BinaryIO, name: str) -> None:

@@ -16,7 +16,7 @@ from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, compos
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError, say
-from talk2dino.inference.exemplars import Exemplar
+from talk2dino.inference.exemplars import Exemplar, say_confused
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.memory import WorkingMemory
@@ -109,9 +109,11 @@ def read_words(
 
 def exemplars_of(classes: Classes) -> dict[str, tuple[Exemplar, ...]]:
     """The exemplars of every class that has some; errors as `read_words`."""
+    groups = _groups(classes)
+    say_confused(groups)
     shown = {
         name: tuple(entry for entry in entries if isinstance(entry, Exemplar))
-        for name, entries in _groups(classes).items()
+        for name, entries in groups.items()
     }
     return {name: exemplars for name, exemplars in shown.items() if exemplars}
 

@@ -19,7 +19,7 @@ from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.benchmarks.public_datasets import CityscapesBenchmark, CocoStuffBenchmark
 from talk2dino.datasets.pictures import picture_size, read_colors, read_image, read_values
-from talk2dino.errors import UserError
+from talk2dino.errors import ResultWarning, UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
 from tests.helpers.encoders import HashText, MeanColorEncoder, NamedColors, directions
@@ -94,6 +94,11 @@ def rotated_image(root: Path) -> None:
     Image.open(root / "images" / "1.jpg").save(root / "images" / "1.jpg", exif=exif)
 
 
+def dead_link(root: Path) -> None:
+    (root / "images" / "1.jpg").unlink()
+    (root / "images" / "1.jpg").symlink_to(root / "nowhere.jpg")
+
+
 def no_picture(root: Path) -> None:
     (root / "images" / "1.jpg").write_text("text")
 
@@ -122,6 +127,7 @@ def monstrous_image(root: Path) -> None:
         (two_images_of_one_name, r"images: 1\.PNG and 1\.jpg share one label map; keep one"),
         (other_size, r"masks/1\.png: \(24, 33\) rows and columns, its image 1\.jpg has \(24, 32\)"),
         (rotated_image, r"1\.png: \(24, 32\) .* has \(32, 24\); it is turned upright by"),
+        (dead_link, r"images/1\.jpg: cannot be read"),
         (no_picture, r"images/1\.jpg: cannot be read"),
         (no_label_map, r"masks/1\.png: cannot be read"),
         (
@@ -378,6 +384,16 @@ def test_damaged_exif_is_overlooked(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     assert picture_size(tmp_path / "a.jpg") == (4, 6)
     assert read_image(tmp_path / "a.jpg").shape == (3, 4, 6)
+
+
+def test_images_that_are_turned_alone_are_said(root: Path) -> None:
+    """Upside down, a size tells nothing of how the label map was drawn."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 3
+    for name in ("0.jpg", "2.jpg"):
+        Image.open(root / "images" / name).save(root / "images" / name, exif=exif)
+    with pytest.warns(ResultWarning, match=r"turn 2 images and not their label maps, the first is"):
+        build(root)
 
 
 def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -357,7 +358,8 @@ def test_a_folder_of_exemplars(
             "resume=true")  # fmt: skip
         assert "were done before" not in capfd.readouterr().out, change
 
-    run("embed", *GIVEN, "exemplars=shown", "exemplar_weight=0.4", "output=shown.safetensors")
+    with pytest.warns(ResultWarning, match=r"exemplar_weight=0\.4: no class has both words and"):
+        run("embed", *GIVEN, "exemplars=shown", "exemplar_weight=0.4", "output=shown.safetensors")
     assert "2 classes, 2 rows of width 64" in capfd.readouterr().out
     before = Path("out_labels.png").read_bytes()
     run(*SEGMENT, "classes=shown.safetensors", "output=file.png")
@@ -455,6 +457,18 @@ def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]
     refused("a.png: cannot be read as an image")
     save_pair(bad, "b", pixels, half(pixels))
     refused("b.png lies in no folder of a class")
+    for name in ("b.png", "b_mask.png"):
+        (bad / name).unlink()
+    (bad / "gone").symlink_to(bad / "nowhere")
+    refused("gone is a link that leads nowhere")
+    (bad / "gone").unlink()
+    (bad / "dark" / "site").mkdir()
+    refused("dark/site is a folder, in which nothing is read")
+    (bad / "dark" / "site").rmdir()
+    (bad / "dark" / "link.png").symlink_to(bad / "dark" / "link.png")
+    refused("dark/link.png needs a mask of its own")  # a loop, which is not left out
+    (bad / "dark" / "link.png").unlink()
+    save_pair(bad, "b", pixels, half(pixels))
     missing = ("segment", "checkpoint=none.safetensors", "image=p.png")
     assert "b.png lies in no folder" in fails(capfd, *missing, "exemplars=bad")  # checkpoint unread
     said = fails(capfd, *missing)
@@ -472,6 +486,62 @@ def test_an_exemplar_that_is_settled_is_not_read_again() -> None:
     assert int(kept.read()[0].max()) == 0
 
 
+def test_pictures_and_masks_whose_names_differ_in_case_are_pairs(tmp_path: Path) -> None:
+    pixels = halves()
+    save_pair(tmp_path / "shown" / "a", "x", pixels, half(pixels))
+    folder = tmp_path / "shown" / "a"
+    for before, after in (("x.png", "CAF\u00c9.PNG"), ("x_mask.png", "cafe\u0301_MASK.PNG")):
+        (folder / before).rename(folder / after)
+    for name in ("Thumbs.db", ".DS_Store", "._x.png", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    assert [one.digest for one in read_folder(tmp_path / "shown")["a"]] == [
+        Exemplar(pixels, half(pixels)).digest
+    ]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_masks_of_photographs_that_an_exif_tag_turns(orientation: int, tmp_path: Path) -> None:
+    """They are drawn on the upright picture; where a size cannot tell, that is said."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, inside = halves(), half(halves())
+    turns = {3: 2, 6: -1}[orientation]
+    photo, mask = tmp_path / "a.png", tmp_path / "a_mask.png"
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(photo, exif=exif)
+    upright = np.ascontiguousarray(np.rot90(inside.numpy(), turns))
+    Image.fromarray(upright).save(mask)
+    if orientation == 3:
+        for given in ((photo, mask), (photo.read_bytes(), mask.read_bytes())):
+            with pytest.warns(ResultWarning, match="an EXIF tag turns its picture, and not the"):
+                found = Exemplar(*given).read()
+            assert np.array_equal(found[1], upright)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ResultWarning)
+            assert np.array_equal(Exemplar(photo, mask).read()[1], upright)
+        Image.fromarray(inside.numpy()).save(mask)
+        with pytest.raises(DataError, match="mask of the same size; an EXIF tag turns one of them"):
+            Exemplar(photo, mask).read()
+    Image.fromarray(inside.numpy()).save(mask, exif=exif)  # the same tag in both
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        assert np.array_equal(Exemplar(photo, mask).read()[1], upright)
+
+
+def test_a_shown_class_that_is_nearly_said_elsewhere_is_said(model: Talk2DINO) -> None:
+    exemplar = Exemplar(halves(), half(halves()))
+    for classes, said in (
+        ({"Rust": exemplar, "rust": "rust"}, "'Rust' is shown, and 'rust' stands for another"),
+        (
+            {"sofa": ["sofa", "couch"], "couch": exemplar},
+            "'couch' stands for another class, 'sofa'",
+        ),
+        ({"Rust": exemplar, "rust": Exemplar(halves(1), half(halves()))}, "'rust' stands for"),
+    ):
+        with pytest.warns(ResultWarning, match=said):
+            model.open_vocabulary(classes, short_side=SIDE)  # type: ignore[arg-type]
+
+
 def test_masks_are_taken_for_what_they_show(tmp_path: Path) -> None:
     """Palettes by color, soft or labeled masks with a warning, NaN and lists not at all."""
     picture = np.zeros((4, 6, 3), np.uint8)
@@ -485,6 +555,8 @@ def test_masks_are_taken_for_what_they_show(tmp_path: Path) -> None:
     assert np.array_equal(Exemplar(picture, grad).read()[1], inside)
     with pytest.warns(ResultWarning, match=r"holds 3 values \(0, 1, 2, …\); all but 0"):
         Exemplar(picture, np.uint8(inside) + np.uint8(np.arange(6) < 1)).read()
+    with pytest.raises(DataError, match="holds 1 and 2 and no 0, so all of the picture would be"):
+        Exemplar(picture, np.uint8(inside) + np.uint8(1)).read()
     for wrong in (np.where(inside, np.nan, 0), inside.tolist(), [[1], [1, 2]], grad.to_sparse()):
         with pytest.raises(DataError, match=r"mask of an exemplar: .*give \[H, W\]"):
             Exemplar(picture, wrong).read()

@@ -22,13 +22,15 @@ from talk2dino.datasets.benchmarks.label_values import (
 )
 from talk2dino.datasets.pictures import (
     is_picture,
+    is_there,
     is_turned,
     picture_size,
     read_colors,
     read_image,
     read_values,
+    turned_alone,
 )
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_text, user_path
 
 
@@ -107,6 +109,7 @@ def check_pairs(
         DataError: a file is no picture, a label map has another size than its image, or an image
             is too large.
     """
+    turned = []
     for done, pair in enumerate(pairs, 1):
         size = picture_size(pair.image)
         check_size(picture_size(pair.mask), size, pair)
@@ -116,7 +119,14 @@ def check_pairs(
                 f"{max_pixels}; scale the image and its label map down, or raise that key (a "
                 "pixel takes about 70 bytes of memory)"
             )
+        if turned_alone(pair.image, pair.mask):
+            turned.append(pair.image.name)
         advance(done, len(pairs))
+    if turned:
+        say(
+            f"{pairs[0].image.parent}: EXIF tags turn {len(turned)} images and not their label "
+            f"maps, the first is {turned[0]}; these are taken as drawn on the upright image"
+        )
 
 
 def check_size(mask: tuple[int, int], image: tuple[int, int], pair: Pair) -> None:
@@ -156,7 +166,7 @@ def _listed(folder: Path, suffix: str | None, recursive: bool, key: str) -> dict
 
 def _has_suffix(path: Path, suffix: str) -> bool:
     named = path.name.lower().endswith(suffix.lower()) and not path.name.startswith(".")
-    return named and path.is_file()
+    return named and is_there(path)
 
 
 def _split_names(split: Path) -> list[str]:
