@@ -88,13 +88,17 @@ def read_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
         try:
             with Image.open(file) as image:
                 rgb = upright_rgb(image)
-                several = image.format in _PAGES and getattr(image, "is_animated", False)
+                if name or isinstance(file, Path):
+                    _say_several(image, name or str(file))
         except Image.DecompressionBombError as error:
             fix = "scale it down, or cut it into tiles"
             raise Image.DecompressionBombError(f"{too_large()}; {fix}") from error
-    if several and (name or isinstance(file, Path)):
-        say(f"{name or file}: holds several pictures; the first is taken", stacklevel=2)
     return rgb
+
+
+def _say_several(image: Image.Image, name: str) -> None:
+    if image.format in _PAGES and getattr(image, "is_animated", False):
+        say(f"{name}: holds several pictures; the first is taken", stacklevel=3)
 
 
 def too_large() -> str:
@@ -177,9 +181,10 @@ def read_values(
         DataError: not a picture, truncated, or with color channels.
     """
     name = name or str(path)
-    with _readable(name), _open(path) as file:
+    with readable(name), open_quietly(path) as file:
         if file.mode not in _SINGLE_CHANNEL:
             raise DataError(f"{name}: a {file.mode} picture, not a label map; {fix}")
+        _say_several(file, name)
         return np.asarray(_upright(file))
 
 
@@ -189,7 +194,8 @@ def read_colors(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: not a picture, or truncated.
     """
-    with _readable(path), _open(path) as file:
+    with readable(path), open_quietly(path) as file:
+        _say_several(file, str(path))
         return np.asarray(_upright(file).convert("RGB"))
 
 
@@ -199,7 +205,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: not a picture.
     """
-    with _readable(path), _open(path) as file:
+    with readable(path), open_quietly(path) as file:
         if file.format == "TIFF" and orientation(file) in SWAPS:
             file.load()  # Pillow turns it while loading; when `size` follows differs by version
         columns, rows = file.size
@@ -209,18 +215,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def is_turned(path: Path) -> bool:
     """Whether an EXIF tag turns a picture or label file."""
-    with _readable(path), _open(path) as file:
+    with readable(path), open_quietly(path) as file:
         return orientation(file) is not None
-
-
-def turned_alone(picture: Path | BinaryIO, mask: Path | BinaryIO) -> bool:
-    """Whether an EXIF tag turns a picture but not its mask, and their sizes fit either way.
-
-    Then nothing tells whether the mask was drawn on the upright picture, as it is taken to be.
-    """
-    with _readable(str(picture)), _open(picture) as one, _open(mask) as other:
-        turned = orientation(one) is not None and orientation(other) is None
-        return turned and one.size == other.size
 
 
 def _upright(file: Image.Image) -> Image.Image:
@@ -230,7 +226,8 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _open(path: Path | BinaryIO) -> Iterator[Image.Image]:
+def open_quietly(path: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture of any size; no pixel is read."""
     with warnings.catch_warnings():  # `check_pairs` checks the size, with a message of its own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as file:
@@ -238,7 +235,12 @@ def _open(path: Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _readable(path: Path | str) -> Iterator[None]:
+def readable(path: Path | str) -> Iterator[None]:
+    """What a broken or huge file raises as one line.
+
+    Raises:
+        DataError: in place of it.
+    """
     try:
         yield
     except Image.DecompressionBombError as error:

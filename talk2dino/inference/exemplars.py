@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
+from talk2dino.datasets.label_files import turned_alone
 from talk2dino.datasets.pictures import (
     HEIF,
     ImageLike,
@@ -29,7 +30,6 @@ from talk2dino.datasets.pictures import (
     is_plain,
     read_values,
     to_pixels,
-    turned_alone,
     unread,
 )
 from talk2dino.errors import DataError, check_number, say

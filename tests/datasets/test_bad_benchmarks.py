@@ -103,6 +103,15 @@ def no_picture(root: Path) -> None:
     (root / "images" / "1.jpg").write_text("text")
 
 
+def jpeg_mask(root: Path) -> None:
+    Image.open(root / "masks" / "1.png").save(root / "masks" / "1.png", format="JPEG")
+
+
+def ignored_alone(root: Path) -> None:
+    for number in range(3):
+        Image.new("L", (32, 24), 255).save(root / "masks" / f"{number}.png")
+
+
 def no_label_map(root: Path) -> None:
     (root / "masks" / "1.png").write_bytes(b"")
 
@@ -129,6 +138,8 @@ def monstrous_image(root: Path) -> None:
         (rotated_image, r"1\.png: \(24, 32\) .* has \(32, 24\); it is turned upright by"),
         (dead_link, r"images/1\.jpg: cannot be read"),
         (no_picture, r"images/1\.jpg: cannot be read"),
+        (jpeg_mask, r"masks/1\.png: JPEG changes values; save the label map as PNG"),
+        (ignored_alone, r"masks: the label maps hold 255 only, which is ignored, so there is"),
         (no_label_map, r"masks/1\.png: cannot be read"),
         (
             huge_image,
@@ -394,6 +405,65 @@ def test_images_that_are_turned_alone_are_said(root: Path) -> None:
         Image.open(root / "images" / name).save(root / "images" / name, exif=exif)
     with pytest.warns(ResultWarning, match=r"turn 2 images and not their label maps, the first is"):
         build(root)
+
+
+def palettes_that_differ(root: Path) -> None:
+    """As programs write them that number the colors of each file anew."""
+    for number, colors in enumerate(((0, 0, 0, 200, 0, 0), (200, 0, 0, 0, 0, 0))):
+        picture = Image.open(root / "masks" / f"{number}.png")
+        picture.putpalette([*colors, 0, 200, 0])
+        picture.save(root / "masks" / f"{number}.png")
+
+
+def images_below(root: Path) -> None:
+    (root / "images" / "more").mkdir()
+    Image.new("RGB", (32, 24)).save(root / "images" / "more" / "9.jpg")
+
+
+def several_pages(root: Path) -> None:
+    with Image.open(root / "masks" / "1.png") as page:
+        page.save(root / "masks" / "1.png", "TIFF", save_all=True, append_images=[page])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            palettes_that_differ,
+            r"0 is \[0, 0, 0\] in the palette of 0\.png and \[200, 0, 0\]",
+        ),
+        (
+            images_below,
+            r"more/9\.jpg and what else lies in subfolders is left out; bench",
+        ),
+        (several_pages, r"masks/1\.png: holds several pictures; the first is taken"),
+    ],
+)
+def test_what_is_taken_and_said(root: Path, spoil: Callable[[Path], None], message: str) -> None:
+    want = [build(root).sample(index).target for index in range(3)]
+    spoil(root)
+    with pytest.warns(ResultWarning, match=message):
+        bench = build(root)
+    assert len(bench) == 3
+    for index, target in enumerate(want):
+        assert torch.equal(bench.sample(index).target, target)
+
+
+def test_names_that_differ_in_case_or_accents_are_pairs(root: Path) -> None:
+    want = build(root).sample(1).target
+    (root / "masks" / "1.png").rename(root / "masks" / "E\u0301.PNG")
+    (root / "images" / "1.jpg").rename(root / "images" / "\u00e9.JPG")
+    bench = build(root)
+    assert [bench.image_name(index) for index in range(3)] == ["0", "2", "\u00e9"]
+    assert torch.equal(bench.sample(2).target, want)
+    Image.new("L", (32, 24)).save(root / "masks" / "E\u0301.png")  # two that it may be
+    refused("1 images have no label map", lambda: build(root))
+
+
+@pytest.mark.parametrize("first", ["Background", "__background__", "void"])
+def test_a_first_class_that_may_be_the_background_is_said(first: str) -> None:
+    with pytest.warns(ResultWarning, match=f"first class, '{first}', is looked for as a word"):
+        read_classes([first, "cat"])
 
 
 def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:

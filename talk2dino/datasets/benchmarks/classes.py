@@ -67,6 +67,7 @@ class ClassList:
 _ENTRY_KEYS = ("name", "id", "synonyms", "color")
 _UNSEEN = "\u00ad\u200b\u2060\ufeff"  # soft hyphen, no space, no break, byte order mark
 MAX_VALUE = 65535  # of a 16-bit label map
+_NO_CLASS = (BACKGROUND, "bg", "unlabeled", "unlabelled", "unknown", "void", "ignore")
 _SHIPPED = Path(__file__).parent / "class_lists"
 
 
@@ -189,6 +190,11 @@ def _check(classes: ClassList, origin: str) -> None:
     same = next((name for name in read if read.count(name) > 1), None)
     if same is not None:
         raise DataError(f"{origin}: two classes are called {same!r}; results are listed by name")
+    if names[0].strip("_").casefold() in _NO_CLASS and names[0] != BACKGROUND:
+        say(
+            f"{origin}: the first class, {names[0]!r}, is looked for as a word; call it "
+            f"{BACKGROUND} if it is what no class fits"
+        )
     if BACKGROUND in names[1:]:
         raise DataError(
             f"{origin}: {BACKGROUND} is class {names.index(BACKGROUND)}; only the first class may "

@@ -1,0 +1,59 @@
+"""What a label file says of itself, besides its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from talk2dino.datasets.exif import orientation
+from talk2dino.datasets.pictures import open_quietly, readable
+from talk2dino.errors import say
+
+
+def is_jpeg(path: Path) -> bool:
+    """Whether a file is a JPEG by its content."""
+    with readable(path), open_quietly(path) as file:
+        return file.format in ("JPEG", "MPO")
+
+
+def say_palettes(paths: Sequence[Path]) -> None:
+    """Say where the palettes of label files give one value several colors.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    known: dict[int, tuple[tuple[int, int, int], str]] = {}
+    for path in paths:
+        for value, color in shown_colors(path).items():
+            before, first = known.setdefault(value, (color, path.name))
+            if before != color:
+                say(
+                    f"{path.parent}: value {value} is {list(before)} in the palette of {first} and "
+                    f"{list(color)} in that of {path.name}; values count: where the colors are "
+                    "meant, give them as benchmark.palette"
+                )
+                return
+
+
+def shown_colors(path: Path) -> dict[int, tuple[int, int, int]]:
+    """The color of every value that a palette file holds; none of other files."""
+    with readable(path), open_quietly(path) as file:
+        if file.mode != "P":
+            return {}
+        values = np.unique(np.asarray(file)).tolist()
+        palette = file.getpalette() or []
+        colors = [(value, palette[3 * value : 3 * value + 3]) for value in values]
+        return {value: (rgb[0], rgb[1], rgb[2]) for value, rgb in colors if len(rgb) == 3}
+
+
+def turned_alone(picture: Path | BinaryIO, mask: Path | BinaryIO) -> bool:
+    """Whether an EXIF tag turns a picture but not its mask, and their sizes fit either way.
+
+    Then nothing tells whether the mask was drawn on the upright picture, as it is taken to be.
+    """
+    with readable(str(picture)), open_quietly(picture) as one, open_quietly(mask) as other:
+        turned = orientation(one) is not None and orientation(other) is None
+        return turned and one.size == other.size
