@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from talk2dino.errors import ConfigError, DataError, UserError, say
 from talk2dino.files import user_path
+from talk2dino.maps.bands import chosen_bands
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
@@ -47,7 +48,8 @@ class MapImage:
         path: a file that GDAL reads.
         meters_per_pixel: side of a pixel of the grid on the ground; None takes `scale`.
         scale: side in pixels of the file; None is 1.
-        bands: three for red, green and blue, or one; counted from 1. None takes the first three.
+        bands: three for red, green and blue, or one; counted from 1. None takes those that the file
+            calls so, else the first three, or the first.
         stretch: percentiles of a band that become black and white, measured over an overview of the
             whole file. None: 2 and 98, unless the file has eight bits.
         value_range: the values that become black and white, in place of percentiles.
@@ -80,7 +82,7 @@ class MapImage:
         self.path = user_path(path)
         with reading(self.path):
             self._file = _opened(self.path)
-        self.bands = _bands(self._file, bands)
+        self.bands = chosen_bands(self._file, bands)
         self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
         self._offset = offset
         self.limits = self._limits(stretch, value_range)
@@ -103,6 +105,10 @@ class MapImage:
             ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
         else:
             ratio = (scale or 1.0, scale or 1.0)
+            width, height = transform.a, -transform.e
+            if not transform.is_identity and abs(width - height) > 0.01 * width:
+                shown = f"{width:.6g} x {height:.6g}"
+                say(f"{name}: its pixels are {shown} and are taken for squares; warp it first")
         for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale or 1.0)):
             if value is not None and not 1 / COARSEST <= max(ratio) <= COARSEST:
                 raise ConfigError(
@@ -349,26 +355,6 @@ def _meters(file: Any, name: str) -> float:
         f"{name}: its coordinates are degrees, not meters; reproject first: "
         f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
     )
-
-
-def _bands(file: Any, given: Sequence[int] | None) -> list[int]:
-    """Checked numbers of one or three bands."""
-    from rasterio.enums import ColorInterp
-
-    name = f"image={file.name}"
-    found = list(given) if given else ([1, 2, 3] if file.count >= 3 else [1])
-    if len(found) not in (1, 3) or not all(
-        isinstance(n, int) and 1 <= n <= file.count for n in found
-    ):
-        raise ConfigError(
-            f"bands={found}: give three bands or one of {file.name}, which has {file.count}"
-        )
-    if file.colorinterp[found[0] - 1] == ColorInterp.palette:
-        raise DataError(f"{name}: has a color table; expand it first: gdal_translate -expand rgb")
-    kinds = {file.dtypes[number - 1] for number in found}
-    if any(kind.startswith("complex") for kind in kinds):
-        raise DataError(f"{name}: holds complex numbers; give a file of intensities")
-    return found
 
 
 def _check_range(key: str, given: Sequence[float] | None, low: float, high: float) -> None:

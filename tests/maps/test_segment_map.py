@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,48 @@ def test_sixteen_bits_are_stretched_over_the_whole_file(tmp_path: Path) -> None:
         assert np.allclose(image.limits, np.percentile(values, [2, 98]))
     with MapImage(source, value_range=[0, 100]) as image:
         assert np.array_equal(image.limits, [[0, 100]])
+
+
+@pytest.mark.parametrize(
+    ("colors", "bands", "said"),
+    [
+        (["blue", "green", "red"], [3, 2, 1], None),
+        (["alpha", "red", "green", "blue"], [2, 3, 4], None),
+        (["gray", "undefined", "undefined"], [1, 2, 3], None),
+        (["gray", "undefined", "undefined", "undefined"], [1, 2, 3], r"holds 4 bands and does not"),
+        (["gray", "undefined"], [1], r"holds 2 bands .* \[1\] are taken as gray; bands=\[R,G,B\]"),
+        (["gray", "alpha"], [1], None),
+    ],
+)
+def test_bands_are_taken_by_their_colors(
+    colors: list[str], bands: list[int], said: str | None, tmp_path: Path
+) -> None:
+    pixels = np.stack([noise(20, 20, seed)[0] for seed in range(len(colors))])
+    source = write(tmp_path / "map.tif", pixels, photometric="minisblack")
+    with rasterio.open(source, "r+") as file:
+        file.colorinterp = [rasterio.enums.ColorInterp[name] for name in colors]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", ResultWarning)
+        with MapImage(source) as image:
+            assert image.bands == bands
+            (y, x), (height, width) = image.first, image.shape
+            found, _ = image.read(range(y, y + height), range(x, x + width))
+    wanted = pixels[np.array(bands) - 1]
+    assert np.array_equal(found, np.broadcast_to(wanted, found.shape))
+    told = [str(one.message) for one in heard if one.category is ResultWarning]
+    assert len(told) == (said is not None)
+    if said is not None:
+        assert re.search(said, told[0])
+
+
+def test_pixels_that_are_no_squares_are_said(tmp_path: Path) -> None:
+    long = from_origin(EAST, NORTH, 0.5, 1)
+    source = write(tmp_path / "map.tif", noise(20, 20), transform=long)
+    with pytest.warns(ResultWarning, match=r"map\.tif: its pixels are 0\.5 x 1 and are taken for"):
+        MapImage(source).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        MapImage(source, meters_per_pixel=1).close()
 
 
 def test_a_coarser_grid_holds_means(tmp_path: Path) -> None:
