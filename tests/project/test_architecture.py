@@ -59,7 +59,7 @@ ONLY_IN = {
         *(source for source in SOURCES if source.startswith("segmentation/")),
     },
     "optuna": {"sweeps/study.py"},
-    "rasterio": {"maps/geotiff.py", "maps/map_files.py"},
+    "rasterio": {"maps/bands.py", "maps/geotiff.py", "maps/map_files.py"},
     "lightning": {
         "features/datamodule.py",
         "alignment/module.py",
