@@ -12,8 +12,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from talk2dino.config.checks import argument_types, config_folder
-from talk2dino.config.ranges import check_ranges, range_of
+from talk2dino.config.checks import argument_types, check_ranges, config_folder, range_of
 from talk2dino.config.schemas import SCHEMAS
 from talk2dino.errors import ConfigError
 from tests.helpers.pipeline import fails
@@ -54,7 +53,7 @@ def node(key: str, value: object) -> DictConfig:
 @pytest.mark.parametrize("key", KEYS)
 def test_every_number_has_its_range(key: str) -> None:
     limits = range_of(key)
-    assert limits is not None, f"give {key} a range in config/ranges.py"
+    assert limits is not None, f"give {key} a range in config/checks.py"
     low, high = limits
     for value in (low, high):
         check_ranges(node(key, value))
