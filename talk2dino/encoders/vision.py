@@ -77,7 +77,7 @@ def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
             f"vision.weights=bundled: only {BUNDLED} is bundled, not {name}; use hub or a file"
         )
     try:
-        with seeded(), quiet():
+        with seeded(draw=weights in ("hub", "random")), quiet():
             if weights == "hub":
                 with cached_if_unreachable():
                     model, fixed = _instantiate(name, True, image_size)

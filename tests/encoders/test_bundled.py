@@ -50,6 +50,20 @@ def test_conversion_is_complete_and_cached(cache: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_no_weight_is_what_the_memory_held(cache: Path) -> None:
+    """None is drawn, so each must come from the file; new tensors are NaN here."""
+    state = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        encoder = TimmVisionEncoder("vit_small_patch14_dinov2", weights="bundled", image_size=28)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    held = [*encoder.parameters(), *encoder.buffers()]
+    assert all(tensor.isfinite().all() for tensor in held)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_without_a_writable_cache_it_is_converted_every_time(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

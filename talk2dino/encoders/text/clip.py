@@ -47,7 +47,8 @@ class OpenClipTextEncoder(nn.Module):
         original = _check_source(name, weights)
         pretrained = None if weights == "random" or original else str(user_path(weights))
         try:
-            with seeded(), quiet(), cached_if_unreachable():  # some towers come from the Hub
+            # some towers come from the Hub
+            with seeded(draw=original is None), quiet(), cached_if_unreachable():
                 model = open_clip.create_model(name, pretrained, force_custom_text=True)
                 self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a file of something else fails in any way at all
