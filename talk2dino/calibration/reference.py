@@ -153,7 +153,7 @@ def _plan(
             "tokens or more pictures"
         )
     random = np.random.default_rng(seed)
-    used = min(pictures, ceil(count / EACH))
+    used = min(pictures, ceil(count / min(EACH, patches // pictures)))  # few, of small pictures
     chosen = np.sort(random.choice(pictures, used, replace=False))
     each = [count // used + (place < count % used) for place in range(used)]
     return chosen, each, random

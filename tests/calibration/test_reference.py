@@ -46,6 +46,12 @@ def test_patches_of_a_store(vision: TimmVisionEncoder, tmp_path: Path) -> None:
     assert set(np.bincount(found // 16)) == {0, 7, 8}
 
 
+def test_pictures_of_fewer_than_eight_patches(vision: TimmVisionEncoder, tmp_path: Path) -> None:
+    store = store_of(tmp_path, vision, {"patch_tokens": (4, 64)})
+    drawn = draw_from_store(store, vision, 100, 0)
+    assert drawn.tokens.shape == (100, 64) and drawn.pictures == 25
+
+
 def test_a_store_of_other_blocks_is_refused(vision: TimmVisionEncoder, tmp_path: Path) -> None:
     store = store_of(tmp_path, TimmVisionEncoder("test_vit", "random", 64, layers=[-1]))
     with pytest.raises(CheckpointError, match=r"store=.*vision\.layers=\[5\], not of null"):
