@@ -234,7 +234,11 @@ def test_training_goes_on(here: Path, name: str) -> None:
     moved = load_file(HERE / "runs" / name / "projection.safetensors")
     assert any(not torch.equal(value, moved[key]) for key, value in state.items())
     for key, values in weights.items():
-        np.testing.assert_allclose(state[key].numpy(), values, rtol=1e-3, atol=1e-4, err_msg=key)
+        got, want = state[key].numpy(), values
+        if key.endswith("attn.in_proj_bias"):
+            # a bias of all keys changes no softmax: its gradient is rounding, its steps are Adam's
+            got, want = (np.delete(one.reshape(3, -1), 1, axis=0) for one in (got, want))
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4, err_msg=key)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["steps"] == wanted["steps"] > before["steps"]
     assert metrics["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-3)
