@@ -500,6 +500,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("faults") / "template")
 
 
+@pytest.mark.slow
 def test_faults_leave_whole_files_and_the_users_own(given: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     total: Counter[str] = Counter()

@@ -86,7 +86,10 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         },
     ),
     "calibrate": (
-        ("checkpoint=psi.safetensors", "images=photos", "output=new.safetensors"),
+        (
+            *("checkpoint=psi.safetensors", "images=photos", "output=new.safetensors"),
+            "short_side=32",
+        ),
         {"images": PATHS, "output": ("p.png", "", LONG), "tokens": NUMBERS, "seed": NUMBERS},
     ),
     "embed": (

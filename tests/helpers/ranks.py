@@ -17,6 +17,7 @@ PRELOAD = [
     "torch",
     "lightning",
     "timm",
+    "open_clip",
     "talk2dino.train",
     "talk2dino.evaluate",
     "tests.helpers.pipeline",

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
@@ -393,6 +394,7 @@ def main(each: int, seed: int, only: str = "") -> None:
     print(f"{len(todo)} files: {dict(Counter(name for name, _ in todo))}, {wrong} wrong")
 
 
+@pytest.mark.slow
 def test_damaged_files_are_one_line_or_sound(tmp_path: Path) -> None:
     wrong = list(read_all(jobs(each=20, seed=0), tmp_path))
     assert not wrong, "\n".join(wrong)

@@ -75,8 +75,8 @@ def test_commands_work_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     code = (
         "import sys, talk2dino.config.checks as errors; print(errors.config_folder()); "
-        "sys.argv = ['train', '--help']; import runpy; "
-        "runpy.run_module('talk2dino.train', run_name='__main__')"
+        "sys.argv = ['extract', '--help']; import runpy; "
+        "runpy.run_module('talk2dino.extract', run_name='__main__')"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -88,6 +88,6 @@ def test_commands_work_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> No
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[0] == str(tmp_path / "site" / "talk2dino" / "conf")
-    assert "experiment: " in ran.stdout
-    assert "vitl_infonce" in ran.stdout
+    assert "vision: " in ran.stdout
+    assert "dinov2_vits14" in ran.stdout
     assert not list((tmp_path / "empty").iterdir())

@@ -106,6 +106,7 @@ def test_joblib_runs_jobs_in_processes(
 ) -> None:
     need("joblib", "hydra_plugins.hydra_joblib_launcher")
     one = ("trainer.max_epochs=1", "launcher=joblib", "optimizer.lr=1e-3,abc")
+    one += ("hydra.launcher.batch_size=2",)  # both in one process: it takes seconds to import
     assert sweep(store, tmp_path, *one) == 1
     assert [r.state for r in read_sweep_runs(tmp_path, METRIC)] == ["ok", "failed"]
     assert (tmp_path / "sweep.md").is_file()

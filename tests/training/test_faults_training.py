@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from talk2dino.alignment.module import AlignmentModule
@@ -150,6 +151,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> tuple[int, int, int]
     return killed, runs, wrong
 
 
+@pytest.mark.slow
 def test_killed_trainings_equal_one_that_was_not(tmp_path: Path) -> None:
     killed, runs, wrong = kill_and_resume(tmp_path, kills=10, seed=5)
     assert killed >= 10
