@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from talk2dino.calibration.background import common_words
 from talk2dino.calibration.calibration import Calibration, beside, check_writable
 from talk2dino.calibration.labeled import cross_fit, label_patches
+from talk2dino.calibration.mentions import closeness, unmentioned, why_unknown
 from talk2dino.calibration.reference import (
     FIELD,
     Advance,
@@ -71,8 +72,9 @@ def calibrate(config: DictConfig) -> None:
     words = model.embed_classes(common_words(), config.templates)
     facts = {"source": str(config.store or config.images), "pictures": drawn.pictures}
     facts |= {"seed": config.seed, "templates": words.templates}
+    said = _unmentioned(config, model, store, drawn) if rule.reads_captions else None
     made = Calibration.of(
-        drawn.tokens, words.rows, rule, model.vision, model.projection, facts
+        drawn.tokens, words.rows, rule, model.vision, model.projection, facts, said
     ).with_background(model.projection)
     if labeled is not None:
         made = _with_labels(made, labeled, model, config)
@@ -81,6 +83,21 @@ def calibrate(config: DictConfig) -> None:
         f"{path}: {len(made.tokens)} patches of {drawn.pictures} pictures, "
         f"background={made.describe()['background']}"
     )
+
+
+def _unmentioned(
+    config: DictConfig, model: Talk2DINO, store: FeatureStore | None, drawn: Drawn
+) -> torch.Tensor | None:
+    """Tokens of pictures that do not speak of a word, `[V, R]` bool, or None; says why."""
+    if store is None or drawn.store_rows is None:
+        why = f"images={config.images}: no captions"
+    elif reason := why_unknown(store, model.text):
+        why = f"store={config.store}: {reason}"
+    else:
+        close = closeness(store, drawn.store_rows, common_words(), model.text, config.templates)
+        return unmentioned(close, drawn.picture)
+    print(f"{why}, so what a word scores on all pictures is subtracted, as by rule=mean")
+    return None
 
 
 def _labeled_pictures(config: DictConfig) -> FolderBenchmark | None:

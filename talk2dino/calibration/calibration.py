@@ -1,7 +1,7 @@
 """`Calibration`: what makes the scores of different words comparable, and its file.
 
-A safetensors file with `tokens` `[R, D]` and `vocabulary` `[V, D]`, both float16, and as metadata a
-JSON entry `talk2dino_calibration`:
+A safetensors file with `tokens` `[R, D]` and `vocabulary` `[V, D]`, both float16, if captions are
+known `unmentioned` `[V, R]` bool, and as metadata a JSON entry `talk2dino_calibration`:
 
 | key | value |
 | --- | --- |
@@ -62,6 +62,8 @@ class Calibration:
         class_offsets: what is subtracted besides from all rows of a class, by its name.
         facts: plain values about where it comes from.
         origin: the file.
+        unmentioned: `[V, R]` bool, whether no caption of the token's picture speaks of the word;
+            None where captions are not known or the rule reads none.
     """
 
     tokens: Tensor = field(repr=False)
@@ -72,6 +74,7 @@ class Calibration:
     class_offsets: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "Calibration"
+    unmentioned: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class Calibration:
         vision: TimmVisionEncoder,
         projection: Projection,
         facts: Mapping[str, Any] = {},
+        unmentioned: Tensor | None = None,
     ) -> Calibration:
         """A calibration of a model, still without a background.
 
@@ -92,11 +96,13 @@ class Calibration:
             vision: the model's encoder.
             projection: the model's ψ.
             facts: plain values to keep.
+            unmentioned: `[V, R]` bool, see `mentions.unmentioned`.
         """
         described = vision.describe()
         kept = {key: described[key] for key in ("spec", "weights_sha256")}
         made_with = {"vision": kept, "projection": identify_projection(projection)}
-        return cls(tokens.cpu().half(), vocabulary.cpu().half(), rule, made_with, facts=facts)
+        halves = tokens.cpu().half(), vocabulary.cpu().half()
+        return cls(*halves, rule, made_with, facts=facts, unmentioned=unmentioned)
 
     @torch.no_grad()
     def apply(self, rows: Tensor, projection: Projection | None = None) -> tuple[Tensor, Tensor]:
@@ -136,8 +142,12 @@ class Calibration:
         side = None if projection is None else visual_side(projection)
         if side is not None:
             tokens = side(tokens)
-        vocabulary = self.vocabulary.to(device).float()
-        return Reference(*(F.normalize(part, dim=-1, eps=1e-6) for part in (tokens, vocabulary)))
+        tokens = F.normalize(tokens, dim=-1, eps=1e-6)
+        vocabulary = F.normalize(self.vocabulary.to(device).float(), dim=-1, eps=1e-6)
+        if self.unmentioned is None:
+            return Reference(tokens, vocabulary)
+        counted = self.unmentioned.to(tokens)
+        return Reference(tokens, vocabulary, counted @ tokens / counted.sum(1, keepdim=True))
 
     @torch.no_grad()
     def with_background(self, projection: Projection) -> Calibration:
@@ -160,7 +170,7 @@ class Calibration:
         entry = self._entry()
         entry.pop("facts")
         found = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
-        for part in (self.tokens, self.vocabulary):
+        for part in self._tensors().values():
             found.update(part.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
@@ -172,6 +182,7 @@ class Calibration:
             "rule": name,
             **rule,
             "tokens": len(self.tokens),
+            "captions": self.unmentioned is not None,
             "background": self.background and self.background.threshold,
             "class_offsets": len(self.class_offsets),
             "sha256": self.digest,
@@ -204,11 +215,14 @@ class Calibration:
         """
         target = check_writable(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"tokens": self.tokens, "vocabulary": self.vocabulary}
-        content = {name: part.cpu().contiguous() for name, part in tensors.items()}
+        content = {name: part.cpu().contiguous() for name, part in self._tensors().items()}
         with replacing(target) as temporary:
             save_file(content, temporary, {KEY: json.dumps(self._entry())})
         return target
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"tokens": self.tokens, "vocabulary": self.vocabulary}
+        return found if self.unmentioned is None else found | {"unmentioned": self.unmentioned}
 
     def _entry(self) -> dict[str, Any]:
         return {
@@ -233,8 +247,8 @@ class Calibration:
         try:
             with safe_open(file, framework="pt") as opened:
                 entry = (opened.metadata() or {}).get(KEY)
-                named = set(opened.keys())
-                parts = {n: opened.get_tensor(n) for n in ("tokens", "vocabulary") if n in named}
+                known = {"tokens", "vocabulary", "unmentioned"} & set(opened.keys())
+                parts = {name: opened.get_tensor(name) for name in known}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{where}: not a safetensors file ({error}); {_HOW}") from error
         if entry is None:
@@ -252,6 +266,11 @@ class Calibration:
             for name in ("tokens", "vocabulary"):
                 if parts[name].ndim != 2 or not len(parts[name]) or parts[name].isnan().any():
                     raise ValueError(f"{name} {list(parts[name].shape)}")
+            said = parts.get("unmentioned")
+            if said is not None:
+                shape = [len(parts["vocabulary"]), len(parts["tokens"])]
+                if said.dtype != torch.bool or list(said.shape) != shape or not said.any(1).all():
+                    raise ValueError(f"unmentioned {said.dtype} {list(said.shape)}")
             return cls(
                 parts["tokens"],
                 parts["vocabulary"],
@@ -261,6 +280,7 @@ class Calibration:
                 {str(name): float(value) for name, value in content["class_offsets"].items()},
                 dict(content["facts"]),
                 str(path),
+                said,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error

@@ -33,10 +33,14 @@ class Drawn:
     Attributes:
         tokens: `[N, D]` float16, on the CPU.
         pictures: how many of them gave patches.
+        picture: `[N]` int64, which of these pictures each token is of.
+        store_rows: `[pictures]` int64, their rows in the store; None if drawn from a folder.
     """
 
     tokens: Tensor = field(repr=False)
     pictures: int
+    picture: Tensor = field(repr=False)
+    store_rows: NDArray[np.int64] | None = field(default=None, repr=False)
 
 
 def draw_from_store(
@@ -68,7 +72,7 @@ def draw_from_store(
         places = random.choice(patches, each[done], replace=False)
         parts.append(store.images[FIELD][int(row)][np.sort(places)])
         advance(done + 1, len(chosen))
-    return Drawn(_joined(parts), len(chosen))
+    return Drawn(_joined(parts), len(chosen), _numbered(each), chosen)
 
 
 def require_encoder(store: FeatureStore, vision: TimmVisionEncoder, fix: str) -> None:
@@ -113,7 +117,7 @@ def draw_from_pictures(
         places = random.choice(len(tokens), each[done], replace=False)
         parts.append(tokens[np.sort(places)].cpu().numpy())
         advance(done + 1, len(chosen))
-    return Drawn(_joined(parts), len(chosen))
+    return Drawn(_joined(parts), len(chosen), _numbered(each))
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -157,6 +161,10 @@ def _plan(
     chosen = np.sort(random.choice(pictures, used, replace=False))
     each = [count // used + (place < count % used) for place in range(used)]
     return chosen, each, random
+
+
+def _numbered(each: Sequence[int]) -> Tensor:
+    return torch.arange(len(each)).repeat_interleave(torch.tensor(each))
 
 
 def _joined(parts: Sequence[NDArray[np.floating]]) -> Tensor:

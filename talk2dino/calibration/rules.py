@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from talk2dino.errors import CheckpointError, ConfigError, check_number
 from talk2dino.renamed import TARGET, current
+
+NEAR = 0.05  # temperature over words: a row with a cosine of 1 with one of them hears that alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +26,23 @@ class Reference:
     Attributes:
         tokens: `[R, D]` float32 unit patch tokens of unlabeled pictures.
         vocabulary: `[V, D]` float32 unit rows of common words.
+        means: `[V, D]` float32, for each of these words the mean of the tokens of pictures whose
+            captions do not speak of it; None where captions are not known.
     """
 
     tokens: Tensor = field(repr=False)
     vocabulary: Tensor = field(repr=False)
+    means: Tensor | None = field(default=None, repr=False)
 
 
 class Rule(Protocol):
-    """Gives rows their offsets: the score of a patch is `row · token - offset`."""
+    """Gives rows their offsets: the score of a patch is `row · token - offset`.
+
+    Attributes:
+        reads_captions: whether it looks at `Reference.means`.
+    """
+
+    reads_captions: ClassVar[bool]
 
     def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
         """`[N, D]` unit rows to rows `[N, D]` and offsets `[N]`."""
@@ -61,6 +72,7 @@ class QuantileOffset:
         tensor([0.3000, 0.4000])
     """
 
+    reads_captions: ClassVar[bool] = False
     share: float = 0.5
     quantile: float = 0.95
 
@@ -96,6 +108,7 @@ class MeanOffset:
         tensor([0.6000, 0.6000])
     """
 
+    reads_captions: ClassVar[bool] = False
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -104,6 +117,49 @@ class MeanOffset:
     def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
         return rows, self.share * (rows @ reference.tokens.mean(dim=0))
+
+
+@dataclass(frozen=True)
+class UnmentionedOffset:
+    """Subtract what a row scores on average on pictures whose captions do not speak of it.
+
+    `MeanOffset` takes most from what is often shown: people are in many pictures, so "person"
+    scores high on average, and loses its pixels to words that nobody says. A score on pictures
+    that do not have the thing is what all patches have in common. Which captions speak of what is
+    known for the words of the vocabulary; a row takes the means of those that are most like it, by
+    a softmax over cosines. Without captions it is `MeanOffset`. A rule of this project, measured in
+    docs/calibration.md.
+
+    Args:
+        share: of that mean that is subtracted, 0..1; 0 changes nothing.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.calibration.rules import Reference, UnmentionedOffset
+        >>> tokens = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # of two pictures
+        >>> means = tokens.flip(0)  # each has one of two words, so the other picture is left
+        >>> rows = torch.eye(2)
+        >>> UnmentionedOffset()(rows, Reference(tokens, rows, means))[1]
+        tensor([0.6000, 0.0000])
+        >>> UnmentionedOffset()(rows, Reference(tokens, rows))[1]
+        tensor([0.8000, 0.4000])
+    """
+
+    reads_captions: ClassVar[bool] = True
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("rule.share", self.share, 0.0, 1.0)
+
+    def __call__(self, rows: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        if reference.means is None:
+            return MeanOffset(self.share)(rows, reference)
+        alike = ((rows @ reference.vocabulary.t()) / NEAR).softmax(dim=1)  # [N, V]
+        return rows, self.share * (rows * (alike @ reference.means)).sum(dim=1)
 
 
 def upper_quantile(values: Tensor, quantile: float) -> Tensor:
@@ -119,7 +175,7 @@ def upper_quantile(values: Tensor, quantile: float) -> Tensor:
     return torch.lerp(largest[:, -1], above, place - low)
 
 
-RULES: tuple[type, ...] = (MeanOffset, QuantileOffset)
+RULES: tuple[type, ...] = (UnmentionedOffset, MeanOffset, QuantileOffset)
 
 
 def describe_rule(rule: object) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class UnitProjection(nn.Module):
 
     tokens: Tensor  # [R, D] of a calibration
     vocabulary: Tensor  # [V, D] of a calibration
+    means: Tensor | None  # [V, D] of one that knows captions
 
     def __init__(self, projection: Projection, calibration: Calibration | None = None) -> None:
         super().__init__()
@@ -115,13 +116,14 @@ class UnitProjection(nn.Module):
             reference = calibration.reference(self.projection)
             self.register_buffer("tokens", reference.tokens.detach())
             self.register_buffer("vocabulary", reference.vocabulary.detach())
+            self.register_buffer("means", reference.means)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """`[N, C]` to `[N, D]` of unit length, or calibrated `[N, D + 1]`."""
         rows = F.normalize(self.projection.project_embedding(embedding), dim=-1, eps=1e-6)
         if self.rule is None:
             return rows
-        return with_offsets(*self.rule(rows, Reference(self.tokens, self.vocabulary)))
+        return with_offsets(*self.rule(rows, Reference(self.tokens, self.vocabulary, self.means)))
 
 
 def export_dense(

@@ -19,6 +19,7 @@ from talk2dino.calibration.calibration import KEY, Calibration, beside, find_cal
 from talk2dino.calibration.rules import (
     MeanOffset,
     QuantileOffset,
+    UnmentionedOffset,
     build_rule,
     describe_rule,
     upper_quantile,
@@ -240,6 +241,44 @@ def test_only_known_rules_are_built() -> None:
         describe_rule(object())
     with pytest.raises(ConfigError, match=r"rule.share=1.5: use 0 to 1"):
         QuantileOffset(1.5)
+
+
+def test_pictures_that_speak_of_a_word_do_not_count(model: Talk2DINO, tmp_path: Path) -> None:
+    """Counted by NumPy; kept in a file, part of the digest, and nothing more without captions."""
+    tokens = torch.randn(300, model.vision.embed_dim, generator=torch.Generator().manual_seed(1))
+    words = model.embed_classes(["sky", "tree", "road"]).rows
+    said = torch.rand(3, 300, generator=torch.Generator().manual_seed(2)) < 0.5
+    of = Calibration.of(
+        tokens, words, UnmentionedOffset(0.8), model.vision, model.projection, unmentioned=said
+    )
+    rows = model.embed_classes(CLASSES).rows
+    unit = of.tokens.double().numpy()
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    near = of.vocabulary.double().numpy()
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    means = np.stack([unit[flags].mean(0) for flags in said.numpy()])
+    alike = np.exp(rows.numpy() @ near.T / 0.05)
+    alike /= alike.sum(1, keepdims=True)
+    want = 0.8 * (rows.numpy() * (alike @ means)).sum(1)
+    np.testing.assert_allclose(of.apply(rows)[1], want, atol=1e-5)
+    again = Calibration.load(of.save(tmp_path / "c.safetensors"))
+    assert again.digest == of.digest and torch.equal(again.apply(rows)[1], of.apply(rows)[1])
+    without = replace(of, unmentioned=None)
+    assert without.digest != of.digest
+    plain = replace(without, rule=MeanOffset(0.8))
+    assert torch.equal(without.apply(rows)[1], plain.apply(rows)[1])
+
+
+def test_a_damaged_table_of_mentions_is_one_line(model: Talk2DINO, tmp_path: Path) -> None:
+    of = calibration_of(model)
+    for said in (
+        torch.zeros(3, 300, dtype=torch.bool),  # a word without a token
+        torch.ones(2, 300, dtype=torch.bool),
+        torch.ones(3, 300),
+    ):
+        path = replace(of, unmentioned=said).save(tmp_path / "c.safetensors")
+        with pytest.raises(CheckpointError, match=r"c\.safetensors: damaged \(unmentioned"):
+            Calibration.load(path)
 
 
 def test_the_mean_rule_compares_with_tokens_without_their_mean(model: Talk2DINO) -> None:

@@ -36,8 +36,9 @@ def test_all_give_the_same_labels(
 ) -> None:
     """Evaluation, segmentation and Python; and without the calibration, those of before."""
     made = Calibration.load(calibrated / FILE)
-    assert made.tokens.shape == (500, 768) and made.facts["pictures"] == 24
+    assert made.tokens.shape == (500, 1152) and made.facts["pictures"] == 24
     assert made.background is not None and 0.3 < made.background.threshold < 0.8
+    assert made.describe()["rule"] == "UnmentionedOffset" and made.describe()["captions"]
     bench = MosaicBenchmark(name="scenes", count=1, height=112, width=112)
     sample, names = bench.sample(0), [c.name for c in bench.class_list.prompted]
     to_picture(sample.image).save(tmp_path / "scene.png")
@@ -81,7 +82,9 @@ def test_all_give_the_same_labels(
     assert "were done before" not in capfd.readouterr().out
 
 
-def test_pictures_make_a_reference_too(calibrated: Path, tmp_path: Path) -> None:
+def test_pictures_make_a_reference_too(
+    calibrated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(3):
@@ -90,7 +93,9 @@ def test_pictures_make_a_reference_too(calibrated: Path, tmp_path: Path) -> None
     out = tmp_path / "other.safetensors"
     given = [f"checkpoint={calibrated}", f"images={folder}", f"output={out}", "tokens=100"]
     run("calibrate", *given, "short_side=84", "rule.share=1", "accelerator=cpu")
+    assert "photos: no captions, so what a word scores on all" in capfd.readouterr().out
     made = Calibration.load(out)
+    assert made.unmentioned is None
     assert len(made.tokens) == 100 and made.facts["pictures"] == 3
     assert made.describe()["share"] == 1
 
@@ -112,6 +117,7 @@ def test_a_few_labels_give_every_class_an_offset(
     (tmp_path / "classes.txt").write_text("\n".join(names))
     out = tmp_path / "labeled.safetensors"
     given = [f"checkpoint={calibrated}", f"store={mosaic_store}", "tokens=500", "short_side=112"]
+    given += ["rule=mean", "rule.share=0"]  # so that labels have something to mend
     labels = [f"{key}={tmp_path / key}" for key in ("images", "masks")]
     labels.append(f"classes={tmp_path / 'classes.txt'}")
     capfd.readouterr()
@@ -126,7 +132,7 @@ def test_a_few_labels_give_every_class_an_offset(
     assert set(made.class_offsets) == shown and "submarine" in said
     assert made.describe()["class_offsets"] == len(shown)
     assert made.facts["mean_iou_cross_fitted"] > made.facts["mean_iou_without"]
-    plain = Talk2DINO.from_pretrained(calibrated, "cpu")
+    plain = Talk2DINO.from_pretrained(calibrated, "cpu", calibration="none")
     model = Talk2DINO.from_pretrained(calibrated, "cpu", calibration=out)
     picture, first = bench.sample(0).image, sorted(shown)[0]
     before = plain.segment(picture, names, short_side=112).scores[names.index(first)].logit()

@@ -82,7 +82,7 @@ def test_every_option_composes_and_fits_its_class(command: str, group: str, opti
 @pytest.mark.parametrize(
     ("command", "given", "layers"),
     [
-        ("extract", ["vision=dinov2_vits14"], [7, 9]),
+        ("extract", ["vision=dinov2_vits14"], ["6.attn", "7.attn", "8.attn"]),
         ("extract", ["vision=dinov2_vits14", "vision.layers=null"], None),
         ("extract", ["vision=dinov2_vits14", "vision.layers=[-1]"], [-1]),
         ("extract", ["vision=dinov2_vits14", "vision.layers=[6.attn,8]"], ["6.attn", 8]),
