@@ -20,6 +20,7 @@ from talk2dino.evaluation.settings import compared
 from talk2dino.evaluation.tables import markdown_table, percent
 from talk2dino.files import read_json
 
+_KINDS = {"miou": float, "images": int, "per_class": dict, "config": dict}
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
 
 
@@ -107,6 +108,11 @@ def _from_file(file: Path) -> Run:
     absent = [key for key in ("benchmark", "miou", "images", "per_class") if key not in results]
     if absent:
         raise DataError(f"{file}: has no {absent[0]}; give results of talk2dino.evaluate")
+    for key, kind in _KINDS.items():
+        value = results.get(key, kind())
+        if not isinstance(value, kind | int if kind is float else kind) or value != value:
+            shown = f"{value!r:.60}"
+            raise DataError(f"{file}: {key} is {shown}; give results of talk2dino.evaluate")
     return _run(file.parent, results.get("config", {}), results, None, file.name == UNTRAINED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -290,6 +291,11 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"benchmark": "voc"}')
     with pytest.raises(DataError, match="has no miou"):
         read_runs([tmp_path])
+    sound = {"benchmark": "voc", "miou": 12.5, "images": 3, "per_class": {}, "config": {}}
+    for key, value in (("miou", "a"), ("miou", math.nan), ("images", "many"), ("config", [1])):
+        (tmp_path / "results.json").write_text(json.dumps(sound | {key: value}))
+        with pytest.raises(DataError, match=rf"results\.json: {key} is .*; give results of"):
+            read_runs([tmp_path])
 
 
 def test_a_sweep_ends_with_one_table(
