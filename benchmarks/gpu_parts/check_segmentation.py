@@ -19,12 +19,11 @@ def pamr(setting: Setting) -> Iterator[Row]:
     arrays, few = golden_arrays("pamr"), ["40x56_c3_iter1_dil1_4", "flat24x20_c2_iter10"]
     for way in WAYS:
         worst = 0.0
-        # Every size and every choice of dilations is compiled anew, for some seconds each.
-        names = few if setting.tiny or "torch.compile" in way else list(PAMR_CASES)
+        names = few if setting.tiny else list(PAMR_CASES)
         try:
             for name in names:
                 image, mask, num_iter, dilations = pamr_inputs(name, arrays)
-                refine = PAMRBy(way, setting.at, num_iter, dilations)
+                refine = PAMRBy(way, num_iter, dilations)
                 got = refine(image.to(setting.at), mask.to(setting.at))
                 worst = max(worst, deviation(got, arrays[f"out/{name}"]))
         except ModuleNotFoundError as error:

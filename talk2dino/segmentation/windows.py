@@ -7,6 +7,7 @@ short side, cut overlapping windows, average what they say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.segmentation.portions import portions
 
 
 class Window(NamedTuple):
@@ -149,10 +151,6 @@ def _taps(
     return (first, second), (one, two)
 
 
-STRIP = 1 << 20  # scores at the size of the picture held at once: 4 MB, near what a cache holds
-CHUNK = 16  # classes of a strip
-
-
 class SeparableScores:
     """Scores of a picture as `rows @ tokens @ columns.T` per class.
 
@@ -176,7 +174,7 @@ class SeparableScores:
         sides = (first.y2 - first.y1, first.x2 - first.x1)
         scores = token_scores.float()
         self.rows, self.columns = (  # [H, len(tops) * r], [W, len(lefts) * c]
-            _axis(starts, side, cells, *lengths).to(scores)
+            _axis(tuple(starts), side, cells, *lengths, scores.device)
             for starts, side, cells, *lengths in zip(
                 (tops, lefts), sides, scores.shape[-2:], working, size, strict=True
             )
@@ -198,18 +196,19 @@ class SeparableScores:
         """
         shape = (len(self.rows), len(self.columns))
         labels = torch.zeros(shape, dtype=torch.int64, device=self.tokens.device)
-        height = max(STRIP // (CHUNK * shape[1]), 16)
+        at_once = portions(labels.device)
+        height = max(at_once.strip // (at_once.classes * shape[1]), 16)
         for part, rows in zip(
             torch.split(labels, height), torch.split(self.rows, height), strict=True
         ):
-            self._best(rows, threshold, part)
+            self._best(rows, threshold, part, at_once.classes)
         return labels
 
-    def _best(self, rows: Tensor, threshold: float | None, labels: Tensor) -> None:
-        """Write the labels of a strip."""
+    def _best(self, rows: Tensor, threshold: float | None, labels: Tensor, chunk: int) -> None:
+        """Write the labels of a strip, from `chunk` classes at a time."""
         best = self.tokens.new_full(labels.shape, -torch.inf if threshold is None else threshold)
         first = 0 if threshold is None else 1
-        for tokens in torch.split(self.tokens, CHUNK):
+        for tokens in torch.split(self.tokens, chunk):
             values, index = self._part(tokens, rows).max(0)
             labels.copy_(torch.where(values > best, index + first, labels))
             best = torch.maximum(values, best)
@@ -223,8 +222,14 @@ class SeparableScores:
         return torch.bmm(left, self.columns.t().expand(classes, -1, -1))
 
 
-def _axis(starts: list[int], side: int, cells: int, working: int, size: int) -> Tensor:
-    """`[size, len(starts) * cells]`: from the cells of all windows to the pixels of one side."""
+@lru_cache(maxsize=32)  # of 0.1 MB for a photograph
+def _axis(
+    starts: tuple[int, ...], side: int, cells: int, working: int, size: int, device: torch.device
+) -> Tensor:
+    """`[size, len(starts) * cells]`: from the cells of all windows to the pixels of one side.
+
+    Many pictures have one size, and these small steps cost as much as all that follows on a GPU.
+    """
     identity = torch.eye(cells)[None]
     enlarged = F.interpolate(identity, side, mode="linear", align_corners=True)[0]
     placed = torch.zeros(len(starts), cells, working)
@@ -233,4 +238,4 @@ def _axis(starts: list[int], side: int, cells: int, working: int, size: int) -> 
     covered = (placed.sum(1) > 0).sum(0)  # windows over every pixel
     placed = (placed / covered).flatten(0, 1)[None]
     resized = F.interpolate(placed, size, mode="linear", align_corners=False)
-    return resized[0].t().contiguous()
+    return resized[0].t().contiguous().to(device)

@@ -58,6 +58,7 @@ ONLY_IN = {
         "finding/cosines_numba.py",
         *(source for source in SOURCES if source.startswith("segmentation/")),
     },
+    "triton": {"segmentation/refinement/pamr_triton.py"},
     "optuna": {"sweeps/study.py"},
     "rasterio": {"maps/bands.py", "maps/geotiff.py", "maps/map_files.py"},
     "lightning": {

@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu_parts.command import PARTS, main, report, rows, run
 from benchmarks.gpu_parts.marked_tests import outcomes
 from benchmarks.gpu_parts.rows import Row, Setting, check, compare, deviation, relative
+from talk2dino.segmentation import PAMR
 
 ROOT = Path(__file__).parents[2]
 TINY = Setting("cpu", True)
@@ -148,65 +149,27 @@ def test_a_part_that_hangs_is_ended_and_what_does_not_fit_is_named(
     assert "did not fit: hangs" in capsys.readouterr().out
 
 
-def odd_pictures(setting: Setting) -> Iterator[Row]:
+def ways(setting: Setting) -> Iterator[Row]:
     """Every way where neighbors lie beyond the border and blocks are not full."""
     from benchmarks.gpu_parts.pamr_ways import WAYS, PAMRBy
-    from talk2dino.segmentation import PAMR
 
-    torch.manual_seed(0)
-    for size, classes in (((9, 14), 33), ((1, 5), 4)):
-        image, mask = torch.rand(1, 3, *size) * 255, torch.rand(1, classes, 5, 6)
-        image[..., size[1] // 2 :] = 77  # flat
-        want = PAMR(2, (1, 3, 20), compiled=False)(image, mask)
-        for way in WAYS:
-            refine = PAMRBy(way, setting.at, 2, (1, 3, 20))
-            yield check(f"{way} {size}", deviation(refine(image, mask), want), 2e-6)
-            # At the picture's size: on the CPU resizing itself rounds equal planes differently.
-            large = torch.rand(1, 33, *size)
-            whole = refine(image, large[:, :1].expand_as(large))
-            equal = deviation(whole, whole[:, :1].expand_as(whole))
-            yield check(f"{way} {size}, equal classes", equal, 0)
-            bound = refine(image, large.amax(1, keepdim=True))
-            yield check(f"{way} {size}, above the bound", excess(refine(image, large), bound), 0)
+    image, mask = torch.rand(1, 3, 9, 14) * 255, torch.rand(1, 33, 5, 6)
+    want = PAMR(2, (1, 20), compiled=False)(image, mask)
+    large = torch.rand(1, 33, 9, 14)  # on the CPU resizing itself rounds equal planes differently
+    for way in WAYS:
+        refine = PAMRBy(way, 2, (1, 20))
+        yield check(way, deviation(refine(image, mask), want), 2e-6)
+        whole = refine(image, large[:, :1].expand_as(large))
+        yield check(f"{way}, equal", deviation(whole, whole[:, :1].expand_as(whole)), 0)
 
 
-def excess(values: torch.Tensor, bound: torch.Tensor) -> float:
-    return float((values - bound).clamp(min=0).max())
-
-
-def test_the_candidates_for_pamr_agree_at_odd_sizes() -> None:
+def test_the_ways_of_pamr_agree() -> None:
     """Triton in its interpreter, which has to be asked for before the first import."""
     pytest.importorskip("triton")
-    [found] = run({"odd": part("odd_pictures")}, TINY, time.monotonic() + 600).values()
+    [found] = run({"ways": part("ways")}, TINY, time.monotonic() + 600).values()
     assert found.status == "done", found.reason
-    assert len(found.rows) == 2 * 3 * 4
+    assert len(found.rows) == 2 * 2
     assert [row.name for row in found.rows if not row.passed] == []
-
-
-COMPILED = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from benchmarks.gpu_parts.pamr_triton import BLOCKS, average, weigh
-pointers = dict(image="*fp32", values="*fp32", weights="*fp32", result="*fp32", steps="*i32")
-constants = dict(zip(("BLOCK", "TOGETHER"), BLOCKS)), {"BLOCK": BLOCKS[2], "WIDEST": 64}
-for kernel, sizes in zip((average, weigh), constants):
-    kinds = {name: pointers.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(
-        sizes, "constexpr"
-    )
-    for capability in (80, 90):
-        made = compile(ASTSource(kernel, kinds, sizes), target=GPUTarget("cuda", capability, 32))
-        assert made.asm["cubin"]
-"""
-
-
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton", "3.2")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_way_without_memory_has_no_ratio() -> None:

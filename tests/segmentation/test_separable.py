@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from talk2dino.segmentation.portions import portions
 from talk2dino.segmentation.scores import resize_scores, upsample, with_background
 from talk2dino.segmentation.windows import SeparableScores, sliding_windows
 from tests.helpers.windows import stitch
@@ -49,7 +52,8 @@ def test_two_matrices_do_what_the_steps_do(case: str) -> None:
 def test_labels_are_the_argmax_in_strips_and_chunks(
     threshold: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("talk2dino.segmentation.windows.STRIP", 5000)  # 6 strips
+    strips = replace(portions(torch.device("cpu")), strip=5000)  # 6 strips
+    monkeypatch.setattr("talk2dino.segmentation.windows.portions", lambda device: strips)
     scores, want = both("grid with a last window shifted back", classes=37)
     labels = scores.labels(threshold)
     assert labels.dtype == torch.int64

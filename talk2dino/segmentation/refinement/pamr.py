@@ -4,15 +4,16 @@ Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2
 refines its masks with it. Every pixel becomes a weighted mean of its 8 neighbors at each
 dilation, with weights that depend on the picture alone. So one iteration is `mask @ A.T` with a
 row-stochastic matrix of `8 * len(dilations)` entries per row, the same for every class and every
-iteration: it is built once, and the classes never enter it. On the CPU the product is compiled
-where Numba is installed (`pamr_numba.py`); otherwise it is a bag of weighted rows per pixel, a few
-classes at a time: those of one pixel lie together, and the rows within reach of the largest
-dilation stay in a core's cache.
+iteration: it is built once, and the classes never enter it. The product is compiled, on the CPU
+where Numba is installed (`pamr_numba.py`) and on CUDA where Triton is (`pamr_triton.py`); otherwise
+it is a bag of weighted rows per pixel, a few classes at a time: those of one pixel lie together,
+and the rows within reach of the largest dilation stay in a core's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +37,8 @@ class PAMR(nn.Module):
     Args:
         num_iter: how often the masks are averaged; 0 only resizes them.
         dilations: distances of the neighbors in pixels; 8 neighbors each.
-        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`);
-            results agree to 1e-5.
+        compiled: use compiled code where there is some: on the CPU with Numba (the extra `fast`),
+            on CUDA with Triton (comes with PyTorch on Linux); results agree to 1e-5.
         whole_image: the segmenter applies it once to the average of the windows instead of to every
             window. Not what the original does; overlapping windows cost two to four times less.
 
@@ -131,14 +132,17 @@ class PAMR(nn.Module):
             yield Prepared(engine, weights, size, self.num_iter)
 
     def engine(self, device: torch.device) -> Engine:
-        """What computes on `device`: compiled code on the CPU if allowed and installed."""
-        if self.compiled and device.type == "cpu":
-            try:
+        """What computes on `device`: compiled code if allowed and installed, else library calls."""
+        with suppress(ImportError):  # without Numba, without Triton
+            if self.compiled and device.type == "cpu":
                 from talk2dino.segmentation.refinement.pamr_numba import NumbaEngine
 
                 return NumbaEngine(self.dilations, RING)
-            except ImportError:  # without Numba
-                pass
+            if self.compiled and device.type == "cuda":
+                from talk2dino.segmentation.refinement.pamr_triton import TritonEngine, runs_on
+
+                if runs_on(device, self.dilations):
+                    return TritonEngine(self.dilations)
         return Gather(self.dilations)
 
 
