@@ -19,7 +19,7 @@ from talk2dino.datasets.pictures import ImageLike
 from talk2dino.encoders.build import build_text, check_spec
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.errors import CheckpointError, ConfigError, say
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.finding.scan import (
     BEST,
@@ -262,6 +262,13 @@ class TextSide(nn.Module):
             words = read_words(named, negatives, prompts, self.text.templates)
         said = iter(self._embed([sentences for sentences in words.rows if sentences]))
         shown = exemplars_of(named)
+        if shown and self.calibration is None and not all(name in shown for name in words.names):
+            say(
+                "classes: some are shown and some are said, and this checkpoint has no "
+                "calibration; words then score higher than what is shown, whatever the picture: "
+                "run talk2dino.calibrate, or show all classes",
+                stacklevel=3,
+            )
         seen = {name: self.embed_exemplars(e, short_side) for name, e in shown.items()}
         names = [None, *words.names] if words.has_negatives else words.names
         rows = []

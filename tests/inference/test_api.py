@@ -483,12 +483,12 @@ def test_pretrained_round_trip(trained_run: Path, tmp_path: Path) -> None:
         ),
     ]
     want = first.encode_text(["a cat", "grass"])
-    assert want.shape == (2, 768)  # two blocks of ViT-S
+    assert want.shape == (2, 1152)  # three layers of ViT-S
     for other in others:
         torch.testing.assert_close(other.encode_text(["a cat", "grass"]), want, rtol=0, atol=0)
     picture = torch.randint(0, 256, (3, 60, 60), dtype=torch.uint8)
     torch.testing.assert_close(others[0].encode_image(picture), first.encode_image(picture))
-    assert first.encode_image(picture).shape == (1, 64, 768)  # 112 / 14 squared
+    assert first.encode_image(picture).shape == (1, 64, 1152)  # 112 / 14 squared
     state = load_projection(file).state_dict()
     torch.testing.assert_close(state, dict(first.projection.state_dict()))
 

@@ -145,7 +145,7 @@ def test_the_command_and_what_takes_its_file(
     words, file = "classes=[cat,[grass,lawn]]", tmp_path / "classes.safetensors"
     image = [f"image={picture(tmp_path / 'a.png')}", "short_side=56", "background=0.5"]
     run("embed", *given, words, f"output={file}")
-    assert f"{file}: 2 classes, 3 rows of width 768" in capfd.readouterr().out
+    assert f"{file}: 2 classes, 3 rows of width 1152" in capfd.readouterr().out
     before = file.read_bytes()
     assert "is there already" in fails(capfd, "embed", *given, words, f"output={file}")
     assert "holds embeddings already" in fails(

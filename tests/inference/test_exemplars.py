@@ -475,6 +475,18 @@ def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]
     assert "classes=… not given" in said
 
 
+def test_shown_beside_said_needs_a_calibration_and_says_so(model: Talk2DINO) -> None:
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, :, 32:] = 200
+    shown = {"left": Exemplar(image, image[0] == 0)}
+    with pytest.warns(ResultWarning, match="no calibration; words then score higher"):
+        model.segment(image, {**shown, "sky": "sky"}, short_side=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        model.segment(image, {**shown, "right": Exemplar(image, image[0] > 0)}, short_side=64)
+        model.segment(image, ["sky", "sea"], short_side=64)
+
+
 def test_an_exemplar_that_is_settled_is_not_read_again() -> None:
     pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
     mask = torch.ones(8, 8, dtype=torch.bool)

@@ -31,7 +31,7 @@ from talk2dino.web.session import (
     python_call,
     scores_at,
 )
-from tests.helpers.pipeline import fails, need
+from tests.helpers.pipeline import fails, need, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
@@ -58,6 +58,26 @@ def page(model: Talk2DINO) -> Iterator[str]:
     from talk2dino.web.page import Page, serve
 
     blocks = Page(model, "outputs/run", "cat, grass", SHORT_SIDE).build()
+    yield serve(blocks, "127.0.0.1", None, max_upload_mb=0.5)
+    blocks.close()
+
+
+@pytest.fixture
+def calibrated(trained_run: Path, mosaic_store: Path, tmp_path: Path) -> Talk2DINO:
+    """What is painted wins over words only where both are calibrated."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    weights = (trained_run / "projection.safetensors").read_bytes()
+    (folder / "projection.safetensors").write_bytes(weights)
+    run("calibrate", f"checkpoint={folder}", f"store={mosaic_store}", "tokens=500")
+    return Talk2DINO.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture
+def calibrated_page(calibrated: Talk2DINO) -> Iterator[str]:
+    from talk2dino.web.page import Page, serve
+
+    blocks = Page(calibrated, "outputs/run", "cat, grass", SHORT_SIDE).build()
     yield serve(blocks, "127.0.0.1", None, max_upload_mb=0.5)
     blocks.close()
 
@@ -153,8 +173,13 @@ def test_what_is_no_picture_is_refused(tab: Any, tmp_path: Path) -> None:
         assert not tab.locator("#overlay img").count()
 
 
-def test_a_class_is_painted(tab: Any, model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
+def test_a_class_is_painted(
+    tab: Any, calibrated_page: str, calibrated: Talk2DINO, photo: Path, tmp_path: Path
+) -> None:
     """The page shows what Python gives for the pictures and masks that it hands out."""
+    model = calibrated
+    tab.goto(calibrated_page)
+    tab.wait_for_selector("#picture input[type=file]", state="attached")
     tab.set_input_files("#picture input[type=file]", photo)
     tab.wait_for_selector("#overlay img")
     tab.click("#by-example button")
