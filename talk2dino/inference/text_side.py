@@ -265,8 +265,8 @@ class TextSide(nn.Module):
         if shown and self.calibration is None and not all(name in shown for name in words.names):
             say(
                 "classes: some are shown and some are said, and this checkpoint has no "
-                "calibration; words then score higher than what is shown, whatever the picture: "
-                "run talk2dino.calibrate, or show all classes",
+                "calibration; words may then win everywhere over what is shown: run "
+                "talk2dino.calibrate, or show all classes",
                 stacklevel=3,
             )
         seen = {name: self.embed_exemplars(e, short_side) for name, e in shown.items()}
