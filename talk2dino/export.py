@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, require_extra
 from talk2dino.files import refuse_foreign, user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.onnx_export import export_dense, export_projection, sorted_rows
-from talk2dino.inference.onnx_files import ExportedFile, is_our_file, require_packages
+from talk2dino.inference.onnx_files import ExportedFile, is_our_file
 from talk2dino.inference.onnx_text import check_text, export_text
 
 
@@ -32,7 +32,7 @@ def require_all(config: DictConfig) -> None:
             f"output={config.output}: a single file is the dense path, which needs "
             "classes='[cat,sofa]'; for the projection or the text tower name a folder"
         )
-    require_packages()
+    require_extra("export", "export")
 
 
 def export(config: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import os
 from dataclasses import fields
@@ -18,12 +17,8 @@ from talk2dino.config.model_and_classes import (
     named_classes,
     require,
 )
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, require_extra
 
-NEEDED = (
-    *("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client"),
-    *("httpx", "defusedxml", "pycocotools", "cv2"),
-)
 TOKEN = "TALK2DINO_TOKEN"  # environment variables
 LABEL_STUDIO_KEY = "LABEL_STUDIO_API_KEY"
 SHORTEST = 16  # characters of a token
@@ -36,9 +31,7 @@ def require_all(config: DictConfig) -> None:
         ConfigError: no checkpoint, or a library is not installed.
     """
     require(config, "checkpoint")
-    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ConfigError(f"serving needs {', '.join(absent)}: pip install 'talk2dino[serve]'")
+    require_extra("serve", "serving")
 
 
 def read_token(config: DictConfig, address: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,7 +10,7 @@ import talk2dino
 from talk2dino.config import command
 from talk2dino.config.command import progress
 from talk2dino.config.model_and_classes import class_words, listed, load_model, require
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.videos.frames import (
@@ -30,8 +29,7 @@ def require_all(config: DictConfig) -> None:
         ConfigError: a key is not given, or PyAV is not installed.
     """
     require(config, "checkpoint", "video", "classes")
-    if importlib.util.find_spec("av") is None:
-        raise ConfigError("videos need PyAV: pip install 'talk2dino[video]'")
+    require_extra("video", "video")
 
 
 def video(config: DictConfig) -> None:

@@ -28,7 +28,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, require_extra
 from talk2dino.files import replacing
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Search, then write `best.yaml`."""
-        from talk2dino.sweeps.study import distributions, open_study, require_optuna
+        from talk2dino.sweeps.study import distributions, open_study
 
-        require_optuna()
+        require_extra("sweep", "sweep=optuna")
         assert self.parser is not None and self.config is not None
         node, folder = self.config.sweep, Path(self.config.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 
 from talk2dino.annotations.base import WRITTEN_BY, AnnotatedPicture, Category, Options, Writer
@@ -15,7 +14,7 @@ from talk2dino.annotations.cvat import CvatImages
 from talk2dino.annotations.geojson import GeoJson
 from talk2dino.annotations.labelstudio import LabelStudio
 from talk2dino.annotations.yolo_labels import YoloLabels
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import file_digest, read_json, replacing_folder, write_json
 
 FORMATS: dict[str, Callable[[Options], Writer]] = {
@@ -25,7 +24,6 @@ FORMATS: dict[str, Callable[[Options], Writer]] = {
     "cvat": CvatImages,
     "geojson": GeoJson,
 }
-NEEDED = {"pycocotools": "pycocotools", "cv2": "OpenCV", "shapely": "shapely"}
 MARK = "written_by.json"  # in every folder: the digest of the rest
 
 
@@ -40,12 +38,8 @@ def check_formats(formats: Sequence[str]) -> None:
             raise ConfigError(
                 f"formats=[{name}]: no such format; choose among {', '.join(FORMATS)}"
             )
-    absent = [NEEDED[module] for module in NEEDED if formats and find_spec(module) is None]
-    if absent:
-        raise ConfigError(
-            f"formats=[{','.join(formats)}]: needs {', '.join(absent)}; "
-            "pip install 'talk2dino[annotations]'"
-        )
+    if formats:
+        require_extra("annotations", f"formats=[{','.join(formats)}]")
 
 
 def refuse_changed(folder: Path, formats: Sequence[str]) -> None:

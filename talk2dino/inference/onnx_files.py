@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.encoders.weights import quiet
-from talk2dino.errors import ConfigError, EncoderError
+from talk2dino.errors import ConfigError, EncoderError, require_extra
 from talk2dino.files import replacing
 
 OPSET = 18
 LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf ends at 2 GiB
-PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,6 @@ class Graph:
     free: Mapping[str, Mapping[int, str]] | None = None
 
 
-def require_packages() -> None:
-    """Refuse to begin without the packages of the extra `export`.
-
-    Raises:
-        EncoderError: one is absent.
-    """
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
-        raise EncoderError(
-            f"export needs {', '.join(absent)}; install with: pip install 'talk2dino[export]'"
-        )
-
-
 def check_weights(key: str, encoder: nn.Module) -> None:
     """Refuse an encoder that does not fit one file.
 
@@ -103,7 +88,7 @@ def write_graph(path: Path, graph: Graph, tolerance: float) -> ExportedFile:
         EncoderError: packages are absent, or the network cannot be exported.
         ConfigError: a deviation beyond the tolerance.
     """
-    require_packages()
+    require_extra("export", "export")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         _trace(graph, temporary)

@@ -6,14 +6,13 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.errors import ConfigError, DataError, UserError, say
+from talk2dino.errors import ConfigError, DataError, UserError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
 
@@ -25,16 +24,6 @@ OVERVIEW = 1024  # pixels a side, from which percentiles are taken
 UNFLAGGED = (-9999.0, -32768.0, -99999.0)  # usual for no data, where the file does not say so
 COARSEST = 32  # pixels of the file to one; a block of GDAL's then takes 200 MB
 STRETCH = (2.0, 98.0)  # percentiles, of what has more than eight bits
-
-
-def require_rasterio() -> None:
-    """Refuse to go on without the library.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    if find_spec("rasterio") is None:
-        raise ConfigError("maps need rasterio; pip install 'talk2dino[geo]'")
 
 
 class MapImage:
@@ -74,7 +63,7 @@ class MapImage:
         stretch: Sequence[float] | None = None,
         value_range: Sequence[float] | None = None,
     ) -> None:
-        require_rasterio()
+        require_extra("geo", "map")
         _check_range("stretch", stretch, 0, 100)
         _check_range("value_range", value_range, -math.inf, math.inf)
         if stretch and value_range:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +21,6 @@ if TYPE_CHECKING:
 STUDY = "sweep"  # the study's name in its storage
 PRUNED = "pruned.json"  # in the run folder of a trial that was stopped
 RANGE_KEYS = ("low", "high", "step", "log")
-
-
-def require_optuna() -> None:
-    """Say how to get Optuna if it is not here.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep=optuna: needs pip install 'talk2dino[sweep]'")
 
 
 def open_study(

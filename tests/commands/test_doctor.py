@@ -18,6 +18,7 @@ from talk2dino.__main__ import commands, main
 from talk2dino.doctor import TASKS, Diagnosis, Task, Weights, configured_weights, diagnose, show
 from talk2dino.encoders.build import find_weights
 from talk2dino.encoders.hub import constants
+from talk2dino.errors import EXTRAS, ConfigError, absent_modules, require_extra
 from tests.helpers.pipeline import run
 
 PACKAGE = Path(doctor.__file__).parent
@@ -83,7 +84,19 @@ def test_tasks_name_extras_that_exist() -> None:
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[project.")[0]
     extras = set(re.findall(r"^(\w+) = \[", section, re.M))
-    assert {extra for _, _, extra in TASKS} <= extras
+    others = {"ray", "docs", "bench", "dev"}
+    assert set(TASKS) == set(EXTRAS) == extras - others
+    for extra in EXTRAS:  # modules are spelled right: what is installed is found
+        listed = re.findall(rf"^{extra} = \[(.*?)\n?\]", section, re.M | re.S)[0]
+        packages = re.findall(r"\"([\w-]+)(?:>|=)", listed)
+        if all(doctor._version(name) != "not installed" for name in packages):
+            assert not absent_modules(extra), extra
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, "geo", ("json", "no_such_package", "no_such_package.part"))
+    with pytest.raises(ConfigError, match=r"^map needs no_such_package, no_such_package.part: pip"):
+        require_extra("geo", "map")
 
 
 def test_weights_of_every_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,9 +311,3 @@ def test_errors_are_one_line(
     assert "a single file is the dense path, which needs classes=" in said
     given = ["checkpoint=x", "output=x.onnx", "classes=[cat]", "text_tower=true"]
     assert "the text tower name a folder" in fails(capfd, "export", there, *given)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name)
-    )
-    with pytest.raises(EncoderError, match=r"needs onnxscript; install .* 'talk2dino\[export\]'"):
-        onnx_files.require_packages()

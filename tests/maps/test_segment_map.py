@@ -19,7 +19,7 @@ from talk2dino.errors import ConfigError, DataError, ResultWarning, StoreError
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.maps import blocks as blocks_module
 from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
-from talk2dino.maps.geotiff import MapImage, require_rasterio
+from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.map_files import _placed
 from tests.helpers.encoders import hash_model
 
@@ -422,12 +422,6 @@ def test_files_of_other_origin_stay(vocabulary: OpenVocabulary, tmp_path: Path) 
     segment(vocabulary, source, other)  # it is ours now
     with pytest.raises(ConfigError, match=r"labels.png"):
         segment(vocabulary, source, tmp_path / "labels.png")
-
-
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("talk2dino.maps.geotiff.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'talk2dino\[geo\]'"):
-        require_rasterio()
 
 
 def test_a_broken_file_is_said(tmp_path: Path) -> None:
