@@ -16,7 +16,6 @@ from talk2dino.calibration.reference import (
     FIELD,
     Advance,
     Drawn,
-    check_draw,
     draw_from_pictures,
     draw_from_store,
 )
@@ -60,7 +59,6 @@ def calibrate(config: DictConfig) -> None:
     output = check_writable(config.output or _beside(config.checkpoint))
     rule = command.build(config.rule)
     describe_rule(rule)  # refuses what a file could not name
-    check_draw(config.tokens, config.seed)
     store = None if config.store is None else FeatureStore(config.store)
     if store is not None:
         store.require(images=[FIELD])

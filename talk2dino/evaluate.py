@@ -32,7 +32,6 @@ from talk2dino.evaluation.report import ENVIRONMENT, write_report
 from talk2dino.evaluation.runs import class_table, published
 from talk2dino.evaluation.settings import (
     PRECISION,
-    check_counts,
     check_precision,
     describe_environment,
     describe_run,
@@ -46,7 +45,6 @@ from talk2dino.segmentation import PAMR, Segmenter
 def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
     command.refuse_ddp_in_sweep(config)
-    check_counts(config)
     precision = str(config.trainer.get("precision", PRECISION))
     check_precision(precision)
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -28,7 +28,7 @@ from talk2dino.finding.found_files import (
     write_found,
 )
 from talk2dino.finding.recall import recall
-from talk2dino.finding.scan import PATCHES, Found, check_search, searched_field
+from talk2dino.finding.scan import PATCHES, Found, searched_field
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 
 SHOWN = 10  # queries in the terminal
@@ -56,7 +56,6 @@ def require_all(config: DictConfig) -> None:
 def search(config: DictConfig) -> None:
     """Find the pictures and write both files."""
     queries = query_words(config.query) if config.query is not None else None
-    check_search(config.top, config.best)
     store = FeatureStore(config.store)
     field = searched_field(store)
     images = None if config.images is None else user_path(config.images)

@@ -136,21 +136,12 @@ def pictures_below(folder: Path) -> list[Path]:
     raise DataError(f"images={folder}: no pictures in this folder{why}")
 
 
-def check_draw(count: int, seed: int) -> None:
-    """Refuse what cannot be drawn.
-
-    Raises:
-        ConfigError: `count` is out of its range, or `seed` is negative.
-    """
-    check_number("tokens", count, LEAST, MOST)
-    check_number("seed", seed, 0, 2**32 - 1)
-
-
 def _plan(
     pictures: int, patches: int, count: int, seed: int, where: str
 ) -> tuple[NDArray[np.int64], list[int], np.random.Generator]:
     """Which pictures, how many patches of each, and the random numbers that go on from there."""
-    check_draw(count, seed)
+    check_number("tokens", count, LEAST, MOST)
+    check_number("seed", seed, 0, 2**32 - 1)
     if patches < count:
         raise ConfigError(
             f"tokens={count}: {where} holds {pictures} pictures with {patches} patches; use fewer "

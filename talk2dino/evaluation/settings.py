@@ -42,7 +42,6 @@ _NOT_COMPARED = (
     *("vision.batch_size", "text.batch_size"),
 )
 PRECISION = "32-true"  # the trainer's, where a config does not say
-LEAST = {"batch_size": 1, "window_batch_size": 1, "num_workers": 0, "pictures": 0, "examples": 0}
 PACKAGES = (
     *("talk2dino", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow"),
 )
@@ -120,17 +119,6 @@ def describe_run(
 
 def _of_spec(side: str, spec: Mapping[str, Any] | None) -> dict[str, Any]:
     return {f"{side}.{k}": v for k, v in (spec or {}).items() if k not in _NOT_OF_SPEC}
-
-
-def check_counts(config: Mapping[str, Any]) -> None:
-    """Refuse numbers that nothing could be done with.
-
-    Raises:
-        ConfigError: the first of them.
-    """
-    for key, value in LEAST.items():
-        if config[key] < value:
-            raise ConfigError(f"{key}={config[key]}: use {value} or more")
 
 
 def check_precision(precision: str) -> None:

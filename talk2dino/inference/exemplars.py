@@ -77,7 +77,7 @@ class Exemplar:
     _digest: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_weight(self.weight, "weight")
+        check_number("weight", self.weight, 0.0, 1.0)
 
     def settled(self) -> Exemplar:
         """The same in memory, read now and never again: for one that is asked for often.
@@ -159,15 +159,6 @@ class Spread:
         return cls(tokens.mean(0), torch.cov(tokens.T, correction=0))
 
 
-def check_weight(weight: object, key: str) -> None:
-    """Refuse what is no share.
-
-    Raises:
-        ConfigError: no number of 0..1.
-    """
-    check_number(key, weight, 0.0, 1.0)
-
-
 def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[Exemplar, ...]]:
     """The exemplars of a folder by class, in the order of the names; every file is read once.
 
@@ -182,7 +173,7 @@ def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[E
         ConfigError: a weight out of its range.
     """
     root, where = user_path(folder), f"exemplars={folder}"
-    check_weight(weight, "exemplar_weight")
+    check_number("exemplar_weight", weight, 0.0, 1.0)
     if not root.is_dir():
         raise DataError(f"{where}: no such folder; {_LAYOUT}")
     if stray := next((path for path in sorted(root.iterdir()) if is_picture(path)), None):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
-from talk2dino.errors import DataError
-from talk2dino.inference.exemplars import Exemplar, check_weight
+from talk2dino.errors import DataError, check_number
+from talk2dino.inference.exemplars import Exemplar
 
 
 def brought_exemplars(
@@ -18,7 +18,7 @@ def brought_exemplars(
         DataError: not as many of each, or a name that is none.
         ConfigError: a weight out of its range.
     """
-    check_weight(weight, "exemplar_weight")
+    check_number("exemplar_weight", weight, 0.0, 1.0)
     counts = f"{len(names)} exemplar_classes, {len(images)} exemplar_images, {len(masks)}"
     if not len(names) == len(images) == len(masks):
         raise DataError(f"{counts} exemplar_masks: give a picture and a mask for each name")

@@ -244,8 +244,6 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: no such host or port, or it is taken.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port={port}: a number of 0..65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
