@@ -6,14 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
-    embed_exemplars,
     listed,
-    load_model,
     named_classes,
+    open_vocabulary,
     require_classes,
 )
 from talk2dino.errors import ConfigError
@@ -39,17 +38,7 @@ def run_map(config: DictConfig) -> None:
         files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)
-        model = load_model(config, classes=classes)
-        embed_exemplars(model, classes, config.window)
-        vocabulary = model.open_vocabulary(
-            classes,
-            config.background,
-            config.pamr,
-            config.window,
-            config.templates,
-            negatives=listed(config.negatives),
-            refinement=refinement,
-        )
+        vocabulary = open_vocabulary(config, classes, config.window, refinement)
         with command.progress("map") as advance:
             result = segment_map(
                 vocabulary,
@@ -65,10 +54,12 @@ def run_map(config: DictConfig) -> None:
 
 def report(result: MapResult, pixel_area: float | None, files: list[Path]) -> None:
     """Print the area of each class, and what was left out."""
-    table = Table()
-    table.add_column("class", overflow="fold")
-    table.add_column("share", justify="right")
-    table.add_column("pixels" if pixel_area is None else "square meters", justify="right")
+    unit = "pixels" if pixel_area is None else "square meters"
+    table = Table(
+        Column("class", overflow="fold"),
+        Column("share", justify="right"),
+        Column(unit, justify="right"),
+    )
     seen = max(sum(result.pixels.values()), 1)
     for name, pixels in sorted(result.pixels.items(), key=lambda pair: -pair[1]):
         area = pixels * (pixel_area or 1)

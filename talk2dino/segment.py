@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from talk2dino.alignment.checkpoint import checkpoint_digest
@@ -18,10 +18,9 @@ from talk2dino.annotations.data_sets import check_formats, refuse_changed
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
-    embed_exemplars,
     listed,
-    load_model,
     named_classes,
+    open_vocabulary,
     require_classes,
 )
 from talk2dino.errors import DataError
@@ -89,17 +88,7 @@ def segment(config: DictConfig) -> None:
         print(f"{len(share.mine) - len(left)} of {len(share.mine)} pictures were done before")
     broken: dict[Job, str] = {}
     if left:
-        model = load_model(config, classes=classes)
-        embed_exemplars(model, classes, config.short_side)
-        vocabulary = model.open_vocabulary(
-            classes,
-            config.background,
-            config.pamr,
-            config.short_side,
-            config.templates,
-            negatives=listed(config.negatives),
-            refinement=refinement,
-        )
+        vocabulary = open_vocabulary(config, classes, config.short_side, refinement)
         broken = _segment(
             left, vocabulary, settings, bool(config.heatmaps), options if formats else None, share
         )
@@ -171,10 +160,8 @@ def _segment(
 
 def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Table:
     """Classes, their share of the picture and their color; several pictures: the mean share."""
-    table = Table()
-    table.add_column("")
-    table.add_column("class", overflow="fold")
-    table.add_column("share" if totals is None else "mean share", justify="right")
+    figure = Column("share" if totals is None else "mean share", justify="right")
+    table = Table("", Column("class", overflow="fold"), figure)
     if totals is not None:
         table.add_column("pictures", justify="right")
     shares = result.areas() if totals is None else {k: sum(v) / len(v) for k, v in totals.items()}

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 import talk2dino
 from talk2dino.config import command
 from talk2dino.config.command import progress
-from talk2dino.config.model_and_classes import class_words, listed, load_model, require
+from talk2dino.config.model_and_classes import class_words, open_vocabulary, require
 from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
@@ -44,14 +44,7 @@ def video(config: DictConfig) -> None:
         raise ConfigError(f"output={output}: the name must end in .mp4")
     refuse_foreign([output, figures], is_ours, WRITTEN_BY, config.overwrite, source)
     command.require_output_folder(output.parent, "output")
-    vocabulary = load_model(config, classes=classes).open_vocabulary(
-        classes,
-        config.background,
-        config.pamr,
-        config.short_side,
-        config.templates,
-        negatives=listed(config.negatives),
-    )
+    vocabulary = open_vocabulary(config, classes, config.short_side)
     with progress("frames") as advance:
         found = segment_video(source, output, vocabulary, smoother, advance)
     content = {

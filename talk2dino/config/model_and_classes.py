@@ -23,7 +23,9 @@ from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.vocabulary import Shown, exemplars_of
+from talk2dino.inference.vocabulary import Classes, OpenVocabulary, Shown, exemplars_of
+from talk2dino.segmentation.refinement.knn import KNN
+from talk2dino.segmentation.refinement.pamr import PAMR
 
 NO_CLASS = "classes: the list is empty; name what to look for: [cat,sofa]"
 CHECKPOINTS = (
@@ -180,12 +182,30 @@ def require_classes(config: DictConfig, *keys: str) -> None:
     require(config, *keys, *(["classes"] if config.exemplars is None else []))
 
 
-def embed_exemplars(
-    model: Talk2DINO, classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings, short_side: int
-) -> None:
+def embed_exemplars(model: Talk2DINO, classes: Classes | ClassEmbeddings, short_side: int) -> None:
     """Look at the exemplars of all classes with a progress bar; the model keeps their rows."""
     shown = {} if isinstance(classes, ClassEmbeddings) else exemplars_of(classes)
     with progress("exemplars", visible=bool(shown)) as advance:
         for done, exemplars in enumerate(shown.values()):
             model.embed_exemplars(exemplars, short_side)
             advance(done + 1, len(shown))
+
+
+def open_vocabulary(
+    config: DictConfig,
+    classes: Classes | ClassEmbeddings,
+    short_side: int,
+    refinement: KNN | PAMR | None = None,
+) -> OpenVocabulary:
+    """Load the model of a command and embed its classes and negatives, once for all pictures."""
+    model = load_model(config, classes=classes)
+    embed_exemplars(model, classes, short_side)
+    return model.open_vocabulary(
+        classes,
+        config.background,
+        config.pamr,
+        short_side,
+        config.templates,
+        negatives=listed(config.negatives),
+        refinement=refinement,
+    )
