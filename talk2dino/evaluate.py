@@ -29,13 +29,13 @@ from talk2dino.evaluation.datamodule import SegmentationDataModule
 from talk2dino.evaluation.module import EvaluationProgress, OutputOptions, SegmentationModule
 from talk2dino.evaluation.records import how_to_go_on
 from talk2dino.evaluation.report import ENVIRONMENT, write_report
-from talk2dino.evaluation.runs import class_table, published
 from talk2dino.evaluation.settings import (
     PRECISION,
     check_precision,
     describe_environment,
     describe_run,
 )
+from talk2dino.evaluation.tables import class_table, published
 from talk2dino.files import read_json, refuse_foreign_run, write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.vocabulary import say_equal

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from talk2dino.errors import ConfigError
 from talk2dino.files import read_json, refuse_foreign_run, write_json
-from talk2dino.renamed import with_current_names
+from talk2dino.renamed import first_difference
 
 SETTINGS = "settings.json"
 _RESULTS = (  # beside the records
@@ -100,7 +100,13 @@ class Records:
         wanted = json.loads(json.dumps(settings))
         if begun and resume:
             old = read_json(file, dict, "the settings of an evaluation, or another folder")
-            _refuse_others(self.folder, old, wanted)
+            if found := first_difference(old, wanted):
+                key, *values = found
+                before, now = map(_short, values)
+                raise ConfigError(
+                    f"{self.folder}: began with {key}={before}, now it is {now}; choose another "
+                    "folder with hydra.run.dir=…, or drop what is there with resume=false"
+                )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, wanted)
@@ -156,17 +162,6 @@ def _lines(part: Path) -> Iterator[Record]:
             continue  # the process was killed in the middle
         if isinstance(content, dict) and set(content) == names:
             yield Record(**content)
-
-
-def _refuse_others(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found, wanted = with_current_names(found), with_current_names(wanted)
-    for key in sorted(found.keys() | wanted.keys()):
-        old, new = found.get(key), wanted.get(key)
-        if old != new:
-            raise ConfigError(
-                f"{folder}: began with {key}={_short(old)}, now it is {_short(new)}; choose "
-                "another folder with hydra.run.dir=…, or drop what is there with resume=false"
-            )
 
 
 def _short(value: Any) -> str:

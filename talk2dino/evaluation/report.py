@@ -23,16 +23,15 @@ from rich.console import Console
 from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
-from talk2dino.evaluation.runs import (
-    Run,
+from talk2dino.evaluation.runs import Run, read_runs
+from talk2dino.evaluation.tables import (
     as_csv,
     as_markdown,
     as_table,
+    percent,
     published,
-    read_runs,
     summarize,
 )
-from talk2dino.evaluation.tables import percent
 from talk2dino.files import read_json, refuse_foreign_run, replacing
 
 Counts = npt.NDArray[np.int64]

@@ -28,13 +28,12 @@ from talk2dino.evaluation.report import (
     write_report,
     write_sweep_report,
 )
-from talk2dino.evaluation.runs import (
+from talk2dino.evaluation.runs import Run, read_runs
+from talk2dino.evaluation.tables import (
     PAPER_ORDER,
-    Run,
     as_csv,
     as_markdown,
     published,
-    read_runs,
     summarize,
 )
 from tests.helpers.evaluations import (
