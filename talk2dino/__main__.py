@@ -49,7 +49,7 @@ def overview(listed: Mapping[str, str]) -> str:
     )
 
 
-def unknown(name: str, listed: Mapping[str, str]) -> str:
+def unknown_command(name: str, listed: Mapping[str, str]) -> str:
     """One line about a command that does not exist."""
     near = difflib.get_close_matches(name, listed, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(listed)}"
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name in listed:
         os.execv(sys.executable, [sys.executable, "-m", f"talk2dino.{name}", *given[1:]])
     else:
-        print(unknown(name, listed), file=sys.stderr)
+        print(unknown_command(name, listed), file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -22,7 +22,7 @@ def require_all(config: DictConfig) -> None:
 
 def app(config: DictConfig) -> None:
     """Load the model and serve the page."""
-    from talk2dino.web.page import Page, serve
+    from talk2dino.web.page import Page, show_page
 
     classes = class_words(config.classes) if config.classes else {}
     model = load_model(config, classes=classes)
@@ -36,7 +36,7 @@ def app(config: DictConfig) -> None:
     page = Page(
         model, str(config.checkpoint), words, config.short_side, kept, config.calibration
     ).build()
-    address = serve(page, config.host, config.port, config.max_upload_mb, config.browser)
+    address = show_page(page, config.host, config.port, config.max_upload_mb, config.browser)
     print(f"{address}  (Ctrl+C ends it)", flush=True)
     page.block_thread()
 

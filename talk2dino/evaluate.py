@@ -31,7 +31,7 @@ from talk2dino.evaluation.records import how_to_go_on
 from talk2dino.evaluation.report import ENVIRONMENT, write_report
 from talk2dino.evaluation.settings import (
     PRECISION,
-    check_precision,
+    check_encoder_precision,
     describe_environment,
     describe_run,
 )
@@ -46,7 +46,7 @@ def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
     command.refuse_ddp_in_sweep(config)
     precision = str(config.trainer.get("precision", PRECISION))
-    check_precision(precision)
+    check_encoder_precision(precision)
     folder = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
     benchmark: Benchmark = command.build(config.benchmark)

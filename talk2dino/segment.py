@@ -31,13 +31,13 @@ from talk2dino.inference.outputs import (
     Job,
     annotations_folder,
     plan,
-    refuse_foreign,
+    refuse_foreign_outputs,
     write,
     write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.shares import Share
-from talk2dino.inference.vocabulary import OpenVocabulary, Shown, exemplars_of
+from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
 
@@ -81,7 +81,7 @@ def segment(config: DictConfig) -> None:
     left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]
     folder = annotations_folder(jobs, str(config.image))
     if not config.overwrite:
-        refuse_foreign(left, maps)
+        refuse_foreign_outputs(left, maps)
         refuse_changed(folder, formats)
     share.begin()
     if len(left) < len(share.mine):
@@ -111,7 +111,7 @@ def segment(config: DictConfig) -> None:
 
 
 def _words_and_digests(
-    classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings,
+    classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings,
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
     """The words of each class, and the digests of the exemplars of those that are shown."""
     if isinstance(classes, ClassEmbeddings):  # a digest of the file says what is in it

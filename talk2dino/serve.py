@@ -87,8 +87,7 @@ def serve(config: DictConfig) -> None:
     from talk2dino.inference.class_embeddings import ClassEmbeddings
     from talk2dino.serving.gate import LOCAL, Metrics, Rules
     from talk2dino.serving.ml_backend import MLBackend, TaskPictures
-    from talk2dino.serving.server import Routes, bind, build_app
-    from talk2dino.serving.server import serve as run
+    from talk2dino.serving.server import Routes, answer_requests, bind, build_app
     from talk2dino.serving.service import Limits, Service
 
     limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
@@ -120,7 +119,7 @@ def serve(config: DictConfig) -> None:
         version = f"{name} {checkpoint_digest(config.checkpoint)[:8]}"
         routes = Routes(service, MLBackend(service, pictures, version), metrics, version)
         rules = Rules(limits.body, limits.timeout, limits.queue, token, (*LOCAL, config.host))
-        run(build_app(routes, rules), opened, limits.timeout)
+        answer_requests(build_app(routes, rules), opened, limits.timeout)
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ def fits(value: object, hint: Any) -> bool:
     return hint is not None or value is None  # a TypeVar or a Protocol takes anything
 
 
-def readable(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """An annotation as a user would say it."""
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(readable, get_args(hint)))
+        return " or ".join(map(type_name, get_args(hint)))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
@@ -233,7 +233,7 @@ def _check_arguments(path: str, node: DictConfig) -> None:
         value, wanted = node[key], types.get(str(key), Any)
         if not fits(value, wanted):
             raise ConfigError(
-                f"{path}.{key!s}={value!r} is {type(value).__name__}, expected {readable(wanted)}"
+                f"{path}.{key!s}={value!r} is {type(value).__name__}, expected {type_name(wanted)}"
             )
 
 

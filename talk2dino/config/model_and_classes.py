@@ -23,7 +23,7 @@ from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.vocabulary import Classes, OpenVocabulary, Shown, exemplars_of
+from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, WordOrExemplar, exemplars_of
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 
@@ -146,7 +146,7 @@ def listed(given: Any) -> list[Any]:
 
 def named_classes(
     config: DictConfig, brought: bool = False
-) -> dict[str, tuple[Shown, ...]] | ClassEmbeddings:
+) -> dict[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
     """The words of `classes` and the exemplars of the folder `exemplars`, by class.
 
     Errors as `class_words` and `exemplars.read_folder`; one of the two may be null.
@@ -182,7 +182,9 @@ def require_classes(config: DictConfig, *keys: str) -> None:
     require(config, *keys, *(["classes"] if config.exemplars is None else []))
 
 
-def embed_exemplars(model: Talk2DINO, classes: Classes | ClassEmbeddings, short_side: int) -> None:
+def embed_exemplars(
+    model: Talk2DINO, classes: ClassWords | ClassEmbeddings, short_side: int
+) -> None:
     """Look at the exemplars of all classes with a progress bar; the model keeps their rows."""
     shown = {} if isinstance(classes, ClassEmbeddings) else exemplars_of(classes)
     with progress("exemplars", visible=bool(shown)) as advance:
@@ -193,7 +195,7 @@ def embed_exemplars(model: Talk2DINO, classes: Classes | ClassEmbeddings, short_
 
 def open_vocabulary(
     config: DictConfig,
-    classes: Classes | ClassEmbeddings,
+    classes: ClassWords | ClassEmbeddings,
     short_side: int,
     refinement: KNN | PAMR | None = None,
 ) -> OpenVocabulary:

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from talk2dino.errors import ConfigError
 from talk2dino.files import user_path
 
-Words = list[Any] | dict[str, Any] | str
+TypedWords = list[Any] | dict[str, Any] | str
 
 # keys of config groups that hold texts, whatever the group's option; `hydra.run.dir` and its like
 _TEXTS = frozenset(
@@ -101,7 +101,7 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _hydra(words: Words, key: str) -> str:
+def _hydra(words: TypedWords, key: str) -> str:
     """Parsed words as a list of Hydra's grammar."""
     if isinstance(words, str):
         return quoted(words)
@@ -110,7 +110,7 @@ def _hydra(words: Words, key: str) -> str:
     return f"[{','.join(_hydra(word, key) for word in words)}]"
 
 
-def parse_words(text: str, key: str) -> Words:
+def parse_words(text: str, key: str) -> TypedWords:
     """A list `[cat, 'a, b', [sofa, couch]]` or a mapping `{cat: [kitty, kitten]}` of texts.
 
     Words are taken as they stand, without the spaces around them; one with a comma, a colon in a
@@ -154,7 +154,7 @@ class _Reader:
             self.place += 1
         return self.text[self.place : self.place + 1]
 
-    def value(self, ends: str) -> Words:
+    def value(self, ends: str) -> TypedWords:
         """What stands here, up to one of `ends`, which is left."""
         first = self.peek()
         if first == "[":

@@ -1,4 +1,4 @@
-"""Which blocks of a vision transformer give the patch tokens, and how several are joined.
+"""Which blocks of a vision transformer give the patch tokens, and how several are join_layers.
 
 A layer is the index of a block, whose output passes the final norm, or `6.attn`: what the
 self-attention of block 6 hands on, before layer scale and the residual sum, each token normed
@@ -76,7 +76,9 @@ def watched(model: Any, layers: Iterable[int | str]) -> Iterator[dict[int | str,
             hook.remove()
 
 
-def joined(model: Any, taps: Mapping[int | str, Tensor], layers: Sequence[int | str]) -> Tensor:
+def join_layers(
+    model: Any, taps: Mapping[int | str, Tensor], layers: Sequence[int | str]
+) -> Tensor:
     """Tokens `[B, N, D x layers]`, normed layer by layer."""
     parts = []
     for layer in layers:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from talk2dino.encoders.attention import LastAttention, unrotated_cls_logits
 from talk2dino.encoders.bundled import dinov2_vits14_weights
 from talk2dino.encoders.hub import cached_if_unreachable
-from talk2dino.encoders.layers import block_of, checked_layers, joined, watched
+from talk2dino.encoders.layers import block_of, checked_layers, join_layers, watched
 from talk2dino.encoders.original import read_weights
 from talk2dino.encoders.weights import (
     first_line,
@@ -292,7 +292,7 @@ class TimmVisionEncoder(nn.Module):
         ):
             tokens = self.model.forward_features((images - self.mean) / self.std)
         if self.layers is not None:
-            tokens = joined(self.model, taps, self.layers)  # [B, N, D]
+            tokens = join_layers(self.model, taps, self.layers)  # [B, N, D]
         elif tokens.dim() == 4:  # SAM: a map from its neck, [B, C, h, w]; take the last block's
             tokens = taps[last].flatten(1, 2)  # [B, P, D]
         patches = tokens[:, self.num_prefix_tokens :]

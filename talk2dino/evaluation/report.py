@@ -281,7 +281,7 @@ def _examples(folder: Path, room: int) -> list[tuple[Example, str]]:
     return found
 
 
-def templates() -> Environment:
+def report_templates() -> Environment:
     """The templates of this package; they escape what they are given."""
     found = Environment(
         loader=PackageLoader("talk2dino.evaluation"),
@@ -302,7 +302,7 @@ def _shown(file: Path) -> str:
 
 
 def _write(folder: Path, **context: Any) -> Path:
-    _replace(folder / NAME, templates().get_template("report.html.j2").render(context))
+    _replace(folder / NAME, report_templates().get_template("report.html.j2").render(context))
     return folder / NAME
 
 

@@ -121,7 +121,7 @@ def _of_spec(side: str, spec: Mapping[str, Any] | None) -> dict[str, Any]:
     return {f"{side}.{k}": v for k, v in (spec or {}).items() if k not in _NOT_OF_SPEC}
 
 
-def check_precision(precision: str) -> None:
+def check_encoder_precision(precision: str) -> None:
     """Refuse a precision that would reach beyond the encoder.
 
     Raises:

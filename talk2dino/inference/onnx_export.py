@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.rules import Reference
-from talk2dino.encoders.layers import joined, watched
+from talk2dino.encoders.layers import join_layers, watched
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import quiet
 from talk2dino.errors import ConfigError
@@ -83,7 +83,7 @@ class DensePath(nn.Module):
             return self.backbone.forward_features(pixels)[:, self.prefix :]  # type: ignore[no-any-return]
         with watched(self.backbone, self.layers) as taps:
             self.backbone.forward_features(pixels)
-        return joined(self.backbone, taps, self.layers)[:, self.prefix :]
+        return join_layers(self.backbone, taps, self.layers)[:, self.prefix :]
 
     def forward(self, image: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """`[1, 3, S, S]` float RGB 0..1 to `[1, K, S, S]`, or `[1, K, S/p, S/p]`."""

@@ -289,7 +289,7 @@ def figures(result: SegmentedImage) -> list[dict[str, Any]]:
     ]
 
 
-def refuse_foreign(jobs: Sequence[Job], heatmaps: Sequence[str] = ()) -> None:
+def refuse_foreign_outputs(jobs: Sequence[Job], heatmaps: Sequence[str] = ()) -> None:
     """Refuse to overwrite what this program did not write.
 
     Raises:

@@ -22,8 +22,11 @@ from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.memory import WorkingMemory
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
-Shown: TypeAlias = str | Exemplar  # a class is said in words, or shown
-Classes: TypeAlias = Sequence[str | Sequence[Shown]] | Mapping[str, Shown | Sequence[Shown]]
+WordOrExemplar: TypeAlias = str | Exemplar  # a class is said in words, or shown
+ClassWords: TypeAlias = (
+    Sequence[str | Sequence[WordOrExemplar]]
+    | Mapping[str, WordOrExemplar | Sequence[WordOrExemplar]]
+)
 Sentences: TypeAlias = tuple[str, ...]
 
 
@@ -58,7 +61,7 @@ class Words:
 
 
 def read_words(
-    classes: Classes,
+    classes: ClassWords,
     negatives: Sequence[str] = (),
     prompts: Mapping[str, str | Sequence[str]] | None = None,
     templates: str | Sequence[str] = "plain",
@@ -107,7 +110,7 @@ def read_words(
     )
 
 
-def exemplars_of(classes: Classes) -> dict[str, tuple[Exemplar, ...]]:
+def exemplars_of(classes: ClassWords) -> dict[str, tuple[Exemplar, ...]]:
     """The exemplars of every class that has some; errors as `read_words`."""
     groups = _groups(classes)
     say_confused(groups)
@@ -118,7 +121,7 @@ def exemplars_of(classes: Classes) -> dict[str, tuple[Exemplar, ...]]:
     return {name: exemplars for name, exemplars in shown.items() if exemplars}
 
 
-def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
+def _groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
     """Names and what stands for them, in order."""
     if isinstance(classes, str) or not _is_list(classes):
         raise ConfigError(
@@ -141,7 +144,7 @@ def _groups(classes: Classes) -> dict[str, tuple[Shown, ...]]:
     return dict(pairs)
 
 
-def _shown(given: Shown | Sequence[Shown]) -> tuple[Any, ...]:
+def _shown(given: WordOrExemplar | Sequence[WordOrExemplar]) -> tuple[Any, ...]:
     return _words(given, "classes", Exemplar)
 
 
@@ -166,7 +169,7 @@ def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
     return words
 
 
-def _refuse_shut(groups: Mapping[str, Sequence[Shown]], negatives: Sequence[str]) -> None:
+def _refuse_shut(groups: Mapping[str, Sequence[WordOrExemplar]], negatives: Sequence[str]) -> None:
     """Refuse a negative that is a class's word.
 
     Raises:

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile as Uploaded
 from talk2dino.errors import DataError
 from talk2dino.serving.service import read_object
 
-Words = Annotated[
+WordsField = Annotated[
     str | None,
     Field(
         description="`cat, sofa; couch`: names separated by commas, synonyms by semicolons; or "
@@ -38,7 +38,7 @@ class SegmentForm(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     image: UploadFile = Field(description="the picture: JPEG, PNG, WebP, TIFF …")
-    classes: Words = None
+    classes: WordsField = None
     background: Annotated[float | bool | None, Field(union_mode="left_to_right")] = Field(
         None,
         description="true, or a score 0..1: pixels that no class fits are background",

@@ -239,7 +239,7 @@ def _error(status: int, detail: str, headers: Mapping[str, str] | None = None) -
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, which nobody can reach before `serve` listens.
+    """A socket at an address, which nobody can reach before `answer_requests` listens.
 
     Raises:
         ConfigError: no such host or port, or it is taken.
@@ -268,7 +268,7 @@ class Server(uvicorn.Server):
             print(f"http://{shown}:{port}  (Ctrl+C ends it; /docs describes it)", flush=True)
 
 
-def serve(app: Gate, opened: socket.socket, timeout: float) -> None:
+def answer_requests(app: Gate, opened: socket.socket, timeout: float) -> None:
     """Answer requests until SIGTERM or Ctrl+C; what is running then is finished.
 
     Args:

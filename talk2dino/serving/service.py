@@ -22,7 +22,7 @@ from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.exemplars import WEIGHT, Exemplar
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.inference.vocabulary import OpenVocabulary, Shown
+from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar
 from talk2dino.segmentation.memory import WorkingMemory, machine_memory
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
@@ -83,7 +83,7 @@ class Wanted:
         exemplars: that the request brought, by class, beside `classes`.
     """
 
-    classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings
+    classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings
     background: bool | float | None = None
     pamr: bool = True
     short_side: int | None = None
@@ -91,7 +91,7 @@ class Wanted:
     exemplars: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
 
     @property
-    def all_classes(self) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
+    def all_classes(self) -> Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
         """The classes with the exemplars that were brought.
 
         Raises:
@@ -131,7 +131,7 @@ class Service:
         self,
         model: Talk2DINO,
         limits: Limits | None = None,
-        classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings | None = None,
+        classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings | None = None,
         short_side: int = 448,
         seen: Callable[[int], object] = lambda size: None,
         refinement: KNN | PAMR | None = None,
@@ -140,7 +140,7 @@ class Service:
         self.model, self.limits, self.seen = model, limits or Limits(), seen
         self.short_side, self.refinement = short_side, refinement
         self.exemplar_weight = exemplar_weight
-        self.classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings | None = None
+        self.classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings | None = None
         if isinstance(classes, ClassEmbeddings):
             self.classes = classes
         elif classes:
@@ -232,7 +232,9 @@ class Service:
         return side
 
     def check_words(
-        self, classes: Mapping[str, tuple[Shown, ...]] | ClassEmbeddings, negatives: Sequence[str]
+        self,
+        classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings,
+        negatives: Sequence[str],
     ) -> None:
         """Refuse words that nobody means, and too many.
 
@@ -279,7 +281,7 @@ class Service:
 
     def words(
         self, text: str | None, shown: bool = False
-    ) -> Mapping[str, tuple[Shown, ...]] | ClassEmbeddings:
+    ) -> Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
         """The classes of a request; a name that the service has exemplars of brings them.
 
         Args:
@@ -298,20 +300,20 @@ class Service:
             if self.classes is None:
                 raise DataError("classes: name at least one, for instance: cat, sofa; couch")
             return self.classes
-        named = read_words(text)
+        named = requested_words(text)
         if not isinstance(self.classes, ClassEmbeddings):
             return self.shown(named)
         every = [word for words in named.values() for word in words]
         return self.classes.select(every)
 
-    def shown(self, named: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[Shown, ...]]:
+    def shown(self, named: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[WordOrExemplar, ...]]:
         """Named classes, with the exemplars that the service has of them.
 
         A bare name of such a class means it as the service began with it: without the name as a
         word, if only exemplars stand for it.
         """
         began = self.classes if isinstance(self.classes, Mapping) else {}
-        found: dict[str, tuple[Shown, ...]] = {}
+        found: dict[str, tuple[WordOrExemplar, ...]] = {}
         for name, words in named.items():
             known = began.get(name, ())
             exemplars = tuple(one for one in known if not isinstance(one, str))
@@ -320,11 +322,11 @@ class Service:
         return found
 
 
-def _said(given: Sequence[Shown]) -> list[str]:
+def _said(given: Sequence[WordOrExemplar]) -> list[str]:
     return [one for one in given if isinstance(one, str)]
 
 
-def read_words(text: str) -> dict[str, tuple[str, ...]]:
+def requested_words(text: str) -> dict[str, tuple[str, ...]]:
     """Names and the words that stand for them, see `Service.words`.
 
     Raises:
@@ -347,9 +349,9 @@ def read_words(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def read_negatives(text: str) -> tuple[str, ...]:
-    """The words of a request that count as background, synonyms among them; as `read_words`."""
+    """The words of a request that count as background, synonyms among them."""
     try:
-        found = read_words(text)
+        found = requested_words(text)
     except DataError as error:
         raise DataError(str(error).replace("classes", "negatives", 1)) from error
     return tuple(dict.fromkeys(word for words in found.values() for word in words))

@@ -23,7 +23,7 @@ FOLDER = "exemplars"  # in the call that the page shows
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class PaintedExample:
     """What a visitor painted.
 
     Attributes:
@@ -87,8 +87,8 @@ def painted(layers: Sequence[Path], size: tuple[int, int]) -> Tensor:
 
 
 def new_example(
-    name: str, pixels: Tensor, inside: Tensor, known: Sequence[Example], patch: float
-) -> Example:
+    name: str, pixels: Tensor, inside: Tensor, known: Sequence[PaintedExample], patch: float
+) -> PaintedExample:
     """An example within the limits.
 
     Args:
@@ -118,10 +118,10 @@ def new_example(
         )
     taken = {example.number for example in known if example.name == name}
     number = next(n for n in range(1, MOST + 1) if n not in taken)
-    return Example(name, number, pixels, inside)
+    return PaintedExample(name, number, pixels, inside)
 
 
-def pack(examples: Sequence[Example], target: Path) -> Path:
+def pack(examples: Sequence[PaintedExample], target: Path) -> Path:
     """Write a ZIP of the folder that `exemplars=` and `exemplars.read_folder` take."""
     with zipfile.ZipFile(target, "w") as packed:
         for example in examples:

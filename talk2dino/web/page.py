@@ -19,7 +19,7 @@ from talk2dino.calibration.calibration import AUTO
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.web.examples import Example, to_paint_on
+from talk2dino.web.examples import PaintedExample, to_paint_on
 from talk2dino.web.session import (
     IDLE_SECONDS,
     Request,
@@ -195,7 +195,7 @@ class Page:
         names = view.result.classes
         switches = gr.update(choices=names, value=names, visible=True)
         code = python_call(self.checkpoint, view, kept=self.kept, calibration=self.calibration)
-        table = as_table("Share of the picture", areas(view.result))
+        table = html_table("Share of the picture", areas(view.result))
         return view.result.overlay(), switches, table, code, gr.update(visible=False)
 
     def add_example(
@@ -243,7 +243,7 @@ class Page:
         if view is None or view.result is None:
             return ""
         column, row = (int(place) for place in event.index)
-        return as_table(f"Scores at ({column}, {row})", scores_at(view.result, row, column))
+        return html_table(f"Scores at ({column}, {row})", scores_at(view.result, row, column))
 
     def forget(self, visitor: gr.Request) -> Sequence[Any]:
         """The picture was taken away; the examples stay."""
@@ -251,7 +251,7 @@ class Page:
         hidden = gr.update(visible=False)
         return None, gr.update(choices=[], visible=False), "", "", hidden, "", None
 
-    def take_away(self, visitor: gr.Request) -> tuple[Example, ...]:
+    def take_away(self, visitor: gr.Request) -> tuple[PaintedExample, ...]:
         """Drop a visitor's picture and its result; gives the examples."""
         view = self.views.of(_name(visitor))
         if view is None or not view.examples:
@@ -293,7 +293,7 @@ def painted_files(edited: Any) -> list[Path]:
     return [] if edited is None else [Path(layer.path) for layer in edited.layers]
 
 
-def as_table(title: str, rows: Sequence[Sequence[str]]) -> str:
+def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     """HTML of rows of name and figure; a visitor's words stay words."""
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td style='text-align: right'>{escape(figure)}</td></tr>"
@@ -315,7 +315,7 @@ def _user_errors(step: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def serve(
+def show_page(
     page: gr.Blocks, host: str, port: int | None, max_upload_mb: float, browser: bool = False
 ) -> str:
     """Begin to answer requests; no share link, no analytics, fonts of the visitor's machine.

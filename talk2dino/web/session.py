@@ -22,8 +22,8 @@ from talk2dino.errors import DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.inference.vocabulary import EncodedPicture, Shown
-from talk2dino.web.examples import FOLDER, Example, new_example, pack, painted
+from talk2dino.inference.vocabulary import EncodedPicture, WordOrExemplar
+from talk2dino.web.examples import FOLDER, PaintedExample, new_example, pack, painted
 
 MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
 MEMORY = 2 << 30  # bytes for the pictures of all visitors and their results
@@ -46,10 +46,10 @@ class Request:
     background: bool = False
     threshold: float = 0.5
     pamr: bool = True
-    examples: tuple[Example, ...] = ()
+    examples: tuple[PaintedExample, ...] = ()
 
     @property
-    def classes(self) -> dict[str, tuple[Shown, ...]]:
+    def classes(self) -> dict[str, tuple[WordOrExemplar, ...]]:
         """Names, and the words and exemplars of each; never read from a file of the server.
 
         Raises:
@@ -59,7 +59,7 @@ class Request:
         if not parts and not self.examples:
             raise DataError("Name at least one class, for instance: cat, sofa")
         said = read_classes(parts).prompted if parts else ()
-        found: dict[str, tuple[Shown, ...]] = {spec.name: spec.synonyms for spec in said}
+        found: dict[str, tuple[WordOrExemplar, ...]] = {spec.name: spec.synonyms for spec in said}
         for example in self.examples:
             found[example.name] = (*found.get(example.name, ()), example.exemplar)
         return found
@@ -81,7 +81,7 @@ class View:
     name: str = ""
     picture: EncodedPicture | None = field(default=None, repr=False)
     short_side: int = 448
-    examples: tuple[Example, ...] = ()
+    examples: tuple[PaintedExample, ...] = ()
     request: Request | None = None
     result: SegmentedImage | None = field(default=None, repr=False)
 
@@ -176,7 +176,7 @@ def open_picture(model: Talk2DINO, file: Path, short_side: int) -> View:
 
 
 def add_example(
-    model: Talk2DINO, view: View, name: str, layers: Sequence[Path], kept: Sequence[Example]
+    model: Talk2DINO, view: View, name: str, layers: Sequence[Path], kept: Sequence[PaintedExample]
 ) -> View:
     """Take what a visitor painted on the picture as an example of a class.
 

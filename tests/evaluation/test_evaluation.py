@@ -24,7 +24,7 @@ from talk2dino.datasets.mosaic import MosaicBenchmark
 from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ConfigError, DataError, ResultWarning, UserError
 from talk2dino.evaluation.datamodule import SegmentationDataModule
-from talk2dino.evaluation.settings import check_precision
+from talk2dino.evaluation.settings import check_encoder_precision
 from tests.helpers.encoders import MeanColorEncoder
 from tests.helpers.evaluations import (
     COLORS,
@@ -387,9 +387,9 @@ def test_only_the_encoder_runs_in_lower_precision(root: Path, tmp_path: Path) ->
     config.trainer.precision = "bf16-mixed"
     assert_same(evaluate(tmp_path / "mixed", benchmark(root), config), exact, tolerance=0)
     for good in ("32-true", "64-true", "16-mixed", "bf16-mixed", "32"):
-        check_precision(good)
+        check_encoder_precision(good)
     with pytest.raises(ConfigError, match=r"trainer\.precision=bf16-true: .*; use bf16-mixed"):
-        check_precision("bf16-true")
+        check_encoder_precision("bf16-true")
 
 
 # --- through the entry point, with the encoders that come with packages ---------------------------

@@ -217,6 +217,18 @@ def test_no_two_files_share_a_name() -> None:
     assert {name for name, count in names.items() if count > 1} <= SAME_NAME
 
 
+def test_no_two_things_share_a_name() -> None:
+    """Public classes and functions of modules, but for what commands and engines have alike."""
+    alike = {"main", "report", "require_all", "compiled"}
+    names = Counter(
+        node.name
+        for source in SOURCES
+        for node in ast.parse((PACKAGE / source).read_text()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} <= alike
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_work_at_import_time_in_plain_sight(source: str) -> None:
     """No sys.path, no device string, no pickle."""

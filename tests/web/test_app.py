@@ -55,10 +55,10 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(model: Talk2DINO) -> Iterator[str]:
     need("gradio")
-    from talk2dino.web.page import Page, serve
+    from talk2dino.web.page import Page, show_page
 
     blocks = Page(model, "outputs/run", "cat, grass", SHORT_SIDE).build()
-    yield serve(blocks, "127.0.0.1", None, max_upload_mb=0.5)
+    yield show_page(blocks, "127.0.0.1", None, max_upload_mb=0.5)
     blocks.close()
 
 
@@ -75,10 +75,10 @@ def calibrated(trained_run: Path, mosaic_store: Path, tmp_path: Path) -> Talk2DI
 
 @pytest.fixture
 def calibrated_page(calibrated: Talk2DINO) -> Iterator[str]:
-    from talk2dino.web.page import Page, serve
+    from talk2dino.web.page import Page, show_page
 
     blocks = Page(calibrated, "outputs/run", "cat, grass", SHORT_SIDE).build()
-    yield serve(blocks, "127.0.0.1", None, max_upload_mb=0.5)
+    yield show_page(blocks, "127.0.0.1", None, max_upload_mb=0.5)
     blocks.close()
 
 
@@ -374,9 +374,9 @@ def test_pictures_that_are_refused(model: Talk2DINO, photo: Path, tmp_path: Path
 
 def test_a_visitors_words_stay_words() -> None:
     need("gradio")
-    from talk2dino.web.page import as_table
+    from talk2dino.web.page import html_table
 
-    assert "<b>" not in as_table("x", [["<b>cat</b>", "1 %"]])
+    assert "<b>" not in html_table("x", [["<b>cat</b>", "1 %"]])
 
 
 def test_without_a_checkpoint_it_says_how_to_get_one(capfd: pytest.CaptureFixture[str]) -> None:

@@ -40,11 +40,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def serving(folder: Path) -> Iterator[str]:
     """The page of a model without weights; uploads go below `folder`."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    from talk2dino.web.page import Page, serve
+    from talk2dino.web.page import Page, show_page
 
     blocks = Page(hash_model(), "outputs/run", WORDS, 32).build()
     try:
-        yield serve(blocks, "127.0.0.1", None, max_upload_mb=2)
+        yield show_page(blocks, "127.0.0.1", None, max_upload_mb=2)
     finally:
         blocks.close()
         del os.environ["GRADIO_TEMP_DIR"]

@@ -157,10 +157,12 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read `folder/manifest.json`; StoreError if it is absent, no JSON, or malformed."""
         file = folder / MANIFEST
-        return cls.from_json(read_json(file, "extract again, or finish the interrupted run"), file)
+        return cls.from_json(
+            read_store_json(file, "extract again, or finish the interrupted run"), file
+        )
 
 
-def read_json(file: Path, fix: str) -> object:
+def read_store_json(file: Path, fix: str) -> object:
     """Parse a JSON file; StoreError names the file, the trouble, and `fix`."""
     try:
         parsed: object = json.loads(file.read_text(encoding="utf-8"))

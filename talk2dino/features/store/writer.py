@@ -24,7 +24,7 @@ from talk2dino.features.store.schema import (
     checked,
     fields_from_json,
     is_shard_name,
-    read_json,
+    read_store_json,
     shard_name,
 )
 from talk2dino.features.store.shard_writer import (
@@ -64,7 +64,7 @@ class ShardRecord:
     @classmethod
     def read(cls, file: Path) -> ShardRecord:
         """Parse a record; StoreError if it is malformed."""
-        values = checked(cls, read_json(file, "delete it and extract again"), file, "")
+        values = checked(cls, read_store_json(file, "delete it and extract again"), file, "")
         shard = ShardInfo(**checked(ShardInfo, values["shard"], file, "shard"))
         return cls(shard, fields_from_json(values["fields"], file), values["skipped"])
 
@@ -87,7 +87,7 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
         if used:
             raise StoreError(f"{folder}: holds shards of unknown settings; use an empty folder")
         create_json(file, dict(settings))  # if ranks start together, the first one's settings count
-    noted, source = cast(Any, read_json(file, "delete the folder")), settings.get("source")
+    noted, source = cast(Any, read_store_json(file, "delete the folder")), settings.get("source")
     if isinstance(source, Mapping) and "content" not in noted.get("source", {}):  # of version 0.1
         settings = {**settings, "source": {**source, "content": None}}
     if (other := first_difference(noted, dict(settings))) is not None:
