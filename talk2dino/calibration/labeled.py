@@ -18,6 +18,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.errors import ConfigError, DataError
+from talk2dino.evaluation.metrics import mean_iou
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
 FOLDS = 5
@@ -63,9 +64,7 @@ class LabeledPatches:
         classes = self.scores.shape[1]
         found = (self.scores - offsets).argmax(1)
         pairs = torch.bincount(self.labels * classes + found, minlength=classes**2)
-        confusion = pairs.view(classes, classes).double()
-        union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
-        return float((confusion.diag() / union)[union > 0].mean())
+        return mean_iou(pairs.view(classes, classes))
 
 
 @dataclass(frozen=True, eq=False)

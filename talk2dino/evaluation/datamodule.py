@@ -42,11 +42,6 @@ class SampleBatch:
         return SampleBatch(self.indices, samples)
 
 
-def nothing_finished() -> Collection[int]:
-    """For an evaluation that starts anew."""
-    return ()
-
-
 class SegmentationDataModule(L.LightningDataModule):
     """Each image of a benchmark exactly once over all ranks, decoded in worker processes.
 
@@ -67,7 +62,7 @@ class SegmentationDataModule(L.LightningDataModule):
         benchmark: Benchmark,
         num_workers: int = 2,
         batch_size: int = 1,
-        finished: Callable[[], Collection[int]] = nothing_finished,
+        finished: Callable[[], Collection[int]] = tuple,
     ) -> None:
         super().__init__()
         self.benchmark, self.num_workers = benchmark, num_workers

@@ -1,4 +1,4 @@
-"""The fields of `/segment` and `/embed`, and in one line what is wrong with those of a request."""
+"""The fields of `/segment` and `/embed`: what they mean, or in a line what is wrong."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fastapi import Form, Request, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.datastructures import UploadFile as Uploaded
 
-from talk2dino.errors import DataError
-from talk2dino.serving.service import read_object
+from talk2dino.datasets.benchmarks.classes import check_word, composed, typed_classes
+from talk2dino.errors import DataError, check_number
+from talk2dino.inference.exemplars import Exemplar
 
 WordsField = Annotated[
     str | None,
@@ -166,3 +167,74 @@ def what_is_wrong(request: Request, errors: Sequence[Mapping[str, Any]]) -> str:
         if e["loc"][1:2] == first["loc"][1:2]
     ]
     return f"{name}={given!r:.60}: give {' or '.join(dict.fromkeys(hints))}"
+
+
+def requested_words(text: str) -> dict[str, tuple[str, ...]]:
+    """Names and the words that stand for them, see `Service.words`.
+
+    Raises:
+        DataError: no class, one that is named twice, or JSON that cannot be read.
+    """
+    given: Any = [part for part in text.split(",") if part.strip()]
+    if text.lstrip().startswith(("[", "{", '"')):
+        try:
+            given = json.loads(text, object_pairs_hook=read_object)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"classes: not JSON ({error})") from error
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, Mapping):
+        found = typed_classes({name: _texts(words) for name, words in given.items()})
+    else:
+        found = typed_classes(["; ".join(_texts(part)) for part in given])
+    if not found or not all(name.strip() and words for name, words in found.items()):
+        raise DataError("classes: name at least one, for instance: cat, sofa; couch")
+    return found
+
+
+def read_negatives(text: str) -> tuple[str, ...]:
+    """The words of a request that count as background, synonyms among them."""
+    try:
+        found = requested_words(text)
+    except DataError as error:
+        raise DataError(str(error).replace("classes", "negatives", 1)) from error
+    return tuple(dict.fromkeys(word for words in found.values() for word in words))
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        DataError: a name that stands twice, of which JSON's readers keep the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise DataError(f"classes: the name {twice!r:.60} stands twice; leave one out")
+    return found
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    words = given if isinstance(given, list) else [given]
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise DataError(f"classes: {given!r:.60} is neither a word nor a list of words")
+    return tuple(words)
+
+
+def brought_exemplars(
+    names: Sequence[str], images: Sequence[bytes], masks: Sequence[bytes], weight: float
+) -> dict[str, tuple[Exemplar, ...]]:
+    """The exemplars of a request by class; `names`, `images` and `masks` go together.
+
+    Raises:
+        DataError: not as many of each, or a name that is none.
+        ConfigError: a weight out of its range.
+    """
+    check_number("exemplar_weight", weight, 0.0, 1.0)
+    counts = f"{len(names)} exemplar_classes, {len(images)} exemplar_images, {len(masks)}"
+    if not len(names) == len(images) == len(masks):
+        raise DataError(f"{counts} exemplar_masks: give a picture and a mask for each name")
+    found: dict[str, tuple[Exemplar, ...]] = {}
+    for name, image, mask in zip(map(composed, names), images, masks, strict=True):
+        check_word(name, "exemplar_classes")
+        found[name] = (*found.get(name, ()), Exemplar(image, mask, weight))
+    return found

@@ -27,11 +27,17 @@ from talk2dino.errors import ConfigError, UserError, listening
 from talk2dino.inference.outputs import figures
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import label_picture
-from talk2dino.serving.brought import brought_exemplars
-from talk2dino.serving.forms import EmbedRequest, Filled, refuse_unread, what_is_wrong
+from talk2dino.serving.forms import (
+    EmbedRequest,
+    Filled,
+    brought_exemplars,
+    read_negatives,
+    refuse_unread,
+    what_is_wrong,
+)
 from talk2dino.serving.gate import Gate, Metrics, Rules
 from talk2dino.serving.ml_backend import MLBackend
-from talk2dino.serving.service import Service, TooLargeError, Wanted, read_negatives
+from talk2dino.serving.service import Service, TooLargeError, Wanted
 
 
 class Routes:

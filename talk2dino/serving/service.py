@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import unicodedata
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from talk2dino.datasets.benchmarks.classes import composed, typed_classes
+from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels, too_large
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
@@ -27,7 +25,7 @@ from talk2dino.segmentation.memory import WorkingMemory, machine_memory
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.serving.batching import Batcher, Budget, in_thread
-from talk2dino.serving.brought import numbered, read_all
+from talk2dino.serving.forms import requested_words
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
 FORMATS = frozenset(
@@ -240,7 +238,7 @@ class Service:
 
         Raises:
             TooLargeError: more than the limits allow.
-            DataError: a word that is very long, or has characters that no text has.
+            DataError: a word that is very long.
         """
         if isinstance(classes, ClassEmbeddings):
             every = list(classes)
@@ -253,8 +251,6 @@ class Service:
         for word in every:
             if len(word) > LONGEST:
                 raise DataError(f"classes: {word[:40]!r}… is longer than {LONGEST} characters")
-            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
-                raise DataError(f"classes: {word!r} has characters that are no text")
 
     def check_picture(self, content: Any, what: str = "image") -> None:
         """Refuse bytes that are no picture, or of too many pixels, before they are decoded.
@@ -326,52 +322,17 @@ def _said(given: Sequence[WordOrExemplar]) -> list[str]:
     return [one for one in given if isinstance(one, str)]
 
 
-def requested_words(text: str) -> dict[str, tuple[str, ...]]:
-    """Names and the words that stand for them, see `Service.words`.
+def numbered(exemplars: Mapping[str, tuple[Exemplar, ...]]) -> Iterator[tuple[str, Exemplar]]:
+    """What messages call them, one by one."""
+    for name, several in exemplars.items():
+        for number, one in enumerate(several, 1):
+            yield f"exemplar {number} of {name!r:.60}", one
 
-    Raises:
-        DataError: no class, one that is named twice, or JSON that cannot be read.
-    """
-    given: Any = [part for part in text.split(",") if part.strip()]
-    if text.lstrip().startswith(("[", "{", '"')):
+
+def read_all(brought: Sequence[tuple[str, Exemplar]]) -> None:
+    """Read them once, so that what is wrong names the exemplar."""
+    for name, exemplar in brought:
         try:
-            given = json.loads(text, object_pairs_hook=read_object)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"classes: not JSON ({error})") from error
-    given = [given] if isinstance(given, str) else given
-    if isinstance(given, Mapping):
-        found = {name: _texts(words) for name, words in given.items()}
-    else:
-        found = typed_classes(["; ".join(_texts(part)) for part in given])
-    if not found or not all(name.strip() and words for name, words in found.items()):
-        raise DataError("classes: name at least one, for instance: cat, sofa; couch")
-    return found
-
-
-def read_negatives(text: str) -> tuple[str, ...]:
-    """The words of a request that count as background, synonyms among them."""
-    try:
-        found = requested_words(text)
-    except DataError as error:
-        raise DataError(str(error).replace("classes", "negatives", 1)) from error
-    return tuple(dict.fromkeys(word for words in found.values() for word in words))
-
-
-def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON.
-
-    Raises:
-        DataError: a name that stands twice, of which JSON's readers keep the last.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise DataError(f"classes: the name {twice!r:.60} stands twice; leave one out")
-    return found
-
-
-def _texts(given: Any) -> tuple[str, ...]:
-    words = given if isinstance(given, list) else [given]
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise DataError(f"classes: {given!r:.60} is neither a word nor a list of words")
-    return tuple(words)
+            exemplar.digest  # noqa: B018  # reads picture and mask, and is kept
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error

@@ -16,7 +16,7 @@ from PIL import Image
 
 from talk2dino.annotations.data_sets import FORMATS, MARK
 from talk2dino.calibration.calibration import AUTO
-from talk2dino.datasets.benchmarks.classes import read_classes
+from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
@@ -58,8 +58,7 @@ class Request:
         parts = [part.strip() for part in self.words.split(",") if part.strip()]
         if not parts and not self.examples:
             raise DataError("Name at least one class, for instance: cat, sofa")
-        said = read_classes(parts).prompted if parts else ()
-        found: dict[str, tuple[WordOrExemplar, ...]] = {spec.name: spec.synonyms for spec in said}
+        found: dict[str, tuple[WordOrExemplar, ...]] = {**typed_classes(parts)}
         for example in self.examples:
             found[example.name] = (*found.get(example.name, ()), example.exemplar)
         return found

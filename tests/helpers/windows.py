@@ -23,7 +23,7 @@ def window_scores(
     """Scores `[B, K, h, w]` of windows `[B, 3, h, w]`: the original's `generate_masks`."""
     tokens = segmenter.token_scores(segmenter.encode_windows(windows), text, row_classes)
     if segmenter.pamr is not None:
-        return torch.stack(list(segmenter.pamr.each(windows, tokens)))
+        return segmenter.pamr(windows, tokens)
     return upsample(tokens, windows.shape[-2], windows.shape[-1])
 
 

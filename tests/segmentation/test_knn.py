@@ -103,14 +103,13 @@ def test_many_iterations_reach_the_closed_form() -> None:
     torch.testing.assert_close(got.transpose(0, 1).reshape(3, 24), want.float(), rtol=0, atol=1e-6)
 
 
-def test_an_offset_of_a_class_passes_through_and_a_prepared_graph_serves_any_classes() -> None:
+def test_an_offset_of_a_class_passes_through_and_no_class_depends_on_another() -> None:
     tokens, scores = torch.randn(2, 12, 5), torch.rand(2, 3, 3, 4)
     knn = KNN(4, 5, scope="picture", power=3)
-    refine, want = knn.prepare(tokens), knn(tokens, scores)
+    want = knn(tokens, scores)
     for number in range(3):
-        torch.testing.assert_close(
-            refine(scores[:, [number]] - 0.3), want[:, [number]] - 0.3, rtol=0, atol=1e-6
-        )
+        got = knn(tokens, scores[:, [number]] - 0.3)
+        torch.testing.assert_close(got, want[:, [number]] - 0.3, rtol=0, atol=1e-6)
 
 
 def test_a_patch_with_no_like_takes_the_plain_mean() -> None:

@@ -204,8 +204,8 @@ def test_one_after_the_other_with_different_sizes() -> None:
     images = [torch.rand(3, *size) for size in ((10, 12), (10, 12), (7, 20))]
     masks = [torch.rand(classes, 4, 6) for classes in (2, 3, 2)]
     refine = PAMR(3, (1, 2))
-    for got, image, mask in zip(refine.each(images, masks), images, masks, strict=True):
-        assert torch.equal(got, refine(image[None], mask[None])[0])
+    for prepared, image, mask in zip(refine.prepare(images), images, masks, strict=True):
+        assert torch.equal(prepared(mask), refine(image[None], mask[None])[0])
 
 
 @pytest.mark.parametrize("compiled", WAYS)

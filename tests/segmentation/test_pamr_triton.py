@@ -61,10 +61,9 @@ def check_odd_pictures(refinement: type[PAMR], device: torch.device) -> None:
     close(there, total, "a window of a picture")
 
     images = [torch.rand(3, 8, 9), torch.rand(3, 12, 4)]
-    several = refine.each(
-        [one.to(device) for one in images], masks[0].to(device).expand(2, -1, -1, -1)
-    )
-    for got, one in zip(several, images, strict=True):
+    several = refine.prepare([one.to(device) for one in images])
+    for prepared, one in zip(several, images, strict=True):
+        got = prepared(masks[0].to(device))
         close(got, plain(one[None], masks)[0], f"one of several, {one.shape}")
     still = refinement(0)(images[0][None].to(device), masks.to(device))
     close(still, PAMR(0)(images[0][None], masks), "no iteration")

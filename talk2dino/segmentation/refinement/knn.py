@@ -9,8 +9,6 @@ patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,40 +91,24 @@ class KNN(nn.Module):
         Raises:
             DataError: the shapes do not belong together.
         """
-        return self.prepare(patch_tokens)(scores)
-
-    @torch.no_grad()
-    def prepare(self, patch_tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Find the neighbors, for several calls with scores of the same windows.
-
-        Args:
-            patch_tokens: `[B, P, D]`, of the windows of one picture.
-
-        Returns:
-            What `forward` does with scores; no class depends on another.
-        """
         batch, patches, width = patch_tokens.shape
+        if len(scores) != batch or scores[0, 0].numel() != patches:
+            raise DataError(
+                f"KNN: patch_tokens {tuple(patch_tokens.shape)} and scores "
+                f"{tuple(scores.shape)}: give [B, P, D] and [B, K, h, w] with h * w == P"
+            )
         groups = (1, batch * patches) if self.scope == "picture" else (batch, patches)
         k = min(self.k, groups[1] - 1)
-        idle = k == 0 or self.num_iter == 0
+        if k == 0 or self.num_iter == 0:
+            return scores.float()
         tokens = F.normalize(patch_tokens.float(), dim=-1).view(*groups, width)
-        graphs = [] if idle else [self._graph(one, k) for one in tokens]
-
-        def refine(scores: Tensor) -> Tensor:
-            if len(scores) != batch or scores[0, 0].numel() != patches:
-                raise DataError(
-                    f"KNN: patch_tokens {tuple(patch_tokens.shape)} and scores "
-                    f"{tuple(scores.shape)}: give [B, P, D] and [B, K, h, w] with h * w == P"
-                )
-            if idle:
-                return scores.float()
-            start = scores.float().flatten(2).transpose(1, 2)  # [B, P, K]
-            start = start.reshape(*groups, -1)
-            pairs = zip(graphs, start, strict=True)
-            values = torch.stack([self._propagate(*graph, one) for graph, one in pairs])
-            return values.view(batch, patches, -1).transpose(1, 2).reshape(scores.shape)
-
-        return refine
+        start = scores.float().flatten(2).transpose(1, 2).reshape(*groups, -1)
+        spread = [
+            self._propagate(*self._graph(one, k), first)
+            for one, first in zip(tokens, start, strict=True)
+        ]
+        values = torch.stack(spread).view(batch, patches, -1)
+        return values.transpose(1, 2).reshape(scores.shape)
 
     def _graph(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Neighbors of unit rows `[N, D]` and their weights, which sum to 1: `[N, k]` each."""

@@ -97,21 +97,8 @@ class PAMR(nn.Module):
                 f"PAMR: image {tuple(image.shape)} and mask {tuple(mask.shape)}: "
                 "give [B, 3, H, W] and [B, C, h, w] with the same B"
             )
-        return torch.stack(list(self.each(image, mask)))
-
-    @torch.no_grad()
-    def each(self, images: Iterable[Tensor], masks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Refine one after the other, so that only one result is held: see `forward`.
-
-        Args:
-            images: `[3, H, W]` each; sizes may differ, equal sizes share their neighbor index.
-            masks: `[C, h, w]` each.
-
-        Yields:
-            `[C, H, W]` float32.
-        """
-        for refine, mask in zip(self.prepare(images), masks, strict=True):
-            yield refine(mask)
+        pairs = zip(self.prepare(image), mask, strict=True)
+        return torch.stack([refine(one) for refine, one in pairs])
 
     @torch.no_grad()
     def prepare(self, images: Iterable[Tensor]) -> Iterator[Prepared]:
