@@ -27,7 +27,8 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings
-from talk2dino.inference.outputs import (
+from talk2dino.inference.process_shares import Share
+from talk2dino.inference.result_files import (
     Job,
     annotations_folder,
     plan,
@@ -36,7 +37,6 @@ from talk2dino.inference.outputs import (
     write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.shares import Share
 from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors

@@ -24,7 +24,7 @@ import talk2dino
 from talk2dino.annotations.base import Options
 from talk2dino.annotations.coco_instances import coco_annotation, coco_categories, coco_image
 from talk2dino.errors import ConfigError, UserError, listening
-from talk2dino.inference.outputs import figures
+from talk2dino.inference.result_files import figures
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import label_picture
 from talk2dino.serving.forms import (

@@ -18,7 +18,7 @@ from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.pictures import picture_suffixes, to_pixels
 from talk2dino.errors import ConfigError, DataError, ResultWarning
-from talk2dino.inference.outputs import Job, plan
+from talk2dino.inference.result_files import Job, plan
 from tests.helpers.pipeline import fails, run
 
 

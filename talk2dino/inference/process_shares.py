@@ -17,7 +17,7 @@ from talk2dino.encoders.devices import ProcessRank, process_rank
 from talk2dino.errors import DataError
 from talk2dino.features.store.shard_writer import shard_lock
 from talk2dino.files import read_json, write_json
-from talk2dino.inference.outputs import Job
+from talk2dino.inference.result_files import Job
 
 PARTS = ".parts"
 
