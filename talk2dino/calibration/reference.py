@@ -20,7 +20,8 @@ from talk2dino.features.store.reader import FeatureStore
 from talk2dino.segmentation.segmenter import Segmenter
 
 FIELD = "patch_tokens"
-EACH = 8  # patches of a picture, if there are enough pictures
+# patches of a picture, if there are enough pictures: those of one are alike, encoding takes time
+STORED, ENCODED = 2, 8
 LEAST, MOST = 100, 1 << 16  # tokens of a reference
 
 Advance = Callable[[int, int], None]
@@ -66,7 +67,7 @@ def draw_from_store(
     """
     rows, patches, _ = store.images[FIELD].shape
     require_encoder(store, vision, "extract with that, or give images=DIR")
-    chosen, each, random = _plan(rows, rows * patches, count, seed, f"store={store.path}")
+    chosen, each, random = _plan(rows, rows * patches, STORED, count, seed, f"store={store.path}")
     parts = []
     for done, row in enumerate(chosen):
         places = random.choice(patches, each[done], replace=False)
@@ -108,7 +109,9 @@ def draw_from_pictures(
     """
     files = pictures_below(folder)
     side = segmenter.protocol.input_size // getattr(segmenter.vision, "patch_size", 1)
-    chosen, each, random = _plan(len(files), len(files) * side**2, count, seed, f"images={folder}")
+    chosen, each, random = _plan(
+        len(files), len(files) * side**2, ENCODED, count, seed, f"images={folder}"
+    )
     device = next(segmenter.vision.parameters()).device
     parts = []
     for done, index in enumerate(chosen):
@@ -137,9 +140,9 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def _plan(
-    pictures: int, patches: int, count: int, seed: int, where: str
+    pictures: int, patches: int, most: int, count: int, seed: int, where: str
 ) -> tuple[NDArray[np.int64], list[int], np.random.Generator]:
-    """Which pictures, how many patches of each, and the random numbers that go on from there."""
+    """Which pictures, how many patches of each (`most`), and the random numbers to go on with."""
     check_number("tokens", count, LEAST, MOST)
     check_number("seed", seed, 0, 2**32 - 1)
     if patches < count:
@@ -148,7 +151,7 @@ def _plan(
             "tokens or more pictures"
         )
     random = np.random.default_rng(seed)
-    used = min(pictures, ceil(count / min(EACH, patches // pictures)))  # few, of small pictures
+    used = min(pictures, ceil(count / min(most, patches // pictures)))  # few, of small pictures
     chosen = np.sort(random.choice(pictures, used, replace=False))
     each = [count // used + (place < count % used) for place in range(used)]
     return chosen, each, random

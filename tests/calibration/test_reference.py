@@ -30,26 +30,29 @@ def store_of(folder: Path, vision: Any, shapes: Any = SHAPE, images: int = 40) -
 
 
 def test_patches_of_a_store(vision: TimmVisionEncoder, tmp_path: Path) -> None:
-    store = store_of(tmp_path, vision)
+    store = store_of(tmp_path, vision, images=80)
     seen: list[tuple[int, int]] = []
     drawn = draw_from_store(store, vision, 130, 0, lambda *done: seen.append(done))
     again = draw_from_store(store, vision, 130, 0)
     other = draw_from_store(store, vision, 130, 1)
     assert torch.equal(drawn.tokens, again.tokens) and not torch.equal(drawn.tokens, other.tokens)
     assert drawn.tokens.shape == (130, 64) and drawn.tokens.dtype == torch.float16
-    assert drawn.pictures == 17 and seen[-1] == (17, 17)  # eight patches of each, or seven
+    assert drawn.pictures == 65 and seen[-1] == (65, 65)  # two patches of each
     every = store.images["patch_tokens"][:].reshape(-1, 64)
     places = [np.flatnonzero((every == row).all(1)) for row in drawn.tokens.numpy()]
     assert all(len(place) == 1 for place in places)
     found = np.concatenate(places)
     assert len(set(found)) == 130  # none twice
-    assert set(np.bincount(found // 16)) == {0, 7, 8}
+    assert set(np.bincount(found // 16)) == {0, 2}
 
 
-def test_pictures_of_fewer_than_eight_patches(vision: TimmVisionEncoder, tmp_path: Path) -> None:
-    store = store_of(tmp_path, vision, {"patch_tokens": (4, 64)})
-    drawn = draw_from_store(store, vision, 100, 0)
-    assert drawn.tokens.shape == (100, 64) and drawn.pictures == 25
+def test_few_pictures_give_more_patches_and_small_ones_fewer(
+    vision: TimmVisionEncoder, tmp_path: Path
+) -> None:
+    for patches, images, pictures in ((4, 40, 40), (1, 120, 100)):
+        store = store_of(tmp_path / str(patches), vision, {"patch_tokens": (patches, 64)}, images)
+        drawn = draw_from_store(store, vision, 100, 0)
+        assert drawn.tokens.shape == (100, 64) and drawn.pictures == pictures
 
 
 def test_a_store_of_other_blocks_is_refused(vision: TimmVisionEncoder, tmp_path: Path) -> None:
