@@ -60,11 +60,12 @@ def export(config: DictConfig) -> None:
         tolerance=config.tolerance,
         int8_tolerance=config.int8_tolerance if config.int8 else None,
     )
+    if classes is not None:  # builds the text encoder: its errors come before the first file
+        vocabulary = model.open_vocabulary(classes, templates=config.templates)
     if not single:
         path = output / "projection.onnx"
         _say(export_projection(path, psi, facts, config.tolerance, model.calibration))
     if classes is not None:
-        vocabulary = model.open_vocabulary(classes, templates=config.templates)
         words = vocabulary.words
         rows, row_classes = sorted_rows(vocabulary.rows, words.row_classes)
         names = [BACKGROUND, *words.names] if words.has_negatives else list(words.names)

@@ -36,6 +36,7 @@ from talk2dino.config.checks import (
 )
 from talk2dino.config.schemas import SCHEMAS, register_schema
 from talk2dino.config.typed import as_typed
+from talk2dino.encoders.devices import process_rank
 from talk2dino.errors import ConfigError, ResultWarning, UserError
 from talk2dino.files import refuse_foreign_run, write_json
 
@@ -110,13 +111,16 @@ def require_common_folder() -> None:
 
     The default has a clock in its name, and two processes may read different times.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    try:
+        place = process_rank()
+    except ConfigError as error:
+        stop(str(error))
     named = any(a.startswith(("hydra.run.dir=", "--help", "--cfg")) for a in sys.argv[1:])
-    if rank is None or size == "1" or named:
+    if place.world_size == 1 or named:
         return
-    if rank != "0":
+    if place.rank > 0:
         raise SystemExit(2)
+    size = place.world_size
     stop(f"{size} processes would each name their own run folder; give hydra.run.dir=DIR")
 
 

@@ -17,8 +17,8 @@ from rich.progress import track
 import talk2dino
 from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
-from talk2dino.datasets.pictures import is_picture, picture_suffixes, unread
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.datasets.pictures import HEIF, is_picture, picture_suffixes, unread
+from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.overlay import is_our_picture, legend_colors, save_picture
@@ -132,7 +132,7 @@ def plan(image: str, output: Path) -> list[Job]:
         target = output.with_suffix(".png") if named else output.with_name(f"{output.name}.png")
         jobs = [Job(path, output / f"{path.stem}.png" if output.is_dir() else target)]
     else:
-        jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path)]
+        jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path, output)]
         if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
@@ -141,7 +141,7 @@ def plan(image: str, output: Path) -> list[Job]:
     return jobs
 
 
-def _several(image: str, path: Path) -> list[Path]:
+def _several(image: str, path: Path, output: Path) -> list[Path]:
     if path.is_dir():
         files = list(path.iterdir())
     else:
@@ -150,6 +150,7 @@ def _several(image: str, path: Path) -> list[Path]:
         files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
     found = sorted(one for one in files if is_picture(one))
     if found:
+        _say_left_out(image, path, files, output)
         return found
     endings = sorted({one.suffix.lower() for one in files if one.is_file() and one.suffix})
     if endings:
@@ -157,6 +158,22 @@ def _several(image: str, path: Path) -> list[Path]:
     if path.is_dir():
         raise DataError(f"image={image}: no pictures in this folder")
     raise DataError(f"image={image}: no such file or folder, and no picture fits it as pattern")
+
+
+def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path) -> None:
+    """Say what is left out: photographs that need a library, and, but for results, subfolders."""
+    unread_here = [one for one in files if one.suffix.lower() in HEIF and not is_picture(one)]
+    if unread_here:
+        why = unread(sorted({one.suffix.lower() for one in unread_here}))
+        say(f"image={image}: {len(unread_here)} pictures are left out; {why}")
+    if path.is_dir():
+        every = (one for one in path.glob("*/**/*") if not one.is_relative_to(output))
+        below = sum(map(is_picture, every))
+        if below:
+            say(
+                f"image={image}: {below} pictures in its subfolders are left out; "
+                f"image='{image.rstrip('/')}/**/*' takes them"
+            )
 
 
 def _check_collisions(jobs: list[Job], image: str) -> None:

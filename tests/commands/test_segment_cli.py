@@ -103,6 +103,26 @@ def test_a_folder_with_a_broken_picture(
     assert not Job(pictures / "b.jpg", out / "b.png").done_with({"background": 0.6})
 
 
+def test_pictures_that_a_folder_leaves_out_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("talk2dino.datasets.pictures.picture_suffixes", lambda: {".png"})
+    photos = tmp_path / "photos"
+    for name in ("a.png", "b.HEIC", "trip/c.png", "trip/day/d.png", "out/a.png", "notes.txt"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(b"")
+    with pytest.warns(ResultWarning) as told:
+        jobs = plan(str(photos), photos / "out")
+    assert [job.image.name for job in jobs] == ["a.png"]
+    assert [str(one.message) for one in told] == [
+        f"image={photos}: 1 pictures are left out; .heic needs: pip install 'talk2dino[heic]'",
+        f"image={photos}: 2 pictures in its subfolders are left out; "
+        f"image='{photos}/**/*' takes them",
+    ]
+    there = plan(f"{photos}/trip/**/*", tmp_path / "elsewhere")
+    assert [job.image.name for job in there] == ["c.png", "d.png"]
+
+
 def test_errors_are_one_line(
     trained_run: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

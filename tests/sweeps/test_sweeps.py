@@ -285,3 +285,10 @@ def test_a_common_run_folder_is_asked_for(
         assert ("hydra.run.dir=DIR" in capfd.readouterr().err) == said
     monkeypatch.setattr(sys, "argv", ["train", "hydra.run.dir=x"])
     require_common_folder()
+    monkeypatch.setattr(sys, "argv", ["train", "store=x"])
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in step.items():  # srun of one task within a larger job
+        monkeypatch.setenv(name, value)
+    require_common_folder()
