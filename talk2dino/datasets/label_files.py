@@ -1,16 +1,59 @@
-"""What a label file says of itself, besides its values."""
+"""Label files: their values or colors, and what else they say of themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from talk2dino.datasets.exif import orientation
-from talk2dino.datasets.pictures import open_quietly, readable
-from talk2dino.errors import say
+from talk2dino.datasets.pictures import open_quietly, orientation, readable, say_several, upright
+from talk2dino.errors import DataError, say
+
+_SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
+
+
+_ONE_CHANNEL = (
+    "save the class values as one 8-bit channel, or give the classes' colors as benchmark.palette"
+)
+
+
+def read_values(
+    path: Path | BinaryIO, fix: str = _ONE_CHANNEL, name: str | None = None
+) -> NDArray[Any]:
+    """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
+
+    An EXIF tag turns it like a picture. `fix` says what to do about color channels, `name` what
+    messages call the file.
+
+    Raises:
+        DataError: not a picture, truncated, or with color channels.
+    """
+    name = name or str(path)
+    with readable(name), open_quietly(path) as file:
+        if file.mode not in _SINGLE_CHANNEL:
+            raise DataError(f"{name}: a {file.mode} picture, not a label map; {fix}")
+        say_several(file, name)
+        return np.asarray(upright(file))
+
+
+def read_colors(path: Path) -> NDArray[np.uint8]:
+    """Read a colored label file as [H, W, 3] uint8 RGB; a palette file by its colors.
+
+    Raises:
+        DataError: not a picture, or truncated.
+    """
+    with readable(path), open_quietly(path) as file:
+        say_several(file, str(path))
+        return np.asarray(upright(file).convert("RGB"))
+
+
+def is_turned(path: Path) -> bool:
+    """Whether an EXIF tag turns a picture or label file."""
+    with readable(path), open_quietly(path) as file:
+        return orientation(file) is not None
 
 
 def is_jpeg(path: Path) -> bool:

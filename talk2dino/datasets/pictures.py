@@ -13,11 +13,9 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from talk2dino.datasets.exif import SWAPS, orientation
-from talk2dino.datasets.wide_gray import eight_bits
 from talk2dino.errors import DataError, say
 from talk2dino.files import user_path
 
@@ -29,6 +27,21 @@ _SUFFIXES = frozenset(
 )
 _PAGES = ("GIF", "PNG", "TIFF", "WEBP")  # of JPEG, the pictures behind the first are previews
 HEIF = (".heic", ".heif", ".hif")  # photographs of telephones
+_TURN = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS = (  # these turns exchange rows and columns
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
+    *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+)
+_WIDE = 65535  # of gray with more than 8 bits
+_DARK = 4096  # values below it come out below 16 of 255
 
 
 @cache
@@ -89,14 +102,15 @@ def read_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             with Image.open(file) as image:
                 rgb = upright_rgb(image)
                 if name or isinstance(file, Path):
-                    _say_several(image, name or str(file))
+                    say_several(image, name or str(file))
         except Image.DecompressionBombError as error:
             fix = "scale it down, or cut it into tiles"
             raise Image.DecompressionBombError(f"{too_large()}; {fix}") from error
     return rgb
 
 
-def _say_several(image: Image.Image, name: str) -> None:
+def say_several(image: Image.Image, name: str) -> None:
+    """Say that only the first of several pictures of a file is taken."""
     if image.format in _PAGES and getattr(image, "is_animated", False):
         say(f"{name}: holds several pictures; the first is taken", stacklevel=3)
 
@@ -148,9 +162,6 @@ def middle_strip(image: Image.Image, ratio: int = STRIP) -> Image.Image:
     return image.crop((0, excess, width, height - excess))
 
 
-_SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
-
-
 def read_image(path: Path) -> Tensor:
     """Read a picture as [3, H, W] uint8 RGB, turned upright by its EXIF tag.
 
@@ -162,41 +173,6 @@ def read_image(path: Path) -> Tensor:
     except Exception as error:  # broken files make decoders raise anything
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-_ONE_CHANNEL = (
-    "save the class values as one 8-bit channel, or give the classes' colors as benchmark.palette"
-)
-
-
-def read_values(
-    path: Path | BinaryIO, fix: str = _ONE_CHANNEL, name: str | None = None
-) -> NDArray[Any]:
-    """Read the values of a label file, [H, W]; of a palette file the indices, not the colors.
-
-    An EXIF tag turns it like a picture. `fix` says what to do about color channels, `name` what
-    messages call the file.
-
-    Raises:
-        DataError: not a picture, truncated, or with color channels.
-    """
-    name = name or str(path)
-    with readable(name), open_quietly(path) as file:
-        if file.mode not in _SINGLE_CHANNEL:
-            raise DataError(f"{name}: a {file.mode} picture, not a label map; {fix}")
-        _say_several(file, name)
-        return np.asarray(_upright(file))
-
-
-def read_colors(path: Path) -> NDArray[np.uint8]:
-    """Read a colored label file as [H, W, 3] uint8 RGB; a palette file by its colors.
-
-    Raises:
-        DataError: not a picture, or truncated.
-    """
-    with readable(path), open_quietly(path) as file:
-        _say_several(file, str(path))
-        return np.asarray(_upright(file).convert("RGB"))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -213,13 +189,18 @@ def picture_size(path: Path) -> tuple[int, int]:
     return (columns, rows) if swapped else (rows, columns)
 
 
-def is_turned(path: Path) -> bool:
-    """Whether an EXIF tag turns a picture or label file."""
-    with readable(path), open_quietly(path) as file:
-        return orientation(file) is not None
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright by its EXIF tag; None if it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged tags
+            return _TURN.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged tags raise all sorts of errors; the picture itself may be sound
+        return None
 
 
-def _upright(file: Image.Image) -> Image.Image:
+def upright(file: Image.Image) -> Image.Image:
+    """A picture as its EXIF tag says it stands."""
     file.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(file)
     return file if turn is None else file.transpose(turn)
@@ -269,7 +250,7 @@ def to_pixels(image: ImageLike) -> Tensor:
         return _from_bytes(bytes(image))
     if isinstance(image, Image.Image):
         try:
-            return _from_upright(upright_rgb(image))
+            return _fromupright(upright_rgb(image))
         except Exception as error:  # read on first use: broken files make decoders raise anything
             raise DataError(f"image: this PIL image cannot be read ({error})") from error
     if isinstance(image, np.ndarray):
@@ -330,14 +311,14 @@ def _from_path(path: str) -> Tensor:
     if not user_path(path).is_file():
         raise DataError(f"image={path}: no such file")
     try:
-        return _from_upright(read_picture(user_path(path)))
+        return _fromupright(read_picture(user_path(path)))
     except Exception as error:  # broken files make decoders raise anything
         raise DataError(f"image={path}: cannot be read as an image ({error})") from error
 
 
 def _from_bytes(content: bytes) -> Tensor:
     try:
-        return _from_upright(read_picture(BytesIO(content), "image"))
+        return _fromupright(read_picture(BytesIO(content), "image"))
     except Exception as error:  # broken files make decoders raise anything
         why = str(error).partition(" <")[0]  # without the name of a Python object
         raise DataError(f"image: {len(content)} bytes that are no picture ({why})") from error
@@ -348,7 +329,7 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _from_upright(image: Image.Image) -> Tensor:
+def _fromupright(image: Image.Image) -> Tensor:
     if not image.width or not image.height:
         raise ValueError("it holds no pixel")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -383,3 +364,34 @@ def _to_bytes(image: Tensor, count: int) -> Tensor:
             f"image: {image.dtype} in {lowest:.9g}..{highest:.9g}; give uint8, or 0..1 (clip it)"
         )
     return (image.float() * 255).round().to(torch.uint8)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """0..65535 as 0..255, a few rows at a time, for a picture may be large.
+
+    Mode I also holds 8-bit values (32-bit files of small numbers): those are kept. What comes out
+    nearly black, as 12 bits of a camera or microscope do in a file of 16, is said.
+
+    Raises:
+        ValueError: values outside 0..65535, whose range is unknown.
+    """
+    ends = [(part.min(), part.max()) for _, part in _rows_of(image)]  # not all modes know them
+    low, high = int(min(low for low, _ in ends)), int(max(high for _, high in ends))
+    if low < 0 or high > _WIDE:
+        raise ValueError(f"pixels are {low}..{high}; save it with 8 or 16 bits a channel")
+    wide = image.mode.startswith("I;16") or high > 255
+    if wide and 0 < high < _DARK:
+        name = getattr(image, "filename", "") or "image"
+        bits = high.bit_length()
+        say(f"{name}: uses {bits} of 16 bits, so it is nearly black; stretch its values first")
+    gray = np.empty((image.height, image.width), np.uint8)
+    for top, values in _rows_of(image):
+        gray[top : top + len(values)] = values // 257 if wide else values
+    return Image.fromarray(gray)
+
+
+def _rows_of(image: Image.Image) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The first of some rows, and their values."""
+    for top in range(0, image.height, 64):
+        part = image.crop((0, top, image.width, min(top + 64, image.height)))
+        yield top, np.asarray(part).astype(np.int64)

@@ -22,13 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
-from talk2dino.datasets.label_files import turned_alone
+from talk2dino.datasets.label_files import read_values, turned_alone
 from talk2dino.datasets.pictures import (
     HEIF,
     ImageLike,
     is_picture,
     is_plain,
-    read_values,
     to_pixels,
     unread,
 )

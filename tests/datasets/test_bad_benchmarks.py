@@ -18,7 +18,8 @@ from PIL import Image
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.benchmarks.public_datasets import CityscapesBenchmark, CocoStuffBenchmark
-from talk2dino.datasets.pictures import picture_size, read_colors, read_image, read_values
+from talk2dino.datasets.label_files import read_colors, read_values
+from talk2dino.datasets.pictures import picture_size, read_image
 from talk2dino.errors import ResultWarning, UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter

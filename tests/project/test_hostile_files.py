@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 
 from talk2dino.alignment.checkpoint import describe_projection, read_checkpoint
 from talk2dino.alignment.projection import ProjectionLayer
-from talk2dino.datasets.pictures import picture_size, read_values, to_pixels
+from talk2dino.datasets.label_files import read_values
+from talk2dino.datasets.pictures import picture_size, to_pixels
 from talk2dino.errors import UserError
 from talk2dino.features import FeatureStore
 from talk2dino.inference.class_embeddings import ClassEmbeddings

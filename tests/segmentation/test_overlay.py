@@ -13,7 +13,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.benchmarks.label_values import LabelValues
-from talk2dino.datasets.pictures import read_values
+from talk2dino.datasets.label_files import read_values
 from talk2dino.errors import DataError
 from talk2dino.segmentation.overlay import (
     HEAT,

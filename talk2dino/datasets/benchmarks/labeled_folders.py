@@ -20,8 +20,8 @@ from talk2dino.datasets.benchmarks.label_values import (
     list_colors,
 )
 from talk2dino.datasets.benchmarks.pairs import Layout, check_pairs, check_size, find_pairs
-from talk2dino.datasets.label_files import say_palettes
-from talk2dino.datasets.pictures import read_colors, read_image, read_values
+from talk2dino.datasets.label_files import read_colors, read_values, say_palettes
+from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import user_path
 

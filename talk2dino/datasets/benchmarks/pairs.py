@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from talk2dino.datasets.benchmarks.classes import composed
-from talk2dino.datasets.label_files import is_jpeg, turned_alone
-from talk2dino.datasets.pictures import is_picture, is_there, is_turned, picture_size
+from talk2dino.datasets.label_files import is_jpeg, is_turned, turned_alone
+from talk2dino.datasets.pictures import is_picture, is_there, picture_size
 from talk2dino.errors import DataError, say
 from talk2dino.files import read_text
 
