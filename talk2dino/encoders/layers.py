@@ -1,4 +1,4 @@
-"""Which blocks of a vision transformer give the patch tokens, and how several are join_layers.
+"""Which blocks of a vision transformer give the patch tokens, and how several are joined.
 
 A layer is the index of a block, whose output passes the final norm, or `6.attn`: what the
 self-attention of block 6 hands on, before layer scale and the residual sum, each token normed
