@@ -1,6 +1,6 @@
 """Draw the figures of docs/concepts.md, which notebook 2 shows in their order, and of other pages.
 
-`python docs/figures.py` after `make quickstart`.
+`python docs/figures.py` after `make quickstart`; `… app openapi` draws these two alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -21,6 +24,7 @@ import skimage.data
 import torch
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import Page as Tab
 from playwright.sync_api import sync_playwright
 from pycocotools.coco import COCO
 from rasterio.transform import from_origin
@@ -41,7 +45,25 @@ NAMES = ("components", "heads", "picked-heads", "cosines", "pamr")
 
 
 def main() -> None:
-    """Execute the notebook and write its pictures into docs/images."""
+    """Draw the figures that are named, or all."""
+    quickstart, images = REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images"
+    drawn: dict[str, Callable[[], None]] = {
+        "concepts": partial(concepts, images),
+        "annotations": partial(annotations, quickstart, images),
+        "search": partial(search, quickstart, images),
+        "exemplars": partial(exemplars, images),
+        "map": partial(land, quickstart, images),
+        "app": partial(page, quickstart, images),
+        "openapi": partial(openapi, quickstart, images),
+        "video": partial(video, images),
+        "shares": partial(shares, images),
+    }
+    for name in sys.argv[1:] or drawn:
+        drawn[name]()
+
+
+def concepts(images: Path) -> None:
+    """Execute notebook 2; its pictures are those of docs/concepts.md."""
     file = REPOSITORY / "notebooks" / "2_features_and_heads.ipynb"
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(notebook, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
@@ -52,16 +74,8 @@ def main() -> None:
         if "image/png" in output.get("data", {})
     ]
     for name, picture in zip(NAMES, pictures, strict=True):
-        path = REPOSITORY / "docs" / "images" / f"{name}.png"
-        path.write_bytes(base64.b64decode(picture))
-        print(path.relative_to(REPOSITORY))
-    annotations(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
-    search(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
-    exemplars(REPOSITORY / "docs" / "images")
-    land(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
-    page(REPOSITORY / "outputs" / "quickstart", REPOSITORY / "docs" / "images")
-    video(REPOSITORY / "docs" / "images")
-    shares(REPOSITORY / "docs" / "images")
+        (images / f"{name}.png").write_bytes(base64.b64decode(picture))
+        print(f"docs/images/{name}.png")
 
 
 def annotations(quickstart: Path, images: Path) -> None:
@@ -200,17 +214,37 @@ def land(quickstart: Path, images: Path) -> None:
     print("docs/images/map.png")
 
 
+@contextmanager
+def browser(address: str, height: int) -> Iterator[Tab]:
+    """A page in Chromium; when it is closed, nothing came from elsewhere than this machine."""
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        tab = chromium.new_page(viewport={"width": 1200, "height": height})
+        tab.set_default_timeout(120_000)
+        tab.on("request", lambda one: asked.append(one.url))
+        tab.goto(address)
+        yield tab
+        chromium.close()
+    own = "/".join(address.split("/")[:3])
+    elsewhere = [one for one in asked if not one.startswith((own, "data:", "blob:"))]
+    assert asked and not elsewhere, elsewhere
+
+
+def save(tab: Tab, path: Path) -> None:
+    """What the page shows."""
+    shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+    shot.quantize(128).save(path, optimize=True)
+    print(f"docs/images/{path.name}")
+
+
 def page(quickstart: Path, images: Path) -> None:
     """The web page in a browser (Chromium), with two classes that are painted."""
     model = Talk2DINO.from_pretrained(quickstart / "dense")
     blocks = Page(model, "outputs/quickstart/dense").build()
     address = serve(blocks, "127.0.0.1", None, max_upload_mb=20)
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        tab = browser.new_page(viewport={"width": 1200, "height": 1420})
-        tab.set_default_timeout(120_000)
-        tab.goto(address)
+    with browser(address, 1420) as tab:
         tab.wait_for_selector("#picture input[type=file]", state="attached")
         tab.set_input_files("#picture input[type=file]", quickstart / "photograph.jpg")
         tab.click("#by-example button")
@@ -238,11 +272,31 @@ def page(quickstart: Path, images: Path) -> None:
         paint(0.42, 0.35)  # the editor is empty again
         tab.locator("#overlay img").click(position={"x": 240, "y": 150})
         tab.wait_for_selector("#scores td")
-        shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
-        shot.quantize(128).save(images / "app.png", optimize=True)
-        browser.close()
+        save(tab, images / "app.png")
     blocks.close()
-    print("docs/images/app.png")
+
+
+def openapi(quickstart: Path, images: Path) -> None:
+    """The description of the service, with the fields of POST /segment."""
+    command = [
+        sys.executable,
+        "-m",
+        "talk2dino.serve",
+        f"checkpoint={quickstart / 'dense'}",
+        "port=0",
+    ]
+    service = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert service.stdout is not None
+        address = next(line for line in service.stdout if line.startswith("http")).split()[0]
+        with browser(f"{address}/docs", 1640) as tab:
+            tab.click("#operations-default-segment_segment_post .opblock-summary")
+            tab.click(".try-out__btn")
+            tab.wait_for_selector(".execute")
+            save(tab, images / "openapi.png")
+    finally:
+        service.terminate()
+        service.wait()
 
 
 def video(images: Path) -> None:

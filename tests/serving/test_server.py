@@ -586,6 +586,17 @@ def test_the_token(model: Talk2DINO) -> None:
         for wrong in ("", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Basic %", TOKEN):
             refused = client.post("/segment", headers={"Authorization": wrong})
             assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
+        task = {"id": 1, "data": {"photo": data_url(picture())}}
+        # Label Studio brings the token to the backend's paths, not to the webhook that it adds itself
+        for path, body in (
+            ("/setup", {"schema": SETUP}),
+            ("/predict", {"tasks": [task], "label_config": SETUP}),
+            ("/webhook", {"action": "ANNOTATION_CREATED", "project": {"id": 1}}),
+        ):
+            assert client.post(path, json=body).status_code == 401
+            for right in (f"Bearer {TOKEN}", f"Basic {basic}"):
+                said = client.post(path, json=body, headers={"Authorization": right})
+                assert said.status_code == 200, said.text
         odd = client.post("/predict", headers=[(b"Authorization", b"Bearer \xff\xfe")])
         assert odd.status_code == 401
         client.headers["Authorization"] = f"Bearer {TOKEN}"
