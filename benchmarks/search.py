@@ -92,8 +92,10 @@ def measure(store: FeatureStore, queries: list[int], turns: int, cold: bool) -> 
         flops = f"{operations / best / 1e9:,.0f}" if operations else ""
         table.add_row(name, f"{size / best / 1e9:.2f}", f"{raw / best:.2f}", flops)
     console.print(table)
-    found = raw / min(seconds[next(name for name in runs if name != "raw read")])
-    console.print(f"target: {queries[0]} query ≥ 0.6 × raw read: {found:.2f}")
+    ratios = {n: max(raw / min(taken) for name, taken in seconds.items()
+                     if name.split()[0] == str(n)) for n in queries}  # fmt: skip
+    found = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in ratios.items())
+    console.print(f"target ≥ 0.6 × raw read for any number of queries, found {found}")
     peak = multiply_adds()
     floors = (max(raw, values * (2 * n + 2) / peak) for n in queries)
     shown = ", ".join(f"{n}: {raw / floor:.2f}" for n, floor in zip(queries, floors, strict=True))

@@ -248,7 +248,8 @@ def page(quickstart: Path, images: Path) -> None:
         tab.wait_for_selector("#picture input[type=file]", state="attached")
         tab.set_input_files("#picture input[type=file]", quickstart / "photograph.jpg")
         tab.click("#by-example button")
-        tab.wait_for_timeout(8000)  # until the picture is on the canvas
+        tab.wait_for_selector("#editor canvas")
+        tab.wait_for_timeout(15_000)  # until the picture is on the canvas
         place = tab.locator("#editor canvas").first.bounding_box()
         assert place is not None
 
@@ -289,7 +290,7 @@ def openapi(quickstart: Path, images: Path) -> None:
     try:
         assert service.stdout is not None
         address = next(line for line in service.stdout if line.startswith("http")).split()[0]
-        with browser(f"{address}/docs", 1640) as tab:
+        with browser(f"{address}/docs", 2020) as tab:
             tab.click("#operations-default-segment_segment_post .opblock-summary")
             tab.click(".try-out__btn")
             tab.wait_for_selector(".execute")
