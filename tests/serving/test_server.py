@@ -587,7 +587,7 @@ def test_the_token(model: Talk2DINO) -> None:
             refused = client.post("/segment", headers={"Authorization": wrong})
             assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
         task = {"id": 1, "data": {"photo": data_url(picture())}}
-        # Label Studio brings the token to the backend's paths, not to the webhook that it adds itself
+        # Label Studio brings the token to these, but not to the webhook that it adds by itself
         for path, body in (
             ("/setup", {"schema": SETUP}),
             ("/predict", {"tasks": [task], "label_config": SETUP}),
