@@ -38,7 +38,7 @@ from talk2dino.maps.blocks import segment_map
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.segmentation.overlay import ignored_label, legend_colors, overlay
 from talk2dino.videos.frames import Smoother
-from talk2dino.web.page import Page, serve
+from talk2dino.web.page import Page, show_page
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = ("components", "heads", "picked-heads", "cosines", "pamr")
@@ -243,7 +243,7 @@ def page(quickstart: Path, images: Path) -> None:
     """The web page in a browser (Chromium), with two classes that are painted."""
     model = Talk2DINO.from_pretrained(quickstart / "dense")
     blocks = Page(model, "outputs/quickstart/dense").build()
-    address = serve(blocks, "127.0.0.1", None, max_upload_mb=20)
+    address = show_page(blocks, "127.0.0.1", None, max_upload_mb=20)
     with browser(address, 1420) as tab:
         tab.wait_for_selector("#picture input[type=file]", state="attached")
         tab.set_input_files("#picture input[type=file]", quickstart / "photograph.jpg")
