@@ -154,8 +154,10 @@ class Talk2DINO(TextSide):
 
         Raises:
             DataError: a results file that is none.
-            ConfigError: a file of these names there is somebody else's.
+            ConfigError: no folder, or a file of these names there is somebody else's.
         """
+        if not str(folder).strip() or Path(folder).is_file():
+            raise ConfigError(f"folder={str(folder)!r}: is no folder; name one, '.' for this one")
         path = Path(folder) / WEIGHTS
         refuse_foreign_card(path.parent)
         calibrated = {}

@@ -256,6 +256,8 @@ class TextSide(nn.Module):
         if given is not None:
             kept = self.embed_classes(given, templates, negatives=negatives, prompts=prompts)
             return kept.words, kept.rows.to(self.device)
+        if templates is not None and not templates:
+            raise ConfigError(f"templates={templates!r}: give sentences with {{}} for the name")
         named: Any = classes
         words = read_words(named, negatives, prompts, templates or "plain")
         if any(words.rows) and not templates:  # only words need a text encoder

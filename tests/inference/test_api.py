@@ -544,6 +544,7 @@ WORDS: dict[str, Any] = {"classes": ["cat", "sofa"], "short_side": 32}
         ({"negatives": ["sofa"]}, "negatives: 'sofa' is also a word of the class 'sofa'"),
         ({"templates": (t for t in ["a {}"])}, "templates=<generator.*give sentences"),
         ({"templates": [1]}, "templates: 1 has no {}"),
+        ({"templates": []}, r"templates=\[\]: give sentences"),
         ({"templates": 5}, "templates=5: give sentences"),
         ({"prompts": {"cat": []}}, "prompts: the list is empty"),
         ({"prompts": ["a cat"]}, "prompts=.*give sentences by class name"),

@@ -68,6 +68,9 @@ def test_the_card_states_what_was_measured(model: Talk2DINO, tmp_path: Path) -> 
     """From files beside the checkpoint and from arguments; YAML that parses, no path of here."""
     run = tmp_path / "run"
     file = model.save_pretrained(run)
+    for no_folder in ("", file):
+        with pytest.raises(ConfigError, match=r"folder='.*': is no folder"):
+            model.save_pretrained(no_folder)
     (run / "results.json").write_text(json.dumps({**RESULT, "benchmark": "voc", "miou": 87.06}))
     validation = [{"step": 1, "val/text_to_image/recall@5": 12.34, "val/loss": 1.0}]
     (run / "metrics.json").write_text(json.dumps({"validation": validation}))
