@@ -1,10 +1,10 @@
 """The score of the background, chosen without labels.
 
 Among a long list of common words, the best one of a patch is what it shows, as far as anybody can
-tell without labels. Then only a few of the words are offered, drawn at random: patches whose own
-word is among them are foreground, all others are what the background is for. The threshold that
-tells the two apart best, on average over many such lists, is chosen. A rule of this project,
-measured in docs/calibration.md.
+tell without labels. Then half of the words are offered, drawn at random, so that neither side
+outweighs the other: patches whose own word is among them are foreground, all others are what the
+background is for. The threshold that tells the two apart best, on average over many such lists, is
+chosen. A rule of this project, measured in docs/calibration.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, read_classes, shipped_lists
 from talk2dino.errors import ConfigError
 
-OFFERED = 20  # words of a list; VOC's number, and 5 to 80 words choose nearly the same
+SHORT = 20  # words of a list as people give them; VOC's number
 LISTS = 32
 STEP = 0.001
 
@@ -63,12 +63,12 @@ class Background:
         return (self.threshold + weight * self.lowest) / (1 + weight)
 
 
-def choose_background(scores: Tensor, offered: int = OFFERED, lists: int = LISTS) -> Background:
+def choose_background(scores: Tensor, offered: int | None = None, lists: int = LISTS) -> Background:
     """The threshold between patches whose word is offered and those whose word is not.
 
     Args:
         scores: `[V, R]` in 0..1, of V common words on R reference patches.
-        offered: words of a list, fewer than V.
+        offered: words of a list, fewer than V; None for half of them.
         lists: how many are drawn, always the same ones.
 
     Returns:
@@ -81,8 +81,9 @@ def choose_background(scores: Tensor, offered: int = OFFERED, lists: int = LISTS
     total, lowest = torch.zeros(len(thresholds), dtype=torch.float64), 0.0
     random = torch.Generator().manual_seed(0)
     for _ in range(lists):
-        words = torch.randperm(len(scores), generator=random)[:offered]
-        lowest += float(scores[words].min()) / lists
+        words = torch.randperm(len(scores), generator=random)
+        lowest += float(scores[words[:SHORT]].min()) / lists
+        words = words[: len(scores) // 2 if offered is None else offered]
         total += _split_quality(scores[words].amax(0), torch.isin(own, words), thresholds)
     return Background(round(float(thresholds[total.argmax()]), 3), lowest)
 
