@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ class ProcessRank:
     local_rank: int = 0
 
 
-def process_rank(environment: Mapping[str, str] | None = None) -> ProcessRank:
+def process_rank() -> ProcessRank:
     """Read which of several processes this is: from torchrun's variables, else from srun's.
 
     torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID, SLURM_LOCALID and
@@ -31,28 +30,27 @@ def process_rank(environment: Mapping[str, str] | None = None) -> ProcessRank:
     Raises:
         ConfigError: a variable that is no number, or a rank beyond the number of processes.
     """
-    given = os.environ if environment is None else environment
-    if "RANK" in given:
+    if "RANK" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in given and "WORLD_SIZE" not in given:
+    elif "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
         # SLURM_NTASKS is that of the whole job, of which srun may start a part.
-        step = "SLURM_STEP_NUM_TASKS" in given
+        step = "SLURM_STEP_NUM_TASKS" in os.environ
         tasks = "SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS"
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
     else:
-        return ProcessRank(local_rank=_number(given, "LOCAL_RANK", 0))
-    rank = _number(given, names[0], 0)
-    world_size = _number(given, names[1], 1)
+        return ProcessRank(local_rank=_number("LOCAL_RANK", 0))
+    rank = _number(names[0], 0)
+    world_size = _number(names[1], 1)
     if rank >= world_size:
         raise ConfigError(
             f"{names[0]}={rank} with {names[1]}={world_size}: a rank lies below their number; "
             "start through torchrun or srun, or unset both"
         )
-    return ProcessRank(rank, world_size, _number(given, names[2], 0))
+    return ProcessRank(rank, world_size, _number(names[2], 0))
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    value = environment.get(name, str(default))
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise ConfigError(f"{name}={value!r} in the environment is no number; unset it")
     return int(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -350,6 +351,16 @@ def test_what_the_source_leaves_out_is_counted_and_listed(
     assert (store / "train-left-out.jsonl").read_text() == "mine"
 
 
+def started_by(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what a launcher sets, and nothing of another one."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("environment", "want"),
     [
@@ -361,17 +372,20 @@ def test_what_the_source_leaves_out_is_counted_and_listed(
     ],
 )
 def test_rank_comes_from_the_launcher(
-    environment: dict[str, str], want: tuple[int, int, int]
+    environment: dict[str, str], want: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = process_rank(environment)
+    started_by(environment, monkeypatch)
+    place = process_rank()
     assert (place.rank, place.world_size, place.local_rank) == want
 
 
-def test_impossible_ranks_are_refused() -> None:
+def test_impossible_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    started_by({"RANK": "one", "WORLD_SIZE": "2"}, monkeypatch)
     with pytest.raises(ConfigError, match="RANK='one' in the environment is no number"):
-        process_rank({"RANK": "one", "WORLD_SIZE": "2"})
+        process_rank()
+    monkeypatch.setenv("RANK", "2")
     with pytest.raises(ConfigError, match="RANK=2 with WORLD_SIZE=2: a rank lies below"):
-        process_rank({"RANK": "2", "WORLD_SIZE": "2"})
+        process_rank()
 
 
 def rank_runs_the_command(rank: int, pictures: Path, store: Path) -> None:
