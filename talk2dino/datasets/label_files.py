@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from talk2dino.datasets.pictures import open_quietly, orientation, readable, say_several, upright
+from talk2dino.datasets.pictures import (
+    open_quietly,
+    orientation,
+    readable,
+    say_several,
+    upright,
+    upright_size,
+)
 from talk2dino.errors import DataError, say
 
 _SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
@@ -50,16 +58,25 @@ def read_colors(path: Path) -> NDArray[np.uint8]:
         return np.asarray(upright(file).convert("RGB"))
 
 
-def is_turned(path: Path) -> bool:
-    """Whether an EXIF tag turns a picture or label file."""
-    with readable(path), open_quietly(path) as file:
-        return orientation(file) is not None
+@dataclass(frozen=True)
+class Header:
+    """What a picture or label file says before any pixel is read."""
+
+    format: str | None  # Pillow's name of it
+    size: tuple[int, int]  # rows and columns as it is read
+    stored: tuple[int, int]  # columns and rows as they lie in the file
+    turned: bool  # upright by an EXIF tag
 
 
-def is_jpeg(path: Path) -> bool:
-    """Whether a file is a JPEG by its content."""
-    with readable(path), open_quietly(path) as file:
-        return file.format in ("JPEG", "MPO")
+def header(file: Path | BinaryIO) -> Header:
+    """Read the header of a picture or label file of any size.
+
+    Raises:
+        DataError: not a picture.
+    """
+    with readable(str(file)), open_quietly(file) as opened:
+        stored, turned = opened.size, orientation(opened) is not None
+        return Header(opened.format, upright_size(opened), stored, turned)
 
 
 def say_palettes(paths: Sequence[Path]) -> None:
@@ -92,11 +109,9 @@ def shown_colors(path: Path) -> dict[int, tuple[int, int, int]]:
         return {value: (rgb[0], rgb[1], rgb[2]) for value, rgb in colors if len(rgb) == 3}
 
 
-def turned_alone(picture: Path | BinaryIO, mask: Path | BinaryIO) -> bool:
+def turned_alone(picture: Header, mask: Header) -> bool:
     """Whether an EXIF tag turns a picture but not its mask, and their sizes fit either way.
 
     Then nothing tells whether the mask was drawn on the upright picture, as it is taken to be.
     """
-    with readable(str(picture)), open_quietly(picture) as one, open_quietly(mask) as other:
-        turned = orientation(one) is not None and orientation(other) is None
-        return turned and one.size == other.size
+    return picture.turned and not mask.turned and picture.stored == mask.stored

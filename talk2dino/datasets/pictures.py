@@ -175,18 +175,12 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Rows and columns of a picture or label file as it is read, from the header alone.
-
-    Raises:
-        DataError: not a picture.
-    """
-    with readable(path), open_quietly(path) as file:
-        if file.format == "TIFF" and orientation(file) in SWAPS:
-            file.load()  # Pillow turns it while loading; when `size` follows differs by version
-        columns, rows = file.size
-        swapped = orientation(file) in SWAPS
-    return (columns, rows) if swapped else (rows, columns)
+def upright_size(file: Image.Image) -> tuple[int, int]:
+    """Rows and columns of an opened picture as it is read, from the header alone."""
+    if file.format == "TIFF" and orientation(file) in SWAPS:
+        file.load()  # Pillow turns it while loading; when `size` follows differs by version
+    columns, rows = file.size
+    return (columns, rows) if orientation(file) in SWAPS else (rows, columns)
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
@@ -274,7 +268,8 @@ def size_of(image: ImageLike) -> tuple[int, int] | None:
             with Image.open(BytesIO(image)) as opened:
                 return opened.height, opened.width
         if isinstance(image, (str, Path)):
-            return picture_size(user_path(image))
+            with open_quietly(user_path(image)) as opened:
+                return upright_size(opened)
     except Exception:  # broken files make decoders raise anything
         return None
     if isinstance(image, Image.Image):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
-from talk2dino.datasets.label_files import read_values, turned_alone
+from talk2dino.datasets.label_files import header, read_values, turned_alone
 from talk2dino.datasets.pictures import (
     HEIF,
     ImageLike,
@@ -104,7 +104,7 @@ class Exemplar:
                 f"{self._mask_name}: {size[0]}x{size[1]} pixels (rows x columns), but its picture "
                 f"has {wanted[0]}x{wanted[1]}; give a mask of the same size{turned or ''}"
             )
-        if None not in files and turned_alone(files[0], files[1]):  # type: ignore[arg-type]
+        if None not in files and turned_alone(*map(header, files)):  # type: ignore[arg-type]
             say(
                 f"{self._mask_name}: an EXIF tag turns its picture, and not the mask, which is "
                 "taken as drawn on the upright picture",

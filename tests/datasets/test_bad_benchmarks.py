@@ -18,8 +18,8 @@ from PIL import Image
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.datasets.benchmarks.public_datasets import CityscapesBenchmark, CocoStuffBenchmark
-from talk2dino.datasets.label_files import read_colors, read_values
-from talk2dino.datasets.pictures import picture_size, read_image
+from talk2dino.datasets.label_files import header, read_colors, read_values
+from talk2dino.datasets.pictures import read_image
 from talk2dino.errors import ResultWarning, UserError
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation import Segmenter
@@ -386,7 +386,7 @@ def test_a_large_image_is_taken_when_allowed(root: Path) -> None:
     for file in ("images/1.png", "masks/1.png"):
         large_png(root / file, 10000, 9000)
     (root / "images" / "1.jpg").unlink()
-    assert picture_size(root / "images" / "1.png") == (9000, 10000)
+    assert header(root / "images" / "1.png").size == (9000, 10000)
     assert len(build(root)) == 3
     refused("more than benchmark.max_pixels=1000;", lambda: build(root, max_pixels=1000))
 
@@ -394,7 +394,7 @@ def test_a_large_image_is_taken_when_allowed(root: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_is_overlooked(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
-    assert picture_size(tmp_path / "a.jpg") == (4, 6)
+    assert header(tmp_path / "a.jpg").size == (4, 6)
     assert read_image(tmp_path / "a.jpg").shape == (3, 4, 6)
 
 
@@ -472,13 +472,13 @@ def test_label_files_are_turned_like_pictures(tmp_path: Path) -> None:
     exif[EXIF_ORIENTATION] = 6  # a quarter turn to the right makes it upright
     stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    assert picture_size(tmp_path / "a.png") == (6, 4)
+    assert header(tmp_path / "a.png").size == (6, 4)
     assert np.array_equal(read_values(tmp_path / "a.png"), np.rot90(stored, -1))
     for kind in ("png", "tif"):
         coloured = np.stack([stored] * 3, -1)
         Image.fromarray(coloured).save(tmp_path / f"b.{kind}", exif=exif)
         upright = np.rot90(coloured, -1)
-        assert picture_size(tmp_path / f"b.{kind}") == (6, 4)
+        assert header(tmp_path / f"b.{kind}").size == (6, 4)
         assert np.array_equal(read_colors(tmp_path / f"b.{kind}"), upright)
         assert np.array_equal(read_image(tmp_path / f"b.{kind}").permute(1, 2, 0), upright)
 

@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 
 from talk2dino.alignment.checkpoint import describe_projection, read_checkpoint
 from talk2dino.alignment.projection import ProjectionLayer
-from talk2dino.datasets.label_files import read_values
-from talk2dino.datasets.pictures import picture_size, to_pixels
+from talk2dino.datasets.label_files import header, read_values
+from talk2dino.datasets.pictures import to_pixels
 from talk2dino.errors import UserError
 from talk2dino.features import FeatureStore
 from talk2dino.inference.class_embeddings import ClassEmbeddings
@@ -209,7 +209,7 @@ def damaged_zip(content: bytes, chance: random.Random) -> bytes:
 def read_pixels(file: Path) -> None:
     pixels = to_pixels(file)
     assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and pixels.shape[0] == 3
-    assert picture_size(file) == tuple(pixels.shape[1:])
+    assert header(file).size == tuple(pixels.shape[1:])
 
 
 def read_labels(file: Path) -> None:

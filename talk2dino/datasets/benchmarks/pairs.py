@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from talk2dino.datasets.benchmarks.classes import composed
-from talk2dino.datasets.label_files import is_jpeg, is_turned, turned_alone
-from talk2dino.datasets.pictures import is_picture, is_there, picture_size
+from talk2dino.datasets.label_files import header, turned_alone
+from talk2dino.datasets.pictures import is_picture, is_there
 from talk2dino.errors import DataError, say
 from talk2dino.files import read_text
 
@@ -117,17 +117,18 @@ def check_pairs(
     """
     turned = []
     for done, pair in enumerate(pairs, 1):
-        size = picture_size(pair.image)
-        if is_jpeg(pair.mask):
+        image, mask = header(pair.image), header(pair.mask)
+        if mask.format in ("JPEG", "MPO"):
             raise DataError(f"{pair.mask}: JPEG changes values; save the label map as PNG")
-        check_size(picture_size(pair.mask), size, pair)
-        if size[0] * size[1] > max_pixels:
+        check_size(mask.size, image.size, pair)
+        rows, columns = image.size
+        if rows * columns > max_pixels:
             raise DataError(
-                f"{pair.image}: {size[0]}x{size[1]} pixels, more than benchmark.max_pixels="
+                f"{pair.image}: {rows}x{columns} pixels, more than benchmark.max_pixels="
                 f"{max_pixels}; scale the image and its label map down, or raise that key (a "
                 "pixel takes about 70 bytes of memory)"
             )
-        if turned_alone(pair.image, pair.mask):
+        if turned_alone(image, mask):
             turned.append(pair.image.name)
         advance(done, len(pairs))
     if turned:
@@ -145,7 +146,7 @@ def check_size(mask: tuple[int, int], image: tuple[int, int], pair: Pair) -> Non
     """
     if mask == image:
         return
-    turned = "; it is turned upright by an EXIF tag" if is_turned(pair.image) else ""
+    turned = "; it is turned upright by an EXIF tag" if header(pair.image).turned else ""
     raise DataError(
         f"{pair.mask}: {mask} rows and columns, its image {pair.image.name} has {image}{turned}; "
         "export the label map at the image's size"
