@@ -145,15 +145,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 STRIP = 8  # length of the longest strip that is kept of a picture, in its widths
 
 
-def middle_strip(image: Image.Image, ratio: int = STRIP) -> Image.Image:
-    """Cut a very long picture to its middle part, at most `ratio` times as long as it is wide.
+def middle_strip(image: Image.Image) -> Image.Image:
+    """Cut a very long picture to its middle part, at most `STRIP` times as long as it is wide.
 
     Enlarging a line of 1 x 5000 pixels to a side of 448 would take three gigabytes, of which a
     center crop keeps the middle square. Whole pixels are cut off, the same number (or one more) on
     both sides, so the middle stays where it was to half a pixel.
     """
     long, short = max(image.size), min(image.size)
-    excess = (long - ratio * short) // 2
+    excess = (long - STRIP * short) // 2
     if excess <= 0:
         return image
     width, height = image.size

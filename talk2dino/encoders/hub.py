@@ -152,26 +152,23 @@ class HubTensorFile:
 
 
 @contextmanager
-def cached_if_unreachable(seconds: float = 5.0) -> Iterator[None]:
+def cached_if_unreachable() -> Iterator[None]:
     """Use cached files only while the Hub does not answer one short request.
 
     Without this, a machine that is offline waits through five retries for every file name that a
     library tries: a minute for timm, several for sentence-transformers.
-
-    Args:
-        seconds: how long the Hub may take to answer.
     """
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reachable(seconds)
+    constants.HF_HUB_OFFLINE = before or not _reachable()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def _reachable(seconds: float) -> bool:
+def _reachable() -> bool:
     try:
-        get_session().head(constants.ENDPOINT, timeout=seconds)
+        get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # requests and httpx, which take turns here, share no base class
         return False
     return True

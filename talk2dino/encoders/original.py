@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import log
@@ -31,7 +30,14 @@ from talk2dino.encoders.hub import WEIGHTS as OURS
 from talk2dino.encoders.hub import HubTensorFile, hub_file, in_cache, split_hub_id
 from talk2dino.encoders.weights import first_line, read_state_dict
 from talk2dino.errors import CheckpointError, ConfigError
-from talk2dino.files import file_digest, read_json, replacing, temporary_name, user_path, write_json
+from talk2dino.files import (
+    file_digest,
+    read_json,
+    replacing,
+    replacing_folder,
+    user_path,
+    write_json,
+)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIXES = {"vision": "model.", "text": "clip_model.", "projection": "proj."}
@@ -334,16 +340,10 @@ def write_original(
         "disentangled_self_attn_token": True,
         **dict.fromkeys(_SWITCHES, False),
     }
-    draft = temporary_name(folder)  # a folder without one of the files would be in the way
-    draft.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing_folder(folder, whole=False) as draft:  # with one file it would be in the way
         with replacing(draft / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(draft / CONFIG, config)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _current(key: str) -> str:

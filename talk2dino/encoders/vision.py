@@ -189,7 +189,7 @@ class VisionFeatures:
     self_attn_maps: Tensor
     cls_token: Tensor
     grid: tuple[int, int]
-    second_last_out: Tensor | None = None
+    second_last_out: Tensor
 
 
 class TimmVisionEncoder(nn.Module):

@@ -191,13 +191,11 @@ def draw_sweep(path: Path, runs: Sequence[SweepRun], metric: str) -> None:
 
     Pruned runs are hollow; runs without a value are left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     good = [run for run in runs if run.value is not None]
     keys = varied(runs)[:PANELS]
     figure = Figure(figsize=(3.6 * (1 + len(keys)), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(keys), sharey=True, squeeze=False)[0]
     panels[0].set_ylabel(metric)
     _panel(panels[0], "run, best first", [run.name for run in good], good)

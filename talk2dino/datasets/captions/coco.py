@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,22 +50,31 @@ def karpathy_entries(
     for number, row in enumerate(images):
         if split is not None and row.get("split") not in split:
             continue
-        try:
+        keys = "filename, imgid and sentences with raw and sentid"
+        with _row(f"{path}: images[{number}]", keys):
             sub, name = str(row.get("filepath", "")), image_name(row["filename"], "filename")
             captions = tuple(
                 (whole_number(s["sentid"], "sentid"), caption_text(s["raw"]))
                 for s in row["sentences"]
             )
             image_id = whole_number(row.get("cocoid", row["imgid"]), "imgid")
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: images[{number}] needs filename, imgid and sentences with raw and "
-                f"sentid ({error!r})"
-            ) from error
-        except ValueError as error:
-            raise DataError(f"{path}: images[{number}]: {error}; correct or remove it") from error
         entries.append(Entry(image_id, f"{sub}/{name}" if sub and below[sub] else name, captions))
     return entries
+
+
+@contextmanager
+def _row(where: str, keys: str) -> Iterator[None]:
+    """What a row that lacks one of its keys, or holds something else there, raises as one line.
+
+    Raises:
+        DataError: in place of it.
+    """
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} needs {keys} ({error!r})") from error
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; correct or remove it") from error
 
 
 def _check_splits(path: Path, images: list[Any], split: Sequence[str] | None) -> None:
@@ -163,14 +173,8 @@ def _file_names(path: Path, images: list[Any], folder: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     below: dict[str, bool] = {}  # sub-folder -> whether it is there; a stat per image is too slow
     for number, row in enumerate(images):
-        try:
+        with _row(f"{path}: images[{number}]", "id and file_name"):
             image_id, name = whole_number(row["id"], "id"), image_name(row["file_name"])
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: images[{number}] needs id and file_name ({error!r})"
-            ) from error
-        except ValueError as error:
-            raise DataError(f"{path}: images[{number}]: {error}; correct or remove it") from error
         if image_id in names:
             raise DataError(f"{path}: images[{number}] has id {image_id}, as an image before it")
         sub = _sub_folder(name, row)
@@ -192,17 +196,9 @@ def _captions_by_image(path: Path, annotations: list[Any]) -> dict[int, list[tup
     grouped: dict[int, list[tuple[int, str]]] = defaultdict(list)
     seen: set[int] = set()
     for number, row in enumerate(annotations):
-        try:
+        with _row(f"{path}: annotations[{number}]", "id, image_id and caption"):
             caption_id, text = whole_number(row["id"], "id"), caption_text(row["caption"])
             grouped[whole_number(row["image_id"], "image_id")].append((caption_id, text))
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: annotations[{number}] needs id, image_id and caption ({error!r})"
-            ) from error
-        except ValueError as error:
-            raise DataError(
-                f"{path}: annotations[{number}]: {error}; correct or remove it"
-            ) from error
         if caption_id in seen:
             raise DataError(
                 f"{path}: annotations[{number}] has id {caption_id}, as a caption before it"

@@ -127,7 +127,7 @@ def select_fields(
         "disentangled_self_attn": lambda: pool_attention(
             features.patch_tokens, features.self_attn_maps
         ),
-        "second_last_out": lambda: _second_last(features),
+        "second_last_out": lambda: features.second_last_out,
     }
     return {name: make[name]() for name in names} | extra
 
@@ -140,15 +140,8 @@ def _at(features: VisionFeatures, index: Tensor) -> VisionFeatures:
         maps.gather(2, index[:, None].expand(-1, maps.shape[1], -1)),
         features.cls_token,
         features.grid,
+        features.second_last_out,
     )
-
-
-def _second_last(features: VisionFeatures) -> Tensor:
-    if features.second_last_out is None:
-        raise ConfigError(
-            "features.image_fields: this vision encoder does not show second_last_out; leave it out"
-        )
-    return features.second_last_out
 
 
 EXTRACTED_CAPTIONS = (
