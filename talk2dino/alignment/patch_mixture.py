@@ -5,7 +5,7 @@ common counts for it: dogs run on grass, and "dog" comes to mean grass. Here the
 compete for its patches: where "grass" explains a patch, "dog" need not. The idea is that of
 mixtures over the words of a picture (Barnard et al., "Matching Words and Pictures", JMLR 2003); as
 densities of patch tokens, normalized within the step, it is a rule of this project, measured in
-docs/real-data.md.
+docs/notes/better-masks.md.
 """
 
 from __future__ import annotations
