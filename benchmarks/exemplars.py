@@ -61,11 +61,13 @@ def read(benchmark: FolderBenchmark, model: Talk2DINO, kept: Path) -> list[Photo
         features = WindowFeatures(tokens[index].float(), none, (side, side))
         height, width = sample.target.shape
         encoded = EncodedImage(working, windows, features, (height, width))
-        found = {}
+        found: dict[int, Seen] = {}
         for number in present_classes(sample.target, benchmark.ignore_index):
             inside = sample.target == number
             if inside.float().mean() * working.shape[1] * working.shape[2] >= LEAST:
-                found[number] = see(encoded, inside, segmenter.project_patches)
+                seen = see(encoded, inside, segmenter.project_patches)
+                first = next(iter(found.values()), seen)  # tokens are those of the photograph
+                found[number] = Seen(first.tokens, seen.share)
         target = F.interpolate(sample.target[None, None].float(), (height // 4, width // 4))
         photographs.append(Photograph(encoded, target[0, 0].long(), found))
     torch.save(tokens, kept)
