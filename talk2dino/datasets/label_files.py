@@ -21,8 +21,6 @@ from talk2dino.datasets.pictures import (
 from talk2dino.errors import DataError, say
 
 _SINGLE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
-
-
 _ONE_CHANNEL = (
     "save the class values as one 8-bit channel, or give the classes' colors as benchmark.palette"
 )

@@ -135,7 +135,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # Pillow turns a TIFF upright while loading it
     turn = orientation(image)
     if image.mode.startswith("I"):
-        image = eight_bits(image)
+        image = _eight_bits(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")
@@ -244,7 +244,7 @@ def to_pixels(image: ImageLike) -> Tensor:
         return _from_bytes(bytes(image))
     if isinstance(image, Image.Image):
         try:
-            return _fromupright(upright_rgb(image))
+            return _from_upright(upright_rgb(image))
         except Exception as error:  # read on first use: broken files make decoders raise anything
             raise DataError(f"image: this PIL image cannot be read ({error})") from error
     if isinstance(image, np.ndarray):
@@ -306,14 +306,14 @@ def _from_path(path: str) -> Tensor:
     if not user_path(path).is_file():
         raise DataError(f"image={path}: no such file")
     try:
-        return _fromupright(read_picture(user_path(path)))
+        return _from_upright(read_picture(user_path(path)))
     except Exception as error:  # broken files make decoders raise anything
         raise DataError(f"image={path}: cannot be read as an image ({error})") from error
 
 
 def _from_bytes(content: bytes) -> Tensor:
     try:
-        return _fromupright(read_picture(BytesIO(content), "image"))
+        return _from_upright(read_picture(BytesIO(content), "image"))
     except Exception as error:  # broken files make decoders raise anything
         why = str(error).partition(" <")[0]  # without the name of a Python object
         raise DataError(f"image: {len(content)} bytes that are no picture ({why})") from error
@@ -324,7 +324,7 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _fromupright(image: Image.Image) -> Tensor:
+def _from_upright(image: Image.Image) -> Tensor:
     if not image.width or not image.height:
         raise ValueError("it holds no pixel")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -361,7 +361,7 @@ def _to_bytes(image: Tensor, count: int) -> Tensor:
     return (image.float() * 255).round().to(torch.uint8)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """0..65535 as 0..255, a few rows at a time, for a picture may be large.
 
     Mode I also holds 8-bit values (32-bit files of small numbers): those are kept. What comes out
