@@ -23,7 +23,7 @@ from talk2dino.evaluation.report import (
     compare,
     heat_map,
     histogram,
-    templates,
+    report_templates,
     top_confusions,
     write_report,
     write_sweep_report,
@@ -148,7 +148,7 @@ def test_per_image_figures(tmp_path: Path) -> None:
 
 def draw(chart: str, *values: Any) -> str:
     """A chart as the page shows it."""
-    return str(getattr(templates().get_template("charts.html.j2").module, chart)(*values))
+    return str(getattr(report_templates().get_template("charts.html.j2").module, chart)(*values))
 
 
 def test_charts_hold_the_numbers() -> None:
