@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -191,6 +193,34 @@ def joined(path: Path, *shapes: tuple[int, int]) -> Path:
 def times(path: Path) -> list[float]:
     with av.open(str(path)) as opened:
         return [round(float(frame.pts * frame.time_base), 3) for frame in opened.decode(video=0)]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "turn"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))]
+)
+def test_videos_of_telephones_are_turned(
+    degrees: int, turn: tuple[int, ...], tmp_path: Path
+) -> None:
+    """By the display matrix of the file, clockwise as players do."""
+    frame = scene(1)[0]
+    content = bytearray(write(tmp_path / "in.mp4", [frame], [0]).read_bytes())
+    at = content.index(b"tkhd") + 44  # of its version 0
+    a, b, c, d = (one << 16 for one in turn)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "in.mp4").write_bytes(content)
+    seen: list[np.ndarray] = []
+    vocabulary = hash_model().open_vocabulary(["cat", "sofa"], short_side=32)
+    encode = vocabulary.encode
+
+    def look(pictures: list[np.ndarray]) -> list[EncodedPicture]:
+        seen.extend(pictures)
+        return encode(pictures)
+
+    vocabulary = replace(vocabulary, encode=look)
+    found = segment_video(tmp_path / "in.mp4", tmp_path / "out.mp4", vocabulary)
+    want = np.rot90(frame, -degrees // 90)
+    assert found.size == want.shape[:2]
+    assert abs(seen[0].astype(int) - want).mean() < 3
 
 
 def test_what_is_not_as_in_the_video_is_said(tmp_path: Path) -> None:
