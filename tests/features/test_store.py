@@ -365,6 +365,12 @@ def test_no_manifest(tmp_path: Path) -> None:
         FeatureStore(tmp_path / "manifest.json")
 
 
+def test_a_store_of_nothing(folder: Path) -> None:
+    edit(folder, set_key("shards", value=[]))
+    with pytest.raises(StoreError, match="holds no image; extract again"):
+        FeatureStore(folder)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_finite_is_by_bit_pattern(dtype: str) -> None:
     """Every pattern of the sign and exponent, against NumPy."""

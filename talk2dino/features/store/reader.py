@@ -69,6 +69,8 @@ class FeatureStore:
             if problem := size_problem(self.path, shard):
                 raise StoreError(f"{self.path / shard.file}: {problem}; extract again")
         self._arrange()
+        if not len(self.images):
+            raise StoreError(f"{self.path}: holds no image; extract again")
 
     def _arrange(self) -> None:
         shards, fields = self.manifest.shards, self.manifest.fields
