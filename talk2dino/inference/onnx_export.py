@@ -162,7 +162,7 @@ def export_dense(
         EncoderError: packages are absent, or the network cannot be exported.
         ConfigError: a size the encoder cannot take, or a deviation beyond the tolerance.
     """
-    _check_size(vision, size)
+    check_size(vision, size)
     side = visual_side(projection)
     module = DensePath(vision, rows, row_classes, size, side, full_size, open_vocabulary).eval()
     # the reference is the segmenter itself, with its hooks: not the module that is exported
@@ -225,7 +225,13 @@ def export_projection(
     return write_graph(path, graph, tolerance)
 
 
-def _check_size(vision: TimmVisionEncoder, size: int) -> None:
+def check_size(vision: TimmVisionEncoder, size: int) -> None:
+    """Refuse what `export_dense` cannot write, before other files are.
+
+    Raises:
+        ConfigError: pictures of `size` pixels a side do not fit the encoder.
+        EncoderError: its weights are not there.
+    """
     patch = vision.patch_size
     if size < patch or size % patch:
         nearest = max(1, round(size / patch)) * patch

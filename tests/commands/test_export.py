@@ -281,6 +281,16 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
             )
 
 
+def test_a_size_is_refused_before_any_file(
+    clip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = (f"checkpoint={clip}", f"output={tmp_path / 'onnx'}", f"hydra.run.dir={tmp_path}")
+    for what in ("classes=[cat,sofa]", "text_tower=true"):
+        said = fails(capfd, "export", *given, what, "image_size=50")
+        assert "image_size=50: no multiple of the patch size" in said
+        assert list((tmp_path / "onnx").iterdir()) == []
+
+
 def test_nothing_of_the_user_is_overwritten(
     clip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
