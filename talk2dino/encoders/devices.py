@@ -81,6 +81,12 @@ def choose_device(accelerator: str = "auto") -> torch.device:
     return torch.device(accelerator)
 
 
+def devices_here() -> list[str]:
+    """What `Module.to` takes on this machine."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, here in there.items() if here)]
+
+
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 

@@ -128,11 +128,7 @@ class Talk2DINO(TextSide):
         model.calibration = find_calibration(calibration, location)
         if model.calibration is not None:
             model.calibration.check(vision, checkpoint.projection)
-        try:
-            return model.to(choose_device() if device is None else torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device={device!r}: not usable here ({reason})") from error
+        return model.to(choose_device() if device is None else device)
 
     def save_pretrained(
         self, folder: str | Path, results: Sequence[str | Path | Mapping[str, Any]] = ()

@@ -17,6 +17,7 @@ from talk2dino.calibration.reference import Advance, require_encoder
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.datasets.pictures import ImageLike
 from talk2dino.encoders.build import build_text, check_spec
+from talk2dino.encoders.devices import devices_here
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, say
@@ -44,6 +45,7 @@ from talk2dino.inference.vocabulary import (
 from talk2dino.segmentation.segmenter import EncodedImage
 
 EncoderT = TypeVar("EncoderT")
+SideT = TypeVar("SideT", bound="TextSide")
 
 
 class TextSide(nn.Module):
@@ -112,6 +114,21 @@ class TextSide(nn.Module):
     def device(self) -> torch.device:
         """Where the model runs."""
         return next(self.projection.parameters()).device
+
+    def to(self: SideT, *args: Any, **kwargs: Any) -> SideT:
+        """As PyTorch's `Module.to`.
+
+        Raises:
+            ConfigError: a device that is not here.
+        """
+        try:
+            return super().to(*args, **kwargs)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].partition(" http")[0]
+            device, here = kwargs.get("device", *args[:1]), ", ".join(devices_here())
+            raise ConfigError(
+                f"device={device!r}: not usable ({reason}); here are {here}"
+            ) from error
 
     @property
     def background(self) -> float:

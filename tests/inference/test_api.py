@@ -7,6 +7,7 @@ import math
 import pickle
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +502,18 @@ def test_from_pretrained_errors_are_one_line(tmp_path: Path) -> None:
     torch.save(ProjectionLayer(8, 64).state_dict(), tmp_path / "original.pth")
     with pytest.raises(CheckpointError, match="does not name its vision encoder; say it with"):
         Talk2DINO.from_pretrained(tmp_path / "original.pth")
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meter", "cuda:99"])
+def test_a_device_that_is_not_here_is_one_line(device: str, trained_run: Path) -> None:
+    model = hash_model()
+    for move in (model.to, partial(Talk2DINO.from_pretrained, trained_run)):
+        with pytest.raises(
+            ConfigError, match=f"device='{device}': not usable .*; here are cpu"
+        ) as e:
+            move(device)
+        assert "\n" not in str(e.value) and "http" not in str(e.value)
+    assert model.to("cpu", torch.float32) is model
 
 
 def test_a_projection_knows_the_blocks_that_it_was_trained_on(tmp_path: Path) -> None:
