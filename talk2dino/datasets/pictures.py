@@ -136,6 +136,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     turn = orientation(image)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    elif image.mode == "L":
+        counts = image.histogram()
+        if sum(map(bool, counts[:32])) > 1 and not any(counts[32:255]):  # classes and void
+            name = getattr(image, "filename", "") or "image"
+            say(f"{name}: its gray is below 32 of 255, as in a label map; is it the photograph?")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it must drop a palette's transparency
     rgb = image.convert("RGB")

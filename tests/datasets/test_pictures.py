@@ -145,6 +145,21 @@ def test_only_long_pictures_are_cut() -> None:
     np.testing.assert_array_equal(cut.permute(1, 2, 0), random[:, 190:210])
 
 
+def test_label_maps_that_are_opened_as_photographs_are_said(tmp_path: Path) -> None:
+    """Gray of class values and void; gray with anything brighter is nobody's label map."""
+    labels = np.array([[0, 1, 20], [5, 255, 0]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    with pytest.warns(
+        ResultWarning, match=r"labels\.png: its gray is below 32 of 255, as in a lab"
+    ):
+        assert to_pixels(tmp_path / "labels.png")[0].tolist() == labels.tolist()
+    with pytest.warns(ResultWarning, match="image: its gray is below 32"):
+        to_pixels(Image.fromarray(labels))
+    for pixels in (labels * 0, np.where(labels == 5, 32, labels), (labels > 4) * 255):
+        reread(tmp_path, Image.fromarray(pixels.astype(np.uint8)), "other.png")
+    reread(tmp_path, Image.fromarray(labels).convert("RGB"), "night.png")
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
 def test_the_first_of_several_pictures_is_said(name: str, tmp_path: Path) -> None:
     first, *others = (Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue"))
