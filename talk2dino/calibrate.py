@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from talk2dino.calibration.background import common_words
+from talk2dino.calibration.background_threshold import common_words
 from talk2dino.calibration.calibration import Calibration, beside, check_writable
 from talk2dino.calibration.labeled import cross_fit, label_patches
 from talk2dino.calibration.mentions import closeness, unmentioned, why_unknown

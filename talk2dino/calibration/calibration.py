@@ -7,7 +7,7 @@ known `unmentioned` `[V, R]` bool, and as metadata a JSON entry `talk2dino_calib
 | --- | --- |
 | `version` | 1 |
 | `rule` | `_target_` and arguments of one of `rules.RULES` |
-| `background` | `threshold`, the background's score, and `lowest`, see `threshold.Background` |
+| `background` | `threshold`, the background's score, and `lowest`, see `Background` |
 | `class_offsets` | what is subtracted besides, by class name |
 | `made_with` | `vision` and `projection`: `spec` and `weights_sha256` each |
 | `facts` | where the patches come from, and what was measured |
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection, visual_side
-from talk2dino.calibration.background import Background, choose_background
+from talk2dino.calibration.background_threshold import Background, choose_background
 from talk2dino.calibration.rules import Reference, Rule, build_rule, describe_rule
 from talk2dino.encoders.hub import hub_file, split_hub_id
 from talk2dino.encoders.vision import TimmVisionEncoder

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from talk2dino import Talk2DINO
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
-from talk2dino.calibration.background import Background
+from talk2dino.calibration.background_threshold import Background
 from talk2dino.calibration.calibration import KEY, Calibration, beside, find_calibration
 from talk2dino.calibration.rules import (
     MeanOffset,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk2dino.calibration.background import choose_background, common_words
+from talk2dino.calibration.background_threshold import choose_background, common_words
 
 
 @pytest.mark.parametrize("offered", [2, 7, None])
