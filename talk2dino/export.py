@@ -14,7 +14,12 @@ from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError, require_extra
 from talk2dino.files import refuse_foreign, user_path
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.onnx_export import check_size, export_dense, export_projection, sorted_rows
+from talk2dino.inference.onnx_export import (
+    check_export_size,
+    export_dense,
+    export_projection,
+    sorted_rows,
+)
 from talk2dino.inference.onnx_files import ExportedFile, is_our_file
 from talk2dino.inference.onnx_text import check_text, export_text
 
@@ -51,7 +56,7 @@ def export(config: DictConfig) -> None:
     if config.text_tower:
         check_text(model.text, psi)
     if config.text_tower or classes is not None:
-        check_size(model.vision, config.image_size)
+        check_export_size(model.vision, config.image_size)
     facts = _facts(model, config.templates)
     dense = partial(
         export_dense,

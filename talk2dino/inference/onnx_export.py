@@ -162,7 +162,7 @@ def export_dense(
         EncoderError: packages are absent, or the network cannot be exported.
         ConfigError: a size the encoder cannot take, or a deviation beyond the tolerance.
     """
-    check_size(vision, size)
+    check_export_size(vision, size)
     side = visual_side(projection)
     module = DensePath(vision, rows, row_classes, size, side, full_size, open_vocabulary).eval()
     # the reference is the segmenter itself, with its hooks: not the module that is exported
@@ -225,7 +225,7 @@ def export_projection(
     return write_graph(path, graph, tolerance)
 
 
-def check_size(vision: TimmVisionEncoder, size: int) -> None:
+def check_export_size(vision: TimmVisionEncoder, size: int) -> None:
     """Refuse what `export_dense` cannot write, before other files are.
 
     Raises:
