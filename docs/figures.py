@@ -222,7 +222,7 @@ def browser(address: str, height: int) -> Iterator[Tab]:
         flags = ["--no-sandbox", "--disable-gpu"]
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         tab = chromium.new_page(viewport={"width": 1200, "height": height})
-        tab.set_default_timeout(120_000)
+        tab.set_default_timeout(60_000)
         tab.on("request", lambda one: asked.append(one.url))
         tab.goto(address)
         yield tab
@@ -250,11 +250,12 @@ def page(quickstart: Path, images: Path) -> None:
         tab.click("#by-example button")
         tab.wait_for_selector("#editor canvas")
         tab.wait_for_timeout(15_000)  # until the picture is on the canvas
-        place = tab.locator("#editor canvas").first.bounding_box()
-        assert place is not None
 
         def paint(right: float, down: float) -> None:
-            """A block of strokes, where it begins in parts of the canvas."""
+            """A block of strokes that begins at a part of the canvas, wherever that is by now."""
+            tab.locator("#editor canvas").first.scroll_into_view_if_needed()
+            place = tab.locator("#editor canvas").first.bounding_box()
+            assert place is not None
             x, y = place["x"] + right * place["width"], place["y"] + down * place["height"]
             tab.mouse.move(x, y)
             tab.mouse.down()
