@@ -28,8 +28,7 @@ def require_all(config: DictConfig) -> None:
     """Say what is missing, before anything is loaded.
 
     Raises:
-        ConfigError: no checkpoint, or no classes for a single dense file.
-        EncoderError: packages of the extra `export` are absent.
+        ConfigError: no checkpoint, no classes for a single dense file, or a package is absent.
     """
     require(config, "checkpoint")
     if Path(config.output).suffix == ".onnx" and (config.classes is None or config.text_tower):

@@ -159,8 +159,8 @@ def export_dense(
         What was written: one file, or two.
 
     Raises:
-        EncoderError: packages are absent, or the network cannot be exported.
-        ConfigError: a size the encoder cannot take, or a deviation beyond the tolerance.
+        EncoderError: the network cannot be exported.
+        ConfigError: an absent package, a size the encoder cannot take, or too large a deviation.
     """
     check_export_size(vision, size)
     side = visual_side(projection)

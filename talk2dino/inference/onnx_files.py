@@ -85,8 +85,8 @@ def write_graph(path: Path, graph: Graph, tolerance: float) -> ExportedFile:
     """Trace, add the metadata, compare with `want`, and only then give the file its name.
 
     Raises:
-        EncoderError: packages are absent, or the network cannot be exported.
-        ConfigError: a deviation beyond the tolerance.
+        EncoderError: the network cannot be exported.
+        ConfigError: an absent package, or a deviation beyond the tolerance.
     """
     require_extra("export", "export")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write_int8(path: Path, source: Path, graph: Graph, tolerance: float) -> Expo
         tolerance: largest difference from PyTorch that is accepted.
 
     Raises:
-        ConfigError: a deviation beyond the tolerance.
+        ConfigError: an absent package, or a deviation beyond the tolerance.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

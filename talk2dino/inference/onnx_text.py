@@ -85,8 +85,8 @@ def export_text(
         tolerance: largest difference from PyTorch that is accepted.
 
     Raises:
-        EncoderError: packages are absent, or this encoder cannot be exported.
-        ConfigError: a deviation beyond the tolerance.
+        EncoderError: this encoder cannot be exported.
+        ConfigError: an absent package, or a deviation beyond the tolerance.
     """
     module, tokenizer, free = _PARTS[type(text)](text)
     encoded = tokenizer.encode_batch(list(SENTENCES))
