@@ -108,7 +108,7 @@ def write_int8(path: Path, source: Path, graph: Graph, tolerance: float) -> Expo
         tolerance: largest difference from PyTorch that is accepted.
 
     Raises:
-        ConfigError: an absent package, or a deviation beyond the tolerance.
+        ConfigError: a deviation beyond the tolerance.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
