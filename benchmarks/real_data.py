@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ BASE = {
     "dense": ["experiment=vits_dense"],
     "words": ["experiment=vits_words"],
 }
+HALVES = ("tune", "report")
 VOCABULARIES = ("VOC", "full", "present")
 VOC = (
     "airplane bicycle bird boat bottle bus car cat chair cow,dining table,dog horse motorcycle "
@@ -192,6 +194,15 @@ def patch_auc(scores: np.ndarray, labels: np.ndarray, ignore: int) -> dict[int, 
     return result
 
 
+def every_second(
+    scores: np.ndarray, labels: np.ndarray, start: int, benchmark: FolderBenchmark
+) -> dict[int, float]:
+    """The `patch_auc` of every second photograph, from the one at `start` on."""
+    count = len(benchmark)
+    kept = scores.reshape(count, -1, scores.shape[1])[start::2].reshape(-1, scores.shape[1])
+    return patch_auc(kept, labels.reshape(count, -1)[start::2].ravel(), benchmark.ignore_index)
+
+
 def run_folder(args: argparse.Namespace, recipe: str, seed: int) -> Path:
     name = recipe.replace("@", "-").replace("/", "_").replace(",", "_").replace("=", "_")
     return Path(args.out / f"{name}-{args.train}-seed{seed}")
@@ -225,13 +236,19 @@ def measure(
     rows, _ = embed_classes(
         [spec.synonyms for spec in benchmark.class_list.prompted], model.text, model.projection
     )
-    auc = patch_auc((tokens @ rows.T).numpy(), labels.numpy(), benchmark.ignore_index)
+    scores = (tokens @ rows.T).numpy()
+    auc = patch_auc(scores, labels.numpy(), benchmark.ignore_index)
     names, voc = benchmark.class_list.names, voc_names()
     per_class = {names[k]: value for k, value in sorted(auc.items(), key=lambda pair: pair[1])}
     (folder / "auc.json").write_text(json.dumps(per_class, indent=1))
     figures = {f"R@{k}": validation[f"val/text_to_image/recall@{k}"] for k in (1, 5, 10)}
     figures["AUC VOC"] = 100 * float(np.mean([v for k, v in auc.items() if names[k] in voc]))
     figures["AUC"] = 100 * float(np.mean(list(auc.values())))
+    figures |= {
+        f"AUC, {half}": 100 * float(np.mean(list(ranked.values())))
+        for start, half in enumerate(HALVES)
+        for ranked in [every_second(scores, labels.numpy(), start, benchmark)]
+    }
     figures["train s"] = seconds
     found = {recipe: figures}
     if not args.no_miou:
@@ -251,12 +268,33 @@ def scored(
     """Scores with each vocabulary; `more` are settings of the evaluation."""
     plain = "".join(letter if letter.isalnum() else "_" for letter in name)
     given = [f"benchmark.split={args.split}"] if args.split else []
-    return {
-        f"mIoU {v}": evaluate(
+    found = {}
+    for v in VOCABULARIES:
+        result = evaluate(
             args.data, folder, classes, v, plain, "pictures=12", "label_maps=true", *given, *more
-        )["miou"]
-        for v in VOCABULARIES
-    }
+        )
+        found[f"mIoU {v}"] = result["miou"]
+        if not args.split:
+            maps = folder / f"evaluate-{v}-{plain}" / "label_maps"
+            found |= {f"mIoU {v}, {half}": miou for half, miou in of_halves(args, classes, v, maps)}
+    return found
+
+
+def of_halves(
+    args: argparse.Namespace, classes: Path, vocabulary: str, maps: Path
+) -> Iterator[tuple[str, float]]:
+    """Mean IoU of the photographs with even places and of those with odd ones, from label maps."""
+    if vocabulary == "VOC":
+        classes = classes.with_name("classes-VOC.json")
+    benchmark = coco100(args, classes)
+    for start, half in enumerate(HALVES):
+        metric = mean_iou_metric(len(benchmark.class_list.names), benchmark.ignore_index)
+        for index in range(start, len(benchmark), 2):
+            sample = benchmark.sample(index)
+            with Image.open(maps / f"{sample.name}.png") as opened:
+                labels = torch.from_numpy(np.asarray(opened).astype(np.int64))
+            metric.update(labels[None], sample.target[None].long())
+        yield half, 100 * mean_iou(metric.confmat)
 
 
 def write_panels(
@@ -305,7 +343,7 @@ def write_panels(
 def write_split(args: argparse.Namespace) -> None:
     """The names of every second photograph of coco100, to tune on one half only."""
     names = sorted(path.name for path in (args.data / "coco100" / "images").iterdir())
-    start = ("tune", "report").index(args.half)
+    start = HALVES.index(args.half)
     args.split = (args.out / f"{args.half}.txt").resolve()
     args.split.write_text("\n".join(names[start::2]) + "\n")
 
@@ -383,7 +421,7 @@ def main() -> None:
         metavar=("FILE", "BEFORE", "AFTER"),
         help="draw label maps of eight photographs, of two folders RUN/evaluate-present-…, and end",
     )
-    parser.add_argument("--half", choices=["tune", "report"], help="of the 100; default: all")
+    parser.add_argument("--half", choices=HALVES, help="of the 100; default: all, and each half")
     parser.add_argument("--onnx", action="store_true", help="also compare the exported files")
     parser.add_argument("--window", type=int, default=448, help="of the exported files, pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -410,17 +448,26 @@ def main() -> None:
             for name, figures in measure(args, recipe, seed, classes, cache).items():
                 rows.setdefault(name, []).append(figures)
     columns = list(dict.fromkeys(key for runs in rows.values() for key in runs[0]))
-    table = Table("recipe", title=f"Flickr8k → coco100; extraction {seconds:.0f} s")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, runs in rows.items():
-        table.add_row(name, *(shown([run.get(column) for run in runs]) for column in columns))
-    tables = [
+    all_of_them = [column for column in columns if ", " not in column]
+    halves = [column for column in columns if ", " in column]
+    tables = [table_of(rows, all_of_them, f"Flickr8k → coco100; extraction {seconds:.0f} s")]
+    if halves:
+        tables.append(table_of(rows, halves, "each half of coco100"))
+    tables += [
         measure_onnx(args, run_folder(args, recipe, args.seeds[0]), classes)
         for recipe in args.recipes
         if args.onnx
     ]
-    Console(width=160).print(table, *tables)
+    Console(width=160).print(*tables)
+
+
+def table_of(rows: dict[str, list[dict[str, float]]], columns: list[str], title: str) -> Table:
+    table = Table("recipe", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, runs in rows.items():
+        table.add_row(name, *(shown([run.get(column) for run in runs]) for column in columns))
+    return table
 
 
 def shown(values: list[float | None]) -> str:
@@ -428,8 +475,8 @@ def shown(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    spread = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.1f}{spread}"
+    spread = f" ± {np.std(known, ddof=1):.2f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.2f}{spread}"
 
 
 if __name__ == "__main__":
