@@ -84,8 +84,8 @@ class Share:
                 yield None
                 return
             yield found
-            for rank in range(self.place.world_size):
-                self._record(rank).unlink(missing_ok=True)
+            for record in parts.glob("segment-*-of-*.json"):  # of another number of ranks, too
+                record.unlink(missing_ok=True)
 
     def _all_broken(self) -> dict[Job, str] | None:
         """Broken pictures of all ranks, in order; None unless all have left their records."""

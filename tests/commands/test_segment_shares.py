@@ -102,6 +102,7 @@ def test_a_record_of_an_earlier_run_does_not_count(
     out = tmp_path / "out"
     (out / ".parts").mkdir(parents=True)
     (out / ".parts" / "segment-00000-of-00002.json").write_text("{}")
+    (out / ".parts" / "segment-00002-of-00003.json").write_text("{}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     run(*given, f"output={out}")
