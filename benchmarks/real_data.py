@@ -31,7 +31,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from talk2dino import Talk2DINO
-from talk2dino.alignment.inputs import embed_classes
+from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.datasets.benchmarks.base import present_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.evaluation.images import side_by_side
@@ -233,7 +233,7 @@ def measure(
     if "patches" not in cache:
         cache["patches"] = patches_with_labels(benchmark, model)
     tokens, labels = cache["patches"]
-    rows, _ = embed_classes(
+    rows, _ = embed_class_names(
         [spec.synonyms for spec in benchmark.class_list.prompted], model.text, model.projection
     )
     scores = (tokens @ rows.T).numpy()

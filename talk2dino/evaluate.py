@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import nn
 
 from talk2dino.alignment.checkpoint import describe_projection
+from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
-from talk2dino.alignment.inputs import embed_classes
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.config import command
@@ -122,7 +122,7 @@ def predict(
         DataError: an image or label map is bad; what was finished before it is kept in `folder`.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    text, row_classes = embed_classes(
+    text, row_classes = embed_class_names(
         [spec.synonyms for spec in benchmark.class_list.prompted],
         cached_text(model.text, projection),
         projection,

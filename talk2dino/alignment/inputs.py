@@ -1,26 +1,23 @@
-"""From stored fields, plain text or class names to projected vectors.
+"""From the stored fields of a batch to projected vectors of its captions and images.
 
 Both decide the text side: a projection with fields of its own (`CLIPLastLayer`) reads those; any
 other projects what the similarity's `text_field` names. On the image side `similarity.field` is
 compared, except that a projection with learned head weights pools `avg_self_attn_out` itself.
-Training, validation and the record of the heads all follow these rules.
+Training, validation and the record of the heads all follow these rules. Class names and sentences
+that are not stored become vectors in `class_names.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.similarity.base import Similarity
 from talk2dino.encoders.attention import pool_attention
-from talk2dino.encoders.text import TextEncoder, encode_fields
 from talk2dino.encoders.text.base import average_text_tokens
-from talk2dino.encoders.text.prompts import prompts
 from talk2dino.errors import ConfigError
 
 POOLABLE = ("avg_self_attn_out", "disentangled_self_attn")
@@ -128,66 +125,3 @@ def per_caption(visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Features of the distinct images `[U, …]` to one row per caption, `[B, …]`."""
     rows = batch.get("image_place")  # [B], the image of each caption
     return visual if rows is None or len(rows) == len(visual) else visual[rows]
-
-
-_CHUNK = 256  # sentences; 40 MB of CLIP's token-level outputs
-
-
-@torch.no_grad()
-def embed_texts(texts: Sequence[str], text: TextEncoder, projection: Projection) -> Tensor:
-    """`projection.embed_text` of sentences, `[N, C]` on the projection's device.
-
-    Prompts are averaged here, before `projection.project_embedding`: ψ is not linear.
-
-    Raises:
-        ConfigError: the encoder does not give what the projection reads.
-    """
-    device = next(projection.parameters()).device
-    size = _CHUNK if projection.text_fields != ("embedding",) else max(len(texts), 1)
-    parts = []
-    for start in range(0, max(len(texts), 1), size):
-        fields = encode_fields(text, texts[start : start + size], projection.text_fields)
-        inputs = (fields[name].to(device) for name in projection.text_fields)
-        parts.append(projection.embed_text(*inputs))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def embed_classes(
-    synonyms: Sequence[Sequence[str]],
-    text: TextEncoder,
-    projection: Projection,
-    template_set: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Embed class names in the space of the patch tokens.
-
-    Raw mean of the text embeddings over the templates, then ψ, then unit length (eps 1e-6), as the
-    original's `build_text_embedding`; ψ is not linear, so the order matters. With `CLIPLastLayer`
-    the mean is taken over the embeddings of its own last block.
-
-    Args:
-        synonyms: per class, its names.
-        text: text encoder.
-        projection: ψ.
-        template_set: name of the prompt templates; None takes those that suit the encoder.
-
-    Returns:
-        [N, D] unit rows, one per synonym, and [N] int64 the class of each row.
-    """
-    rows = [(number, name) for number, names in enumerate(synonyms) for name in names]
-    groups = prompts([name for _, name in rows], template_set or text.templates)
-    embeddings = embed_prompts(groups, text, projection)
-    return embeddings, torch.tensor([number for number, _ in rows], device=embeddings.device)
-
-
-@torch.no_grad()
-def embed_prompts(
-    groups: Sequence[Sequence[str]], text: TextEncoder, projection: Projection
-) -> Tensor:
-    """`[N, D]` unit rows of N groups of sentences: mean over a group, then ψ, then unit length."""
-    sentences = [sentence for group in groups for sentence in group]
-    embeddings = embed_texts(sentences, text, projection)
-    parts = torch.split(embeddings, [len(group) for group in groups])
-    means = [part.mean(dim=0) for part in parts]
-    projected = projection.project_embedding(torch.stack(means))
-    return F.normalize(projected, dim=-1, eps=1e-6)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from talk2dino.alignment.inputs import embed_prompts, embed_texts
+from talk2dino.alignment.class_names import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.reference import Advance, require_encoder

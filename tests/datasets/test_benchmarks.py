@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from talk2dino.alignment.inputs import embed_classes
+from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.config import command
 from talk2dino.config.checks import check_targets, config_folder
 from talk2dino.config.schemas import register_schema
@@ -278,7 +278,7 @@ def test_synonyms_take_the_maximum(tmp_path: Path) -> None:
     assert synonyms == [("cat", "kitten"), ("dog",)]
     vectors = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     psi = NamedColors(["cat", "kitten", "dog"], vectors)
-    text, row_classes = embed_classes(synonyms, HashText(), psi)
+    text, row_classes = embed_class_names(synonyms, HashText(), psi)
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[2] = 255  # blue: what the prompt "kitten" means
     image[0, :, 8:] = 255

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from talk2dino.alignment.inputs import embed_classes
+from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.encoders.text.prompts import NAMES, prompts, templates
 from talk2dino.errors import ConfigError
@@ -90,7 +90,7 @@ def test_class_embeddings(golden, parity: ParityRecord) -> None:
     projection.load_state_dict(state)
     encoded = arrays["text/encoded"]  # [5, 7, 16]
     names = [[f"c{number}"] for number in range(5)]
-    got, rows = embed_classes(names, Stored(encoded), projection)
+    got, rows = embed_class_names(names, Stored(encoded), projection)
     parity.check("class embeddings", "DINOText.build_text_embedding", got, arrays["text/out"], 1e-6)
     assert rows.tolist() == [0, 1, 2, 3, 4]
     with torch.no_grad():  # the order matters: other orders give other numbers

@@ -428,14 +428,14 @@ def test_the_mosaic_benchmark_end_to_end(trained_run: Path, tmp_path: Path) -> N
     assert len(list((tmp_path / "pictures").iterdir())) == 1
 
     from talk2dino import Talk2DINO
-    from talk2dino.alignment.inputs import embed_classes
+    from talk2dino.alignment.class_names import embed_class_names
     from talk2dino.segmentation import Segmenter
 
     model = Talk2DINO.from_pretrained(trained_run, device="cpu")
     size: dict[str, Any] = {"short_side": 112, "window": 112, "stride": 56, "input_size": 112}
     bench = MosaicBenchmark(name="mosaic", count=3, height=112, width=112, **size)
     names = bench.class_list.names
-    text, _ = embed_classes([[name] for name in names], model.text, model.projection)
+    text, _ = embed_class_names([[name] for name in names], model.text, model.projection)
     counts = {name: [0, 0] for name in names}
     right = total = 0
     for index in range(3):

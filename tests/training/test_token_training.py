@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from talk2dino import Talk2DINO, load_projection
+from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.inputs import (
     caption_fields,
-    embed_classes,
     projected_text,
     projected_visual,
 )
@@ -341,8 +341,8 @@ def test_clip_last_layer_starts_as_the_encoder(still: Path) -> None:
     with torch.no_grad():
         want = projection.projection(model.text.encode(texts))
     torch.testing.assert_close(model.encode_text(texts), want, atol=1e-4, rtol=1e-3)
-    got, rows = embed_classes([["cat"], ["dog", "hound"]], model.text, projection, "simple7")
-    plain, _ = embed_classes(
+    got, rows = embed_class_names([["cat"], ["dog", "hound"]], model.text, projection, "simple7")
+    plain, _ = embed_class_names(
         [["cat"], ["dog", "hound"]], model.text, projection.projection, "simple7"
     )
     assert rows.tolist() == [0, 1, 1]
@@ -368,7 +368,7 @@ def test_the_image_side_stands_before_the_scores(projection: Any, token_store: P
     assert store.vision is not None and store.text is not None
     model = Talk2DINO(build_vision(store.vision.spec), build_text(store.text.spec), projection)
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    text, _ = embed_classes([[name] for name in NAMES], model.text, projection)
+    text, _ = embed_class_names([[name] for name in NAMES], model.text, projection)
     segmenter = model.segmenter(None, pamr=False, short_side=64)
     encoded = segmenter.encode(image)
     tokens = model.encode_image(image)  # already through the image side
@@ -489,6 +489,6 @@ def test_the_text_encoder_of_the_store_is_checked(
 def test_a_text_encoder_without_tokens_cannot_serve_clip_last_layer() -> None:
     projection = CLIPLastLayer(8, 6, width=4, num_text_heads=2)
     with pytest.raises(ConfigError, match="HashText does not give second_last_tokens"):
-        embed_classes([["cat"]], HashText(), projection)
+        embed_class_names([["cat"]], HashText(), projection)
     with pytest.raises(ConfigError, match="HashText has no CLIP text tower"):
         CLIPLastLayer.from_text_encoder(HashText(), 6)
