@@ -32,13 +32,14 @@ from talk2dino.finding.scan import (
     searched_field,
 )
 from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
-from talk2dino.inference.exemplars import Exemplar, Spread, class_row, mix, see
+from talk2dino.inference.exemplars import Exemplar, Spread, class_row, mix, say_confused, see
 from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import (
     Sentences,
     TextCache,
     Words,
     exemplars_of,
+    named_groups,
     read_words,
     say_equal,
 )
@@ -281,6 +282,7 @@ class TextSide(nn.Module):
             words = read_words(named, negatives, prompts, self.text.templates)
         said = iter(self._embed([sentences for sentences in words.rows if sentences]))
         shown = exemplars_of(named)
+        say_confused(named_groups(named))
         if shown and self.calibration is None and not all(name in shown for name in words.names):
             say(
                 "classes: some are shown and some are said, and this checkpoint has no "

@@ -16,7 +16,7 @@ from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, compos
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError, say
-from talk2dino.inference.exemplars import Exemplar, say_confused
+from talk2dino.inference.exemplars import Exemplar
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.memory import WorkingMemory
@@ -78,7 +78,7 @@ def read_words(
     Raises:
         ConfigError: no class, an empty or repeated name, or prompts for no class.
     """
-    groups = _groups(classes)
+    groups = named_groups(classes)
     names = list(groups)
     if not isinstance(prompts or {}, Mapping):
         raise ConfigError(f"prompts={prompts!r:.60}: give sentences by class name")
@@ -112,16 +112,14 @@ def read_words(
 
 def exemplars_of(classes: ClassWords) -> dict[str, tuple[Exemplar, ...]]:
     """The exemplars of every class that has some; errors as `read_words`."""
-    groups = _groups(classes)
-    say_confused(groups)
     shown = {
         name: tuple(entry for entry in entries if isinstance(entry, Exemplar))
-        for name, entries in groups.items()
+        for name, entries in named_groups(classes).items()
     }
     return {name: exemplars for name, exemplars in shown.items() if exemplars}
 
 
-def _groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
+def named_groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
     """Names and what stands for them, in order."""
     if isinstance(classes, str) or not _is_list(classes):
         raise ConfigError(

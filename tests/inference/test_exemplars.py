@@ -550,8 +550,9 @@ def test_a_shown_class_that_is_nearly_said_elsewhere_is_said(model: Talk2DINO) -
         ),
         ({"Rust": exemplar, "rust": Exemplar(halves(1), half(halves()))}, "'rust' stands for"),
     ):
-        with pytest.warns(ResultWarning, match=said):
+        with pytest.warns(ResultWarning, match=said) as caught:
             model.open_vocabulary(classes, short_side=SIDE)  # type: ignore[arg-type]
+        assert sum("stands for another" in str(one.message) for one in caught) == 1
 
 
 def test_masks_are_taken_for_what_they_show(tmp_path: Path) -> None:
