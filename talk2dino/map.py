@@ -15,7 +15,7 @@ from talk2dino.config.model_and_classes import (
     open_vocabulary,
     require_classes,
 )
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, check_number
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
 from talk2dino.maps.blocks import MapResult, output_files, refuse_foreign_maps, segment_map
@@ -27,8 +27,12 @@ def run_map(config: DictConfig) -> None:
     classes = named_classes(config)
     background_threshold(config.background)  # refuses it before the model is loaded
     refinement = command.build(config.refinement) if config.refinement else None
-    if config.minimum_area < 1:
-        raise ConfigError("minimum_area=0: use 1 to 1000000000000")
+    check_number("minimum_area", config.minimum_area, 1, 10**12)
+    if config.minimum_area > 1 and not config.polygons:
+        raise ConfigError(
+            f"minimum_area={config.minimum_area}: does nothing without polygons; "
+            "add polygons=true or leave minimum_area out"
+        )
     with MapImage(
         config.image,
         config.meters_per_pixel,
