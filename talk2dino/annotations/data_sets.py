@@ -31,8 +31,11 @@ def check_formats(formats: Sequence[str]) -> None:
     """Refuse what cannot be written, before anything long starts.
 
     Raises:
-        ConfigError: an unknown format, or a library that is not installed.
+        ConfigError: an unknown format, a text in place of a list, or a library that is not
+            installed.
     """
+    if isinstance(formats, str):
+        raise ConfigError(f"formats={formats!r}: give a list, ['{formats}']")
     for name in formats:
         if name not in FORMATS:
             raise ConfigError(

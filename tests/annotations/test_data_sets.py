@@ -128,6 +128,8 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="formats=\\[x\\]: no such format; choose among coco, yo"):
         check_formats(["coco", "x"])
+    with pytest.raises(ConfigError, match=r"formats='coco': give a list, \['coco'\]"):
+        check_formats("coco")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs pycocotools, .*'talk2dino\[annotations\]'"):
         check_formats(["coco"])
