@@ -19,7 +19,7 @@ from talk2dino.datasets.benchmarks.classes import (
     typed_classes,
 )
 from talk2dino.encoders.devices import choose_device
-from talk2dino.errors import ConfigError, say
+from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
@@ -91,7 +91,10 @@ def class_words(
     if is_file(given):
         return ClassEmbeddings.load(given)
     if isinstance(given, str) and _is_file(given):
-        found = read_classes(given)
+        try:
+            found = read_classes(given)
+        except DataError as error:  # there is no benchmark here
+            raise DataError(str(error).removeprefix("benchmark.")) from error
         if found.has_background and (background is None or background is False):
             say(
                 f"classes={given}: its {BACKGROUND} is left out, for it is no word; "

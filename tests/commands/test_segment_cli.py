@@ -340,5 +340,5 @@ def test_class_words(tmp_path: Path) -> None:
             class_words(given)
     with pytest.raises(ConfigError, match="list is empty"):
         class_words(" , ")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=r"^classes=nowhere\.txt: no such file"):
         class_words("nowhere.txt")
