@@ -28,13 +28,19 @@ def require_all(config: DictConfig) -> None:
     """Say what is missing, before anything is loaded.
 
     Raises:
-        ConfigError: no checkpoint, no classes for a single dense file, or a package is absent.
+        ConfigError: no checkpoint, no classes for a single dense file or for 8 bits, or a package
+            is absent.
     """
     require(config, "checkpoint")
     if Path(config.output).suffix == ".onnx" and (config.classes is None or config.text_tower):
         raise ConfigError(
             f"output={config.output}: a single file is the dense path, which needs "
             "classes='[cat,sofa]'; for the projection or the text tower name a folder"
+        )
+    if config.int8 and config.classes is None and not config.text_tower:
+        raise ConfigError(
+            "int8=true: there is no segmenter to write in 8 bits; add classes='[cat,sofa]' or "
+            "text_tower=true"
         )
     require_extra("export", "export")
 

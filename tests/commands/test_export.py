@@ -319,5 +319,7 @@ def test_errors_are_one_line(
     assert "make quickstart" in fails(capfd, "export", there)
     said = fails(capfd, "export", there, "checkpoint=x", "output=x.onnx")
     assert "a single file is the dense path, which needs classes=" in said
+    said = fails(capfd, "export", there, "checkpoint=x", "int8=true")
+    assert said.startswith("int8=true: there is no segmenter to write in 8 bits; add classes=")
     given = ["checkpoint=x", "output=x.onnx", "classes=[cat]", "text_tower=true"]
     assert "the text tower name a folder" in fails(capfd, "export", there, *given)
