@@ -7,12 +7,14 @@ null.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
@@ -44,7 +46,8 @@ def convert(config: DictConfig) -> None:
     """Do the task that the config names.
 
     Raises:
-        ConfigError: an unknown task, or a key that it needs is missing.
+        ConfigError: an unknown task, a key that it needs is missing, or one that it does not take
+            is given.
     """
     if config.task not in TASKS:
         raise ConfigError(
@@ -53,6 +56,7 @@ def convert(config: DictConfig) -> None:
         )
     task = TASKS[config.task]
     parameters = inspect.signature(task).parameters
+    refuse_idle(config.task, list(parameters))
     for name, parameter in parameters.items():
         if config[name] is None and parameter.default is parameter.empty:
             raise ConfigError(
@@ -60,6 +64,21 @@ def convert(config: DictConfig) -> None:
                 f"{config.task} {name}=… (--help explains the keys)"
             )
     task(**{name: plain(config, name) for name in parameters})
+
+
+def refuse_idle(task: str, taken: Sequence[str]) -> None:
+    """Refuse a key of another task on the command line, as it would do nothing.
+
+    Raises:
+        ConfigError: the first one.
+    """
+    known = {name for one in TASKS.values() for name in inspect.signature(one).parameters}
+    for override in HydraConfig.get().overrides.task:
+        key = re.split("[=.@]", override.lstrip("+~"))[0]
+        if key in known and key not in taken:
+            raise ConfigError(
+                f"{key}: does nothing for {task}, which takes {', '.join(taken)}; leave it out"
+            )
 
 
 def plain(config: DictConfig, name: str) -> Any:

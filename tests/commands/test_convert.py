@@ -148,6 +148,12 @@ def test_released_weights(name: str, tmp_path: Path) -> None:
         (["archive", "store=nowhere", "output=o"], "manifest.json: not found"),
         (["unarchive", "store=nowhere"], "output: required but not given"),
         (["coco_object", "output=o"], "input: required but not given"),
+        (
+            ["archive", "store=s", "output=o", "dtype=float32"],
+            "dtype: does nothing for archive, which takes store, output; leave it out",
+        ),
+        (["verify", "input=s"], "input: does nothing for verify, which takes store; leave it out"),
+        (["verify", "store=s", "vision=dinov2_vits14"], "vision: does nothing for verify"),
         (["verfy", "store=a"], "task=verfy: unknown"),
         ([], "task: required but not given"),
     ],
