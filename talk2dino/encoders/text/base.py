@@ -1,12 +1,13 @@
-"""What the package expects of a text encoder, whatever library it comes from, and a cached one."""
+"""What the package expects of a text encoder, what those of libraries share, and a cached one."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import ConfigError, StoreError
 from talk2dino.files import replacing, user_path
 
@@ -66,16 +68,63 @@ class TokenTextEncoder(TextEncoder, Protocol):
         """Return pooled and token-level outputs; all texts are padded to the same L."""
 
 
-def join(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Concatenate batches of features, at least one."""
-    earlier = [part.second_last_tokens for part in parts if part.second_last_tokens is not None]
-    return TextFeatures(
-        embedding=torch.cat([part.embedding for part in parts]),
-        token_embeddings=torch.cat([part.token_embeddings for part in parts]),
-        token_mask=torch.cat([part.token_mask for part in parts]),
-        second_last_tokens=torch.cat(earlier) if earlier else None,
-        eot_index=torch.cat([part.eot_index for part in parts]),
-    )
+class FrozenTextEncoder(nn.Module):
+    """The text encoder of a library: one frozen network, its only submodule.
+
+    Every argument of a subclass is also an attribute, so that its spec can be read from it.
+    """
+
+    embed_dim: int
+
+    def __init__(self, name: str, weights: str, batch_size: int, templates: str) -> None:
+        super().__init__()
+        self.name, self.weights = name, weights
+        self.batch_size, self.templates = batch_size, templates
+
+    def train(self, mode: bool = True) -> FrozenTextEncoder:
+        """Stay in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, C] float32 embeddings on the CPU, not normalized."""
+        parts = [self._embeddings(batch).float().cpu() for batch in self._batches(texts)]
+        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
+
+    @torch.no_grad()
+    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
+        """Return pooled and token-level outputs, see the class for L and W."""
+        parts = [self._features(batch) for batch in self._batches(texts or [""])]
+        found: dict[str, Any] = {}
+        for name in (field.name for field in fields(TextFeatures)):
+            tensors = [getattr(part, name) for part in parts]
+            found[name] = None if tensors[0] is None else torch.cat(tensors)[: len(texts)]
+        return TextFeatures(**found)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the feature store's manifest keeps of the encoder."""
+        (network,) = self.children()
+        arguments = inspect.signature(type(self)).parameters
+        return {
+            "name": self.name,
+            "weights_sha256": state_dict_digest(network),
+            "embed_dim": self.embed_dim,
+            "spec": {
+                "_target_": f"talk2dino.encoders.text.{type(self).__name__}",
+                **{name: getattr(self, name) for name in arguments},
+            },
+        }
+
+    def _batches(self, texts: Sequence[str]) -> list[list[str]]:
+        starts = range(0, len(texts), self.batch_size)
+        return [list(texts[start : start + self.batch_size]) for start in starts]
+
+    def _embeddings(self, texts: list[str]) -> Tensor:
+        """[b, C] in any dtype, anywhere."""
+        raise NotImplementedError
+
+    def _features(self, texts: list[str]) -> TextFeatures:
+        raise NotImplementedError
 
 
 def encode_fields(
@@ -94,9 +143,8 @@ def encode_fields(
     if encode_tokens is None:
         raise _no_field(text, next(name for name in names if name != "embedding"))
     features: TextFeatures = encode_tokens(texts)
-    fields: dict[str, Tensor | None] = {name: getattr(features, name) for name in names}
-    found = {name: values for name, values in fields.items() if values is not None}
-    if missing := sorted(fields.keys() - found.keys()):
+    found = {name: getattr(features, name) for name in names}
+    if missing := sorted(name for name, values in found.items() if values is None):
         raise _no_field(text, missing[0])
     return found
 

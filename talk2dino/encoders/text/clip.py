@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from talk2dino.encoders.hub import cached_if_unreachable
 from talk2dino.encoders.original import OriginalRepository, find_original
-from talk2dino.encoders.text.base import TextFeatures, join
-from talk2dino.encoders.weights import first_line, load_strictly, quiet, seeded, state_dict_digest
+from talk2dino.encoders.text.base import FrozenTextEncoder, TextFeatures
+from talk2dino.encoders.weights import first_line, load_strictly, quiet, seeded
 from talk2dino.errors import EncoderError
 from talk2dino.files import user_path
 
 
-class OpenClipTextEncoder(nn.Module):
+class OpenClipTextEncoder(FrozenTextEncoder):
     """The text tower of a CLIP model.
 
     Args:
@@ -39,11 +39,9 @@ class OpenClipTextEncoder(nn.Module):
         batch_size: int = 256,
         templates: str = "imagenet80",
     ) -> None:
-        super().__init__()
+        super().__init__(name, weights, batch_size, templates)
         import open_clip
 
-        self.name, self.weights = name, weights
-        self.batch_size, self.templates = batch_size, templates
         original = _check_source(name, weights)
         pretrained = None if weights == "random" or original else str(user_path(weights))
         try:
@@ -62,16 +60,6 @@ class OpenClipTextEncoder(nn.Module):
         self.tower: Any = model.text.requires_grad_(False).eval()
         self.embed_dim: int = int(open_clip.get_model_config(name)["embed_dim"])
 
-    def train(self, mode: bool = True) -> OpenClipTextEncoder:
-        """Stay in evaluation mode: the encoder is frozen."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalized."""
-        parts = [self.tower(ids).float().cpu() for ids in self._batches(texts)]
-        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
-
     @torch.no_grad()
     def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
         """Return pooled and token-level outputs; L is the context length (77), W the tower's width.
@@ -85,16 +73,19 @@ class OpenClipTextEncoder(nn.Module):
                 f"text.name={self.name}: token-level outputs need CLIP's own text tower, this is "
                 f"{type(tower).__name__}; choose text=clip_vitb16"
             )
-        parts = [self._tokens_of(ids) for ids in self._batches(texts)]
-        return join(parts) if parts else self._no_tokens()
+        return super().encode_tokens(texts)
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[Tensor]:
+    def _ids(self, texts: list[str]) -> Tensor:
         """Token ids [b, L] on the tower's device; long captions are cut and still end with EOT."""
-        device = next(self.tower.parameters()).device
-        for start in range(0, len(texts), self.batch_size):
-            yield self.tokenizer(list(texts[start : start + self.batch_size])).to(device)
+        ids: Tensor = self.tokenizer(texts)
+        return ids.to(next(self.parameters()).device)
 
-    def _tokens_of(self, ids: Tensor) -> TextFeatures:
+    def _embeddings(self, texts: list[str]) -> Tensor:
+        embeddings: Tensor = self.tower(self._ids(texts))
+        return embeddings
+
+    def _features(self, texts: list[str]) -> TextFeatures:
+        ids = self._ids(texts)
         seen: dict[str, Tensor] = {}
         blocks, norm = self.tower.transformer.resblocks, self.tower.ln_final
         hooks = [
@@ -135,31 +126,6 @@ class OpenClipTextEncoder(nn.Module):
             found: Tensor = ids == self.tower.eos_id
             return found.int().argmax(dim=-1)
         return torch.full_like(ids[:, 0], 0 if pool == "first" else ids.shape[1] - 1)
-
-    def _no_tokens(self) -> TextFeatures:
-        length, width = self.tower.positional_embedding.shape
-        return TextFeatures(
-            embedding=torch.empty(0, self.embed_dim),
-            token_embeddings=torch.empty(0, length, self.embed_dim),
-            token_mask=torch.empty(0, length, dtype=torch.bool),
-            second_last_tokens=torch.empty(0, length, width),
-            eot_index=torch.empty(0, dtype=torch.int64),
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the feature store's manifest keeps of the encoder."""
-        return {
-            "name": self.name,
-            "weights_sha256": state_dict_digest(self.tower),
-            "embed_dim": self.embed_dim,
-            "spec": {
-                "_target_": "talk2dino.encoders.text.OpenClipTextEncoder",
-                "name": self.name,
-                "weights": self.weights,
-                "batch_size": self.batch_size,
-                "templates": self.templates,
-            },
-        }
 
 
 def _check_source(name: str, weights: str) -> OriginalRepository | None:

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.encoders.bundled import minilm_folder
 from talk2dino.encoders.hub import cached_if_unreachable
-from talk2dino.encoders.text.base import TextFeatures, join
-from talk2dino.encoders.weights import first_line, quiet, state_dict_digest
+from talk2dino.encoders.text.base import FrozenTextEncoder, TextFeatures
+from talk2dino.encoders.weights import first_line, quiet
 from talk2dino.errors import ConfigError, EncoderError
 from talk2dino.files import user_path
 
 
-def local_source(name: str, weights: str) -> str:
-    """Return the Hub id or folder that `weights` (`hub`, `bundled` or a folder) stands for.
-
-    Raises:
-        EncoderError: no such folder, or the bundled package is not installed.
-    """
-    if weights == "hub":
-        return name
-    if weights == "bundled":
-        return str(minilm_folder())
-    if not user_path(weights).is_dir():
-        raise EncoderError(f"text.weights={weights!r}: no such folder; use hub or bundled")
-    return str(user_path(weights))
-
-
-class SentenceTransformerTextEncoder(nn.Module):
+class SentenceTransformerTextEncoder(FrozenTextEncoder):
     """A sentence-transformers model.
+
+    The library does not show the block before the last: `second_last_tokens` is None. Use
+    `BertTextEncoder` on the same weights for it.
 
     Args:
         name: model name on the Hub, used with `weights=hub` and in reports.
@@ -54,48 +44,33 @@ class SentenceTransformerTextEncoder(nn.Module):
         templates: str = "plain",
         max_length: int | None = None,
     ) -> None:
-        super().__init__()
-        self.name, self.weights = name, weights
-        self.batch_size, self.templates = batch_size, templates
-        self.model: Any = _load(name, local_source(name, weights), weights)
-        self.model.requires_grad_(False).eval()
+        super().__init__(name, weights, batch_size, templates)
+        source, local = _source(name, weights), weights != "hub"
+        with _loading("sentence-transformers", name, weights):
+            from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer(source, device="cpu", local_files_only=local)
+        self.model: Any = model.requires_grad_(False).eval()
         self.max_length = max_length
         if max_length is not None:
             self.model.max_seq_length = max_length
         width = getattr(self.model, "get_embedding_dimension", None)  # new in release 6
         self.embed_dim: int = int((width or self.model.get_sentence_embedding_dimension)())
 
-    def train(self, mode: bool = True) -> SentenceTransformerTextEncoder:
-        """Stay in evaluation mode: the encoder is frozen."""
-        return super().train(False)
+    def _batches(self, texts: Sequence[str]) -> list[list[str]]:
+        """One: the library sorts by length before it makes batches of `batch_size`."""
+        return [list(texts)] if texts else []
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalized."""
-        if not texts:
-            return torch.empty(0, self.embed_dim)
+    def _embeddings(self, texts: list[str]) -> Tensor:
         embeddings: Tensor = self.model.encode(
-            list(texts),
-            batch_size=self.batch_size,
-            convert_to_tensor=True,
-            show_progress_bar=False,
+            texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
         )
         # the library computes in inference mode, whose tensors ψ could not take outside of it
-        return embeddings.clone().float().cpu()
+        return embeddings.clone()
 
-    @torch.no_grad()
-    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
-        """Return pooled and token-level outputs; L is `max_length`.
-
-        The library does not show the block before the last: `second_last_tokens` is None. Use
-        `BertTextEncoder` on the same weights for it.
-        """
-        if not texts:
-            nothing = torch.empty(0, self.model.max_seq_length, self.embed_dim)
-            index = torch.empty(0, dtype=torch.int64)
-            return TextFeatures(nothing[:, 0], nothing, nothing[..., 0] > 0, None, index)
+    def _features(self, texts: list[str]) -> TextFeatures:
         rows = self.model.encode(
-            list(texts), batch_size=self.batch_size, output_value=None, show_progress_bar=False
+            texts, batch_size=self.batch_size, output_value=None, show_progress_bar=False
         )
         masks = [row["attention_mask"].cpu().bool() for row in rows]
         lengths = torch.tensor([int(mask.sum()) for mask in masks])
@@ -110,51 +85,11 @@ class SentenceTransformerTextEncoder(nn.Module):
             eot_index=lengths - 1,
         )
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the feature store's manifest keeps of the encoder."""
-        return {
-            "name": self.name,
-            "weights_sha256": state_dict_digest(self.model),
-            "embed_dim": self.embed_dim,
-            "spec": {
-                "_target_": "talk2dino.encoders.text.SentenceTransformerTextEncoder",
-                "name": self.name,
-                "weights": self.weights,
-                "batch_size": self.batch_size,
-                "templates": self.templates,
-                "max_length": self.max_length,
-            },
-        }
-
-
-def _load(name: str, source: str, weights: str) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise EncoderError(
-            "this text encoder needs sentence-transformers; "
-            "install it with: pip install 'talk2dino[text]'"
-        ) from error
-    transformers_logging.disable_progress_bar()  # a bar per weight tensor helps nobody
-    try:
-        if weights != "hub":
-            return SentenceTransformer(source, device="cpu", local_files_only=True)
-        with quiet(), cached_if_unreachable():
-            return SentenceTransformer(source, device="cpu")
-    except Exception as error:  # a folder of something else fails in any way at all
-        raise EncoderError(
-            f"text.weights={weights}: cannot load {name} ({first_line(error)}); without a network "
-            "use text=minilm, or give a local folder with text.weights=DIR"
-        ) from error
-    finally:
-        transformers_logging.enable_progress_bar()
-
 
 Pooling = Literal["pooler", "cls", "mean"]
 
 
-class BertTextEncoder(nn.Module):
+class BertTextEncoder(FrozenTextEncoder):
     """A BERT model.
 
     Padding is masked. (The original's evaluation pads class names to 512 tokens and lets the
@@ -167,7 +102,7 @@ class BertTextEncoder(nn.Module):
         templates: prompt templates for class names.
         pooling: `pooler` (tanh layer on the CLS token, original `pooler_output`), `cls` (the CLS
             token as it is) or `mean` (over real tokens).
-        max_length: L of `encode_tokens`; longer captions are cut in both methods.
+        max_length: L of `encode_tokens`, whose W is C; longer captions are cut in both methods.
 
     Raises:
         ConfigError: unknown pooling.
@@ -183,53 +118,36 @@ class BertTextEncoder(nn.Module):
         pooling: Pooling = "pooler",
         max_length: int = 77,
     ) -> None:
-        super().__init__()
+        super().__init__(name, weights, batch_size, templates)
         if pooling not in ("pooler", "cls", "mean"):
             raise ConfigError(f"text.pooling={pooling!r}; choose pooler, cls or mean")
-        self.name, self.weights = name, weights
-        self.batch_size, self.templates = batch_size, templates
         self.pooling, self.max_length = pooling, max_length
-        model, self.tokenizer = _load_bert(name, local_source(name, weights), weights)
+        source, local = _source(name, weights), weights != "hub"
+        with _loading("transformers", name, weights):
+            from transformers import AutoModel, AutoTokenizer
+
+            model: Any = AutoModel.from_pretrained(source, local_files_only=local)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
         self.model: Any = model.requires_grad_(False).eval()
         self.embed_dim: int = int(self.model.config.hidden_size)
         if pooling == "pooler" and getattr(self.model, "pooler", None) is None:
             raise EncoderError(f"text.pooling=pooler: {name} has no pooler; use cls or mean")
 
-    def train(self, mode: bool = True) -> BertTextEncoder:
-        """Stay in evaluation mode: the encoder is frozen."""
-        return super().train(False)
+    def _tokens(self, texts: list[str], padding: bool | str) -> Any:
+        return self.tokenizer(
+            texts,
+            padding=padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(next(self.parameters()).device)
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return [N, C] float32 embeddings on the CPU, not normalized."""
-        parts = [
-            self._pool(self.model(**batch), batch["attention_mask"]).float().cpu()
-            for batch in self._batches(texts, padding=True)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
+    def _embeddings(self, texts: list[str]) -> Tensor:
+        batch = self._tokens(texts, padding=True)
+        return self._pool(self.model(**batch), batch["attention_mask"])
 
-    @torch.no_grad()
-    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
-        """Return pooled and token-level outputs; L is `max_length`, W = C."""
-        parts = [self._tokens_of(batch) for batch in self._batches(texts, padding="max_length")]
-        if parts:
-            return join(parts)
-        nothing = torch.empty(0, self.max_length, self.embed_dim)
-        index = torch.empty(0, dtype=torch.int64)
-        return TextFeatures(nothing[:, 0], nothing, nothing[..., 0] > 0, nothing, index)
-
-    def _batches(self, texts: Sequence[str], padding: bool | str) -> Iterator[Any]:
-        device = next(self.model.parameters()).device
-        for start in range(0, len(texts), self.batch_size):
-            yield self.tokenizer(
-                list(texts[start : start + self.batch_size]),
-                padding=padding,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(device)
-
-    def _tokens_of(self, batch: Any) -> TextFeatures:
+    def _features(self, texts: list[str]) -> TextFeatures:
+        batch = self._tokens(texts, padding="max_length")
         outputs = self.model(**batch, output_hidden_states=True)
         mask = batch["attention_mask"]
         return TextFeatures(
@@ -251,39 +169,35 @@ class BertTextEncoder(nn.Module):
         weights = mask.to(tokens.dtype)
         return torch.einsum("bl,blc->bc", weights, tokens) / weights.sum(dim=1, keepdim=True)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the feature store's manifest keeps of the encoder."""
-        return {
-            "name": self.name,
-            "weights_sha256": state_dict_digest(self.model),
-            "embed_dim": self.embed_dim,
-            "spec": {
-                "_target_": "talk2dino.encoders.text.BertTextEncoder",
-                "name": self.name,
-                "weights": self.weights,
-                "batch_size": self.batch_size,
-                "templates": self.templates,
-                "pooling": self.pooling,
-                "max_length": self.max_length,
-            },
-        }
+
+def _source(name: str, weights: str) -> str:
+    """The Hub id or folder that `weights` (`hub`, `bundled` or a folder) stands for."""
+    if weights == "hub":
+        return name
+    if weights == "bundled":
+        return str(minilm_folder())
+    if not user_path(weights).is_dir():
+        raise EncoderError(f"text.weights={weights!r}: no such folder; use hub or bundled")
+    return str(user_path(weights))
 
 
-def _load_bert(name: str, source: str, weights: str) -> tuple[Any, Any]:
+@contextmanager
+def _loading(package: str, name: str, weights: str) -> Iterator[None]:
+    """Say in one line what goes wrong; a progress bar per weight tensor helps nobody."""
     try:
-        from transformers import AutoModel, AutoTokenizer
+        import_module(package.replace("-", "_"))
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise EncoderError(
-            "this text encoder needs transformers; install it with: pip install 'talk2dino[text]'"
+            f"this text encoder needs {package}; install it with: pip install 'talk2dino[text]'"
         ) from error
     transformers_logging.disable_progress_bar()
     try:
-        if weights != "hub":
-            model = AutoModel.from_pretrained(source, local_files_only=True)
-            return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
-        with quiet(), cached_if_unreachable():
-            return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        if weights == "hub":
+            with quiet(), cached_if_unreachable():
+                yield
+        else:
+            yield
     except Exception as error:  # a folder of something else fails in any way at all
         raise EncoderError(
             f"text.weights={weights}: cannot load {name} ({first_line(error)}); without a network "
