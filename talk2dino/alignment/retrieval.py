@@ -7,60 +7,11 @@ a collapsed model, whose scores are all equal or NaN, gets no credit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.errors import DataError
-
-
-@dataclass(frozen=True)
-class DirectionReport:
-    """Retrieval in one direction.
-
-    Attributes:
-        recall: percent of queries whose right answer is among the first 1, 5, 10.
-        median_rank: the original's rule, floor of the median of ranks from 0, plus 1.
-        mean_rank: mean of ranks from 1.
-        ranks: `[queries]` int64, from 1.
-    """
-
-    recall: dict[int, float]
-    median_rank: float
-    mean_rank: float
-    ranks: Tensor
-
-    @classmethod
-    def from_ranks(cls, ranks: Tensor) -> DirectionReport:
-        """Summarize ranks `[queries]` int64 that count from 1."""
-        return cls(
-            recall={k: 100 * (ranks <= k).double().mean().item() for k in (1, 5, 10)},
-            # quantile averages the two middle ranks as numpy does; torch.median takes the lower
-            median_rank=float((ranks - 1).double().quantile(0.5).floor() + 1),
-            mean_rank=ranks.double().mean().item(),
-            ranks=ranks,
-        )
-
-
-@dataclass(frozen=True)
-class RetrievalReport:
-    """Both directions: a caption looks for its image, an image for any of its captions."""
-
-    text_to_image: DirectionReport
-    image_to_text: DirectionReport
-
-    def as_dict(self) -> dict[str, float]:
-        """Flat numbers for a logger: `text_to_image/recall@1`, …, `image_to_text/mean_rank`."""
-        flat: dict[str, float] = {}
-        for name in ("text_to_image", "image_to_text"):
-            report: DirectionReport = getattr(self, name)
-            flat |= {f"{name}/recall@{k}": value for k, value in report.recall.items()}
-            flat |= {f"{name}/median_rank": report.median_rank}
-            flat |= {f"{name}/mean_rank": report.mean_rank}
-        return flat
 
 
 @torch.no_grad()
@@ -86,8 +37,7 @@ def retrieval_metrics(
         text_mask: `[T, L]` bool, for token-level texts.
 
     Returns:
-        `text_to_image/recall@1`, `…@5`, `…@10` in percent, `…/median_rank`, `…/mean_rank`, and the
-        same for `image_to_text`.
+        As `retrieval_from_scores`.
 
     Raises:
         DataError: a caption's image is not among the images, or an image has no caption.
@@ -114,23 +64,55 @@ def retrieval_metrics(
         masks = () if text_mask is None else (text_mask[rows],)
         return scores(texts[rows], images, *masks)
 
-    report = retrieval_from_scores(score_rows, order[found], len(images), chunk_size)
-    return report.as_dict()
+    return retrieval_from_scores(score_rows, order[found], len(images), chunk_size)
 
 
 def retrieval_from_scores(
     score_rows: Callable[[slice], Tensor], text_image: Tensor, images: int, chunk_size: int = 512
-) -> RetrievalReport:
+) -> dict[str, float]:
+    """Recall and ranks both ways: a caption looks for its image, an image for any of its captions.
+
+    Arguments and errors as `retrieval_ranks`.
+
+    Returns:
+        `text_to_image/recall@1`, `…@5`, `…@10` in percent, `…/median_rank` (the original's rule,
+        floor of the median of ranks from 0, plus 1), `…/mean_rank`, and the same for
+        `image_to_text`.
+    """
+    flat: dict[str, float] = {}
+    both = retrieval_ranks(score_rows, text_image, images, chunk_size)
+    for name, ranks in zip(("text_to_image", "image_to_text"), both, strict=True):
+        for k in (1, 5, 10):
+            flat[f"{name}/recall@{k}"] = 100 * (ranks <= k).double().mean().item()
+        # quantile averages the two middle ranks as numpy does; torch.median takes the lower
+        flat[f"{name}/median_rank"] = float((ranks - 1).double().quantile(0.5).floor() + 1)
+        flat[f"{name}/mean_rank"] = ranks.double().mean().item()
+    return flat
+
+
+def retrieval_ranks(
+    score_rows: Callable[[slice], Tensor], text_image: Tensor, images: int, chunk_size: int = 512
+) -> tuple[Tensor, Tensor]:
     """Rank with any similarity, `chunk_size` captions at a time.
 
     Args:
         score_rows: gives the scores `[rows, images]` of a slice of captions.
-        text_image: `[T]` int64, the row of each caption's image.
+        text_image: `[T]` int64, the row of each caption's image; several captions may share one.
         images: number of images I.
         chunk_size: captions per call; all scores `[T, I]` are collected on the CPU.
 
+    Returns:
+        Ranks from 1, int64: `[T]` of each caption's image, `[I]` of each image's best caption.
+
     Raises:
         DataError: `text_image` points outside the images, or an image has no caption.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.alignment.retrieval import retrieval_ranks
+        >>> scores = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]])
+        >>> retrieval_ranks(lambda rows: scores[rows], torch.tensor([0, 1, 2]), images=3)
+        (tensor([1, 1, 2]), tensor([1, 1, 1]))
     """
     text_image = text_image.cpu()
     _check_pairs(text_image, images)
@@ -143,67 +125,7 @@ def retrieval_from_scores(
     best = best.scatter_reduce(0, text_image, right, "amax")
     own = text_image[~(right < best[text_image])]  # the best own caption, and any that equals it
     image_ranks = (~(scores < best)).sum(dim=0) - torch.bincount(own, minlength=images) + 1
-    return RetrievalReport(
-        DirectionReport.from_ranks(text_ranks), DirectionReport.from_ranks(image_ranks)
-    )
-
-
-@torch.no_grad()
-def retrieval(
-    texts: Tensor,
-    images: Tensor,
-    text_image: Tensor,
-    normalize: Literal["vector", "feature"] = "vector",
-    chunk_size: int = 512,
-) -> RetrievalReport:
-    """Rank embeddings by cosine.
-
-    Args:
-        texts: `[T, D]`, already projected.
-        images: `[I, D]`.
-        text_image: `[T]` int64, the row of each caption's image; several captions may share one.
-        normalize: "vector" divides each vector by its norm. "feature" is the original's
-            `src/metrics.py`, which normalizes over axis 0: each component over the rows that are
-            compared together, where the rows of a query are the captions of one image.
-        chunk_size: captions at a time.
-
-    Raises:
-        DataError: as `retrieval_from_scores`, or `normalize` is unknown.
-
-    Examples:
-        >>> import torch
-        >>> from talk2dino.alignment.retrieval import retrieval
-        >>> images = torch.eye(3)
-        >>> texts = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]])
-        >>> report = retrieval(texts, images, text_image=torch.tensor([0, 1, 2]))
-        >>> report.text_to_image.ranks, round(report.text_to_image.recall[1], 1)
-        (tensor([1, 1, 2]), 66.7)
-    """
-    if normalize == "vector":
-        texts, images = F.normalize(texts, dim=-1), F.normalize(images, dim=-1)
-        return retrieval_from_scores(
-            lambda rows: texts[rows] @ images.T, text_image, len(images), chunk_size
-        )
-    if normalize != "feature":
-        raise DataError(f"retrieval: normalize is {normalize!r}: choose vector or feature")
-    text_image = text_image.to(texts.device)
-    _check_pairs(text_image, len(images))
-    queries = texts / _group_norms(texts, text_image, len(images))[text_image]
-    gallery = F.normalize(images, dim=0)
-    by_text = retrieval_from_scores(
-        lambda rows: queries[rows] @ gallery.T, text_image, len(images), chunk_size
-    )
-    # A single image query over axis 0 is ±1 in every component.
-    signs, captions = F.normalize(images[None], dim=0)[0], F.normalize(texts, dim=0)
-    by_image = retrieval_from_scores(
-        lambda rows: captions[rows] @ signs.T, text_image, len(images), chunk_size
-    )
-    return RetrievalReport(by_text.text_to_image, by_image.image_to_text)
-
-
-def _group_norms(texts: Tensor, text_image: Tensor, images: int) -> Tensor:
-    squares = texts.new_zeros(images, texts.shape[1]).index_add_(0, text_image, texts.square())
-    return squares.sqrt().clamp_(min=1e-12)  # [I, D]
+    return text_ranks, image_ranks
 
 
 def _check_pairs(text_image: Tensor, images: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from talk2dino.alignment.inputs import (
     caption_fields,
@@ -47,7 +46,7 @@ def recall(
         advance: gets (images compared, all); the store is read once for each of the two kinds.
 
     Returns:
-        For `search` and `training` what `RetrievalReport.as_dict` gives.
+        For `search` and `training` what `retrieval_from_scores` gives.
 
     Raises:
         StoreError: the store lacks a field.
@@ -78,13 +77,9 @@ def recall(
         trained[:, start : start + len(chosen)] = similarity.scores(text, visual, *masks).cpu()
         advance(images + start + len(chosen), 2 * images)
     return {
-        name: _report(scores, owners, images)
+        name: retrieval_from_scores(scores.__getitem__, owners, images)
         for name, scores in (("search", found), ("training", trained))
     }
-
-
-def _report(scores: Tensor, owners: Tensor, images: int) -> dict[str, float]:
-    return retrieval_from_scores(lambda part: scores[part], owners, images).as_dict()
 
 
 def _single(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ PUBLIC = (
     "talk2dino.segmentation",
 )
 FURTHER = (
-    "talk2dino.alignment.retrieval.retrieval",
     "talk2dino.alignment.retrieval.retrieval_metrics",
+    "talk2dino.alignment.retrieval.retrieval_ranks",
     "talk2dino.alignment.schedules.constant_with_warmup",
     "talk2dino.alignment.schedules.cosine_with_warmup",
     "talk2dino.evaluation.metrics.mean_iou",
