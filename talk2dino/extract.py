@@ -7,17 +7,6 @@ import time
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from talk2dino.config import command
 from talk2dino.encoders.devices import choose_device, process_rank
@@ -33,13 +22,12 @@ def extract(config: DictConfig) -> None:
     console = Console(markup=False, emoji=False)  # names of files have brackets
     say_left_out(job, console)
     check_space(job, console)
-    with progress_bar(console, enabled=job.rank == 0) as bar:
-        task = bar.add_task("extract", total=job.num_images)
-        counted = Counter()
+    counted, images = Counter(), job.num_images
+    with command.progress("extract", visible=job.rank == 0) as show:
 
-        def advance(images: int) -> None:
-            bar.advance(task, images)
-            counted.advance(images)
+        def advance(new: int) -> None:
+            counted.advance(new)
+            show(counted.done, images)
 
         manifest = job.run(advance)
     report(job, manifest, counted, console)
@@ -77,22 +65,22 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        self.images: int | None = None
+        self.done = 0
+        self.earlier: int | None = None
         self.started = self.ended = time.perf_counter()
 
     def advance(self, images: int) -> None:
         """Count `images` as done now."""
+        self.done += images
         self.ended = time.perf_counter()
-        if self.images is None:
-            self.images, self.started = 0, self.ended
-        else:
-            self.images += images
+        if self.earlier is None:
+            self.earlier, self.started = images, self.ended
 
     def __str__(self) -> str:
-        seconds = self.ended - self.started
-        if not self.images:
+        images, seconds = self.done - (self.earlier or 0), self.ended - self.started
+        if not images:
             return "nothing was left to do"
-        return f"{self.images} images in {seconds:.1f} s, {self.images / seconds:.1f} images/s"
+        return f"{images} images in {seconds:.1f} s, {images / seconds:.1f} images/s"
 
 
 def report(job: Extraction, manifest: Manifest | None, counted: Counter, console: Console) -> None:
@@ -144,29 +132,6 @@ def check_space(job: Extraction, console: Console) -> None:
             f"{free / 1e9:.1f} GB free; keep less with features=pooled or a smaller "
             "vision.image_size"
         )
-
-
-class ImagesPerSecond(ProgressColumn):
-    """Images per second of the last half minute."""
-
-    def render(self, task: Task) -> Text:
-        """Rich leaves out the first number, which is what earlier runs did."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} images/s" if speed else "")
-
-
-def progress_bar(console: Console, enabled: bool = True) -> Progress:
-    """A bar with counts, images per second, elapsed and remaining time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        ImagesPerSecond(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not enabled,
-    )
 
 
 if __name__ == "__main__":
