@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
 from talk2dino.evaluation.images import Example, read_examples
@@ -281,10 +281,10 @@ def _examples(folder: Path, room: int) -> list[tuple[Example, str]]:
     return found
 
 
-def report_templates() -> Environment:
-    """The templates of this package; they escape what they are given."""
+def report_templates(*packages: str) -> Environment:
+    """The templates of these packages and of this one; they escape what they are given."""
     found = Environment(
-        loader=PackageLoader("talk2dino.evaluation"),
+        loader=ChoiceLoader([PackageLoader(p) for p in (*packages, "talk2dino.evaluation")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -21,6 +20,7 @@ import talk2dino
 from talk2dino.datasets.captions.base import from_square
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
+from talk2dino.evaluation.report import report_templates
 from talk2dino.files import read_json, refuse_foreign_run, replacing
 from talk2dino.finding.scan import Found
 from talk2dino.segmentation.overlay import heat_overlay
@@ -113,7 +113,7 @@ def write_found(
     context |= {"missing": written.missing, "queries": len(written.queries)}
     context |= {"without": sum(one.thumbnail is None for _, shown in sections for one in shown)}
     with replacing(folder / PAGE) as temporary:
-        page = _templates().get_template("found.html.j2").render(context)
+        page = report_templates("talk2dino.finding").get_template("found.html.j2").render(context)
         temporary.write_text(page, encoding="utf-8")
     return written
 
@@ -225,15 +225,3 @@ def _uri(picture: Image.Image) -> str:
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
-
-
-def _templates() -> Environment:
-    """The page's template and, of the reports, what all pages share; they escape what they show."""
-    packages = ("talk2dino.finding", "talk2dino.evaluation")
-    return Environment(
-        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
