@@ -52,26 +52,33 @@ class CLIPLastLayer(Projection):
         self.projection = ProjectionLayer(text_dim, vision_dim, hidden_layers, activation)
 
     @classmethod
-    def from_open_clip(
+    def from_text_encoder(
         cls,
-        model: nn.Module,
+        text: TextEncoder,
         vision_dim: int,
+        text_dim: int | None = None,
         hidden_layers: int | bool = 1,
         activation: Activation | None = "tanh",
     ) -> CLIPLastLayer:
-        """Copy the end of an open_clip text tower; the model itself is not changed.
+        """Copy the end of a text encoder; what `projection=clip_last_layer` builds.
 
         Args:
-            model: an open_clip model or its `text` tower.
+            text: an `OpenClipTextEncoder`, the one that the features come from; not changed.
             vision_dim: width D of the visual features.
+            text_dim: width C, checked against the encoder's if it is given.
             hidden_layers: of ψ.
             activation: of ψ.
 
         Raises:
-            ConfigError: the tower is not causal, has no plain projection matrix, or its block is
-                not CLIP's.
+            ConfigError: no CLIP text tower, one that is not causal, has no plain projection matrix
+                or another block than CLIP's, or another width.
         """
-        tower: Any = getattr(model, "text", model)
+        tower: Any = getattr(text, "tower", None)
+        if tower is None:
+            raise ConfigError(
+                f"projection=clip_last_layer: {type(text).__name__} has no CLIP text tower; "
+                "extract with text=clip_vitb16"
+            )
         matrix = getattr(tower, "text_projection", None)
         if getattr(tower, "attn_mask", None) is None or not isinstance(matrix, Tensor):
             raise ConfigError(
@@ -99,36 +106,6 @@ class CLIPLastLayer(Projection):
         layer.ln_final.load_state_dict(tower.ln_final.state_dict())
         with torch.no_grad():
             layer.text_projection.copy_(matrix)
-        return layer
-
-    @classmethod
-    def from_text_encoder(
-        cls,
-        text: TextEncoder,
-        vision_dim: int,
-        text_dim: int | None = None,
-        hidden_layers: int | bool = 1,
-        activation: Activation | None = "tanh",
-    ) -> CLIPLastLayer:
-        """Start from the end of a text encoder; what `projection=clip_last_layer` builds.
-
-        Args:
-            text: an `OpenClipTextEncoder`, the one that the features come from.
-            vision_dim: width D of the visual features.
-            text_dim: width C, checked against the encoder's if it is given.
-            hidden_layers: of ψ.
-            activation: of ψ.
-
-        Raises:
-            ConfigError: not a CLIP text encoder (see `from_open_clip`), or another width.
-        """
-        tower = getattr(text, "tower", None)
-        if not isinstance(tower, nn.Module):
-            raise ConfigError(
-                f"projection=clip_last_layer: {type(text).__name__} has no CLIP text tower; "
-                "extract with text=clip_vitb16"
-            )
-        layer = cls.from_open_clip(tower, vision_dim, hidden_layers, activation)
         if text_dim not in (None, layer.text_dim):
             raise ConfigError(
                 f"projection.text_dim={text_dim}: the text encoder has {layer.text_dim}; leave it "

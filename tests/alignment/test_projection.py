@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,11 @@ def clip_tower() -> Any:
     return tower.requires_grad_(False)
 
 
+def from_tower(tower: Any, vision_dim: int) -> CLIPLastLayer:
+    text: Any = SimpleNamespace(tower=tower)
+    return CLIPLastLayer.from_text_encoder(text, vision_dim)
+
+
 def clip_tokens(count: int) -> tuple[Tensor, Tensor]:
     eot = torch.randint(2, 77, (count,))
     tokens = torch.randint(1, 49000, (count, 77))
@@ -208,7 +214,7 @@ def second_last(tower: Any, tokens: Tensor) -> Tensor:
 
 
 def test_clip_last_layer_with_clips_weights_is_psi_of_its_embedding(clip_tower) -> None:
-    layer = CLIPLastLayer.from_open_clip(clip_tower, vision_dim=32)
+    layer = from_tower(clip_tower, vision_dim=32)
     tokens, eot = clip_tokens(3)
     want = layer.projection(clip_tower(tokens))
     got = layer.project_text(second_last(clip_tower, tokens), eot)
@@ -217,7 +223,7 @@ def test_clip_last_layer_with_clips_weights_is_psi_of_its_embedding(clip_tower) 
 
 def test_clip_last_layer_trains_a_copy(clip_tower) -> None:
     before = clip_tower.transformer.resblocks[-1].mlp.c_fc.weight.clone()
-    layer = CLIPLastLayer.from_open_clip(clip_tower, vision_dim=32)
+    layer = from_tower(clip_tower, vision_dim=32)
     tokens, eot = clip_tokens(2)
     layer(second_last(clip_tower, tokens).half(), eot).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
@@ -227,7 +233,7 @@ def test_clip_last_layer_trains_a_copy(clip_tower) -> None:
 
 def test_clip_last_layer_refuses_other_towers_and_inputs(clip_tower) -> None:
     with pytest.raises(ConfigError, match=r"causal text tower.*Linear"):
-        CLIPLastLayer.from_open_clip(torch.nn.Linear(2, 2), vision_dim=32)
+        from_tower(torch.nn.Linear(2, 2), vision_dim=32)
     layer = CLIPLastLayer(6, 8, width=12, num_text_heads=2)
     with pytest.raises(ConfigError, match="second_last_tokens and eot_index"):
         layer.project_text(torch.randn(2, 6))
@@ -251,7 +257,7 @@ def test_quick_gelu_is_recognised() -> None:
         },
     }
     model = open_clip.CLIP(**config).eval()
-    layer = CLIPLastLayer.from_open_clip(model, vision_dim=8)
+    layer = from_tower(model, vision_dim=8)
     assert layer.hyperparameters["quick_gelu"] is True
     tokens, eot = clip_tokens(4)
     want = layer.projection(model.encode_text(tokens))

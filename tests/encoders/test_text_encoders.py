@@ -112,7 +112,7 @@ def test_clip_tokens_are_projected_one_by_one() -> None:
 
 def test_second_last_tokens_lead_back_to_the_embedding() -> None:
     """The chain of the fine-tuned variant starts where the encoder was cut."""
-    projection = CLIPLastLayer.from_open_clip(clip().tower, vision_dim=24).eval()
+    projection = CLIPLastLayer.from_text_encoder(clip(), vision_dim=24).eval()
     features = clip().encode_tokens(TEXTS)
     assert features.second_last_tokens is not None
     with torch.no_grad():
