@@ -291,10 +291,8 @@ class TextSide(nn.Module):
                 stacklevel=3,
             )
         seen = {name: self.embed_exemplars(e, short_side) for name, e in shown.items()}
-        names = [None, *words.names] if words.has_negatives else words.names
         rows = []
-        for number, sentences in zip(words.row_classes, words.rows, strict=True):
-            name = names[number]
+        for name, sentences in zip(words.row_names, words.rows, strict=True):
             if not sentences:
                 rows.append(seen[str(name)])
             elif name in shown:
@@ -307,10 +305,7 @@ class TextSide(nn.Module):
         """Rows `[N, D]` as the segmenter takes them: with offsets, if there is a calibration."""
         if self.calibration is None:
             return rows
-        names = [None, *words.names] if words.has_negatives else words.names
-        return self.calibration.score_rows(
-            rows, [names[number] for number in words.row_classes], self.projection
-        )
+        return self.calibration.score_rows(rows, words.row_names, self.projection)
 
     def _embed(self, rows: Sequence[Sentences]) -> Tensor:
         """`[N, D]` unit rows; those of earlier calls are not computed again."""

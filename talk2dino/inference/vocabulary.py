@@ -51,12 +51,17 @@ class Words:
     row_words: tuple[str, ...]
 
     @property
+    def row_names(self) -> list[str | None]:
+        """The name of every row's class; None for a negative."""
+        names = [None, *self.names] if self.has_negatives else self.names
+        return [names[number] for number in self.row_classes]
+
+    @property
     def synonyms(self) -> dict[str, tuple[str, ...]]:
         """The words that stand for each class; none, where only exemplars do."""
-        rows = list(zip(self.row_classes, self.row_words, strict=True))
+        rows = list(zip(self.row_names, self.row_words, strict=True))
         return {
-            name: tuple(word for number, word in rows if number == index and word)
-            for index, name in enumerate(self.names, start=int(self.has_negatives))
+            name: tuple(word for row, word in rows if row == name and word) for name in self.names
         }
 
 
