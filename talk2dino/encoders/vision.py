@@ -28,27 +28,6 @@ from talk2dino.errors import CheckpointError, EncoderError
 BUNDLED = "vit_small_patch14_dinov2"
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """Facts about a model, read from the model itself.
-
-    Attributes:
-        patch_size: pixels.
-        num_prefix_tokens: CLS and register tokens before the patches.
-        has_cls: whether token 0 is a CLS token.
-        embed_dim: width D of a patch token.
-        num_heads: H of the last block.
-        fixed_size: whether position embeddings fit one image size only.
-    """
-
-    patch_size: int
-    num_prefix_tokens: int
-    has_cls: bool
-    embed_dim: int
-    num_heads: int
-    fixed_size: bool
-
-
 def create_model(name: str, weights: str, image_size: int) -> tuple[Any, bool]:
     """Build a timm model and fill it from where `weights` says.
 
@@ -134,11 +113,11 @@ def _load_file(model: nn.Module, weights: str, name: str) -> None:
     load_strictly(model, state, "vision.weights", weights, ignore=str(classifier))
 
 
-def examine(model: Any, name: str, fixed_size: bool) -> Anatomy:
-    """Read prefix tokens, heads, widths and patch size from a model, never from its name.
+def examine(model: Any, name: str) -> int:
+    """Patch size in pixels of a vision transformer with readable attention in its last block.
 
     Raises:
-        EncoderError: not a vision transformer with readable attention in its last block.
+        EncoderError: another kind of model, or patches that are not square.
     """
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if blocks else None
@@ -150,14 +129,7 @@ def examine(model: Any, name: str, fixed_size: bool) -> Anatomy:
     rows, columns = embedding.feat_ratio(as_scalar=False)
     if rows != columns:
         raise _unsupported(name, f"its patches of {rows}x{columns} pixels are not square")
-    return Anatomy(
-        patch_size=int(rows),
-        num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
-        has_cls=getattr(model, "cls_token", None) is not None,
-        embed_dim=int(model.embed_dim),
-        num_heads=int(attention.num_heads),
-        fixed_size=fixed_size,
-    )
+    return int(rows)
 
 
 def _unsupported(name: str, reason: str) -> EncoderError:
@@ -195,7 +167,7 @@ class VisionFeatures:
 class TimmVisionEncoder(nn.Module):
     """A frozen timm vision transformer.
 
-    Prefix tokens, heads and patch size are read from the model, never from its name.
+    Its facts are read from the model, never from its name.
 
     Args:
         name: timm model name, for instance `vit_base_patch14_reg4_dinov2.lvd142m`.
@@ -217,6 +189,15 @@ class TimmVisionEncoder(nn.Module):
         EncoderError: unknown or unsupported model, weights that are not available or belong to
             another model, an image size that is no multiple of the patch size, or a block that
             the model does not have.
+
+    Attributes:
+        patch_size: pixels.
+        num_prefix_tokens: CLS and register tokens before the patches.
+        has_cls: whether token 0 is a CLS token.
+        num_heads: H of the last block.
+        block_dim: width of a token as a block gives it.
+        embed_dim: width D of a patch token, of all `layers` together.
+        fixed_size: whether position embeddings fit one image size only.
     """
 
     mean: Tensor  # [1, 3, 1, 1]
@@ -236,14 +217,15 @@ class TimmVisionEncoder(nn.Module):
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self.batch_size, self.rope_in_attention = batch_size, rope_in_attention
-        model, fixed_size = create_model(name, weights, image_size)
+        model, self.fixed_size = create_model(name, weights, image_size)
         self.model: Any = model.requires_grad_(False).eval()
-        self.anatomy = examine(self.model, name, fixed_size)
-        self.patch_size: int = self.anatomy.patch_size
-        self.num_prefix_tokens: int = self.anatomy.num_prefix_tokens
+        self.patch_size = examine(model, name)
+        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
+        self.has_cls = getattr(model, "cls_token", None) is not None
+        self.num_heads = int(model.blocks[-1].attn.num_heads)
         self.layers = None if layers is None else checked_layers(model, name, layers)
-        self.embed_dim: int = self.anatomy.embed_dim * len(self.layers or [-1])
-        self.num_heads: int = self.anatomy.num_heads
+        self.block_dim = int(model.embed_dim)
+        self.embed_dim = self.block_dim * len(self.layers or [-1])
         # A fused call shows its inputs and never holds [N, N]; TIMM_FUSED_ATTN=0 would hide them.
         self.model.blocks[-1].attn.fused_attn = True
         data = resolve_model_data_config(self.model)
@@ -276,7 +258,7 @@ class TimmVisionEncoder(nn.Module):
 
         Args:
             images: [B, 3, h, w] RGB, float in 0..1, not normalized; h and w multiples of the
-                patch size, and equal to `image_size` if `anatomy.fixed_size`.
+                patch size, and equal to `image_size` if `fixed_size`.
 
         Returns:
             Features with P = (h / patch) x (w / patch) patches.
@@ -318,7 +300,7 @@ class TimmVisionEncoder(nn.Module):
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]
-        if self.anatomy.fixed_size and (height, width) != (self.image_size, self.image_size):
+        if self.fixed_size and (height, width) != (self.image_size, self.image_size):
             raise EncoderError(
                 f"{self.name} takes images of {self.image_size}x{self.image_size} pixels only, got "
                 f"{height}x{width}; set vision.image_size to the size of the windows"
@@ -340,7 +322,7 @@ class TimmVisionEncoder(nn.Module):
 
     def _cls(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, D], a copy so that the other tokens can be freed."""
-        return tokens[:, 0].clone() if self.anatomy.has_cls else torch.zeros_like(tokens[:, 0])
+        return tokens[:, 0].clone() if self.has_cls else torch.zeros_like(tokens[:, 0])
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class DensePath(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone: Any = copy.deepcopy(vision.model).cpu()
-        if not vision.anatomy.fixed_size:
+        if not vision.fixed_size:
             with quiet():  # timm reports it
                 self.backbone.set_input_size(img_size=(size, size))  # resamples positions now
         self.prefix, self.layers = vision.num_prefix_tokens, vision.layers
@@ -238,7 +238,7 @@ def check_export_size(vision: TimmVisionEncoder, size: int) -> None:
         raise ConfigError(
             f"image_size={size}: no multiple of the patch size {patch}; use {nearest}"
         )
-    if vision.anatomy.fixed_size and size != vision.image_size:
+    if vision.fixed_size and size != vision.image_size:
         raise ConfigError(f"image_size={size}: {vision.name} takes {vision.image_size} pixels only")
     check_weights("vision", vision)
 

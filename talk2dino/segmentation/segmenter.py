@@ -158,8 +158,8 @@ class Segmenter(nn.Module):
         if window_batch_size < 1:
             raise ConfigError(f"window_batch_size={window_batch_size}: use 1 or more")
         self.vision, self.protocol = vision, protocol
-        model = getattr(vision, "anatomy", vision)  # its own width, however many layers are joined
-        self.background_threshold = protocol.threshold(getattr(model, "embed_dim", None))
+        width = getattr(vision, "block_dim", getattr(vision, "embed_dim", None))
+        self.background_threshold = protocol.threshold(width)
         self.pamr, self.knn, self.project_patches = pamr, knn, project_patches
         self.window_batch_size, self.antialias = window_batch_size, antialias
 

@@ -272,7 +272,7 @@ def test_sam_takes_windows_of_other_sizes() -> None:
 
 def test_a_fixed_grid_refuses_other_sizes_in_one_line() -> None:
     encoder = shared("beit_base_patch16_224")
-    assert encoder.anatomy.fixed_size
+    assert encoder.fixed_size
     with pytest.raises(EncoderError, match=r"64x64 pixels only, got 64x128; set vision\.image"):
         encoder(torch.rand(1, 3, 64, 128))
 

@@ -94,7 +94,7 @@ def image_bytes(
         "cls_token": width,
         "avg_self_attn_out": width,
         "disentangled_self_attn": heads * width,
-        "second_last_out": vision.anatomy.embed_dim,
+        "second_last_out": vision.block_dim,
     }
     index = 0 if patches_per_image is None else patches * np.dtype(np.int64).itemsize
     return np.dtype(dtype).itemsize * sum(values[name] for name in names) + index
