@@ -11,11 +11,7 @@ from talk2dino.inference.class_embeddings import ClassEmbeddings
 
 
 def require_all(config: DictConfig) -> None:
-    """Say what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: no checkpoint, or Gradio is not installed.
-    """
+    """Refuse to begin without a checkpoint or without Gradio (ConfigError)."""
     require(config, "checkpoint")
     require_extra("app", "the web page")
 

@@ -102,11 +102,7 @@ def absent_modules(extra: str) -> list[str]:
 
 
 def require_extra(extra: str, what: str) -> None:
-    """Refuse to begin without the modules of an extra.
-
-    Raises:
-        ConfigError: one is not installed.
-    """
+    """Refuse to begin without the modules of an extra (ConfigError)."""
     absent = absent_modules(extra)
     if absent:
         raise ConfigError(f"{what} needs {', '.join(absent)}: pip install 'talk2dino[{extra}]'")

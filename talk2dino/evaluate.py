@@ -88,11 +88,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def check_files(benchmark: Benchmark) -> None:
-    """Refuse bad files before the model is loaded; thousands of headers take a few seconds.
-
-    Raises:
-        DataError: the first bad one.
-    """
+    """Refuse bad files (DataError) before the model is loaded; thousands take seconds."""
     with command.progress("checking files", getattr(rank_zero_only, "rank", 0) == 0) as advance:
         benchmark.check(advance)
 

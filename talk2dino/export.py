@@ -92,11 +92,7 @@ def export(config: DictConfig) -> None:
 
 
 def check_output(config: DictConfig, output: Path, single: bool) -> None:
-    """Refuse to overwrite what this command did not write.
-
-    Raises:
-        ConfigError: the first such file.
-    """
+    """Refuse to overwrite what this command did not write (ConfigError)."""
     segmenters = ["segmenter"] * (config.classes is not None)
     segmenters += ["open_vocabulary"] * config.text_tower
     names = [*segmenters, *(f"{name}-int8" for name in segmenters if config.int8), "projection"]

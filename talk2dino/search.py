@@ -36,11 +36,7 @@ NO_PLACE = "The store holds pooled features: pictures are found, places are not.
 
 
 def require_all(config: DictConfig) -> None:
-    """Say what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: no checkpoint, store, or query.
-    """
+    """Refuse to begin without checkpoint, store or query (ConfigError)."""
     absent = [key for key in ("store", "query") if config[key] is None]
     if config.recall and "query" in absent:
         absent.remove("query")

@@ -25,11 +25,7 @@ SHORTEST = 16  # characters of a token
 
 
 def require_all(config: DictConfig) -> None:
-    """Say what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: no checkpoint, or a library is not installed.
-    """
+    """Refuse to begin without a checkpoint or without the libraries of serving (ConfigError)."""
     require(config, "checkpoint")
     require_extra("serve", "serving")
 

@@ -23,11 +23,7 @@ from talk2dino.videos.frames import (
 
 
 def require_all(config: DictConfig) -> None:
-    """Say what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: a key is not given, or PyAV is not installed.
-    """
+    """Refuse to begin without a key that is needed or without PyAV (ConfigError)."""
     require(config, "checkpoint", "video", "classes")
     require_extra("video", "video")
 

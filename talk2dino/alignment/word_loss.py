@@ -194,10 +194,6 @@ class WordLoss(nn.Module):
 
 
 def check_cosine(name: str, value: float) -> None:
-    """Refuse what is no cosine above 0.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Refuse what is no cosine above 0 (ConfigError)."""
     if not 0 < value <= 1:
         raise ConfigError(f"{name}={value}: a cosine above 0 and up to 1, or null")

@@ -43,11 +43,7 @@ class Options:
         check_number("tolerance", self.tolerance, 0.0, 1e6)
 
     def refuse_idle(self, formats: Collection[str]) -> None:
-        """Refuse settings that none of the formats takes.
-
-        Raises:
-            ConfigError: the first one that is not at its default.
-        """
+        """Refuse a setting, not at its default, that no format takes (ConfigError)."""
         takers: dict[str, set[str]] = {  # others are for all formats
             "tolerance": {"yolo", "geojson", *(["coco"] if self.polygons else [])},
             "polygons": {"coco"},

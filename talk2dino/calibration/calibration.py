@@ -189,11 +189,7 @@ class Calibration:
         }
 
     def check(self, vision: TimmVisionEncoder, projection: Projection) -> None:
-        """Refuse a model that it was not made for.
-
-        Raises:
-            CheckpointError: another vision encoder or another projection.
-        """
+        """Refuse a model with another vision encoder or another projection (CheckpointError)."""
         made = self.made_with["vision"]
         wrong = ""
         if made["weights_sha256"] != state_dict_digest(vision.model):

@@ -77,11 +77,7 @@ def draw_from_store(
 
 
 def require_encoder(store: FeatureStore, vision: TimmVisionEncoder, fix: str) -> None:
-    """Refuse a store whose features are not of this encoder, weights included.
-
-    Raises:
-        CheckpointError: another encoder, or one that the store does not name.
-    """
+    """Refuse a store of another encoder, or an unnamed one; weights count (CheckpointError)."""
     theirs = store.vision
     if theirs is None or theirs.weights_sha256 != state_dict_digest(vision.model):
         named = "an encoder that it does not name" if theirs is None else theirs.name

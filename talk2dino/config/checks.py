@@ -148,11 +148,7 @@ def range_of(key: str) -> Range | None:
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Refuse numbers out of their range, and in other places infinity, NaN and endless ones.
-
-    Raises:
-        ConfigError: the first of them, with its range.
-    """
+    """Refuse numbers out of their range, elsewhere infinity, NaN and endless ones (ConfigError)."""
     for key, value in _numbers(config, ""):
         limits = range_of(key)
         if limits is not None:
@@ -191,11 +187,7 @@ def use_current_names(config: DictConfig) -> None:
 
 
 def check_targets(config: DictConfig) -> None:
-    """Refuse arguments that a `_target_` does not take.
-
-    Raises:
-        ConfigError: one line with the key, the value and the nearest valid key.
-    """
+    """Refuse arguments that a `_target_` does not take (ConfigError)."""
     for path, node in _targets(config, ""):
         _check_arguments(path, node)
 

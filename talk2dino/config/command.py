@@ -269,11 +269,7 @@ def progress(what: str, visible: bool = True) -> Iterator[Callable[[int, int], N
 
 
 def require_output_folder(path: Path, key: str) -> Path:
-    """Create a folder to write into, or say why that is impossible.
-
-    Raises:
-        ConfigError: the path is a file or cannot be created.
-    """
+    """Create a folder to write into; a ConfigError says why that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -122,11 +122,7 @@ def convert_features(
 
 
 def _complete_sample(samples: OriginalSamples) -> tuple[Row, Row]:
-    """The first image with features and its first annotation.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The first image with features and its first annotation; a DataError if there is none."""
     for index in range(len(samples)):
         image, captions = samples[index]
         if IMAGE_NAMES.keys() & image.keys():

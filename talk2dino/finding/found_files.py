@@ -55,11 +55,7 @@ class Shown:
 
 
 def refuse_foreign_results(folder: Path) -> None:
-    """Refuse to write over what a search did not write.
-
-    Raises:
-        ConfigError: the first such file.
-    """
+    """Refuse to write over what a search did not write (ConfigError)."""
 
     def ours() -> bool:
         with suppress(DataError):

@@ -280,10 +280,6 @@ def _on_grid(
 
 
 def check_search(top: int, best: int) -> None:
-    """Refuse counts that mean nothing.
-
-    Raises:
-        ConfigError: the first of them.
-    """
+    """Refuse counts that mean nothing (ConfigError)."""
     for key, value, most in (("top", top, 10_000), ("best", best, 4096)):
         check_number(key, value, 1, most)

@@ -80,11 +80,7 @@ def write_card(
 
 
 def refuse_foreign_card(folder: Path) -> None:
-    """Refuse to replace weights, a `README.md` or a `config.json` of other origin.
-
-    Raises:
-        ConfigError: the first such file.
-    """
+    """Refuse to replace weights, `README.md` or `config.json` of other origin (ConfigError)."""
     readers: dict[str, Callable[[Path], Any]] = {
         "README.md": lambda path: ModelCard.load(path).data.library_name,
         WEIGHTS: lambda path: LIBRARY if is_projection(path) else None,

@@ -57,11 +57,7 @@ class Graph:
 
 
 def check_weights(key: str, encoder: nn.Module) -> None:
-    """Refuse an encoder that does not fit one file.
-
-    Raises:
-        ConfigError: more than `LARGEST` bytes of weights.
-    """
+    """Refuse an encoder of more than `LARGEST` bytes, which do not fit one file (ConfigError)."""
     weights = sum(p.numel() * 4 for p in encoder.parameters())
     if weights > LARGEST:
         raise ConfigError(

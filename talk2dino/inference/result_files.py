@@ -307,11 +307,7 @@ def figures(result: SegmentedImage) -> list[dict[str, Any]]:
 
 
 def refuse_foreign_outputs(jobs: Sequence[Job], heatmaps: Sequence[str] = ()) -> None:
-    """Refuse to overwrite what this program did not write.
-
-    Raises:
-        ConfigError: the first such file.
-    """
+    """Refuse to overwrite what this program did not write (ConfigError)."""
     for job in jobs:
         if (file := job.foreign(heatmaps)) is not None:
             raise ConfigError(

@@ -173,11 +173,7 @@ def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
 
 
 def _refuse_shut(groups: Mapping[str, Sequence[WordOrExemplar]], negatives: Sequence[str]) -> None:
-    """Refuse a negative that is a class's word.
-
-    Raises:
-        ConfigError: such a negative.
-    """
+    """Refuse a negative that is a class's word (ConfigError)."""
     shut = set(map(composed, negatives))
     for name, entries in groups.items():
         for word in {composed(entry) for entry in entries if isinstance(entry, str)}:

@@ -97,11 +97,7 @@ def output_files(output: Path, polygons: bool) -> list[Path]:
 
 
 def refuse_foreign_maps(files: Sequence[Path], image: Path, overwrite: bool) -> None:
-    """Refuse to write over anything but results of this command, and over the picture in any case.
-
-    Raises:
-        ConfigError: the first such file.
-    """
+    """Refuse to write over the picture, or what is no result of this command (ConfigError)."""
     refuse_foreign(files, written_here, SOFTWARE, overwrite, image)
 
 

@@ -110,11 +110,7 @@ _HINTS = {  # by the kind of pydantic's error, where its own words say less
 
 
 async def refuse_unread(request: Request) -> None:
-    """Refuse what nothing reads: fields in the address, and all but the last of several values.
-
-    Raises:
-        DataError: the first such field.
-    """
+    """Refuse what nothing reads (DataError): fields in the address, all but the last of several."""
     if request.query_params:
         name = next(iter(request.query_params))
         raise DataError(f"{name!r:.60}: stands in the address, where nothing is read; send a field")

@@ -222,12 +222,7 @@ class Gate:
         return RefusedError(408, f"the request {what} within {self.rules.timeout:g} s")
 
     async def _body(self, scope: Message, receive: Receive) -> bytes:
-        """The whole body.
-
-        Raises:
-            RefusedError: larger than the limit.
-            _GoneError: the client hung up.
-        """
+        """The whole body; RefusedError if it is too large, _GoneError if the client hung up."""
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         parts: list[bytes] = []
         size = int(declared[:18]) if declared.isdigit() else 0
@@ -245,11 +240,7 @@ class Gate:
 
 
 def _refuse_broken_form(scope: Message, body: bytes) -> None:
-    """Refuse a form without its last line: whoever reads it loses the last field and says nothing.
-
-    Raises:
-        RefusedError: such a form.
-    """
+    """Refuse a form without its last line (RefusedError): a field would be lost in silence."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     found = re.match(rb"\s*multipart/.*;\s*boundary=\"?([^\";]+)", kind, re.IGNORECASE)
     if found and body and b"--" + found[1].strip() + b"--" not in body:

@@ -104,11 +104,7 @@ def best_checkpoint(config: DictConfig, folder: Path, validates: bool) -> ModelC
 
 
 def check_mode(key: str, mode: str) -> None:
-    """Refuse what is neither max nor min.
-
-    Raises:
-        ConfigError: one line that names the key.
-    """
+    """Refuse what is neither max nor min (ConfigError)."""
     if mode not in ("max", "min"):
         raise ConfigError(f"{key}={mode}: choose max or min")
 

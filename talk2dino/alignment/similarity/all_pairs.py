@@ -1,8 +1,7 @@
 """Comparisons without a choice: one vector per image, or all heads with all tokens.
 
-`DotProduct` is the original's comparison of pooled features (`src/model.py`, 2-D inputs). The
-`AllPairs` strategies are its `alignment_strategy` of the same names; the original returns their
-scores transposed, `[image, text]`.
+The `AllPairs` strategies are the original's `alignment_strategy` of the same names, whose scores
+are transposed there, `[image, text]`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from talk2dino.errors import ConfigError
 
 
 class DotProduct(Similarity):
-    """One vector per image, one per text (the original's comparison of 2-D inputs).
+    """One vector per image, one per text (the original's `src/model.py`, 2-D inputs).
 
     Examples:
         >>> import torch

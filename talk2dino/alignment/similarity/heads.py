@@ -1,7 +1,6 @@
 """The head choice: an image's own caption decides which attention head stands for the image.
 
-`MaxScore` is Talk2DINO's choice. The others are alternatives of the original (`src/model.py`,
-`alignment_strategy`) and, in `SoftHead`, of this project.
+What is of the original is an `alignment_strategy` of its `src/model.py`.
 """
 
 from __future__ import annotations

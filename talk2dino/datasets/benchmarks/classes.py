@@ -298,11 +298,7 @@ def _from_mapping(entry: Mapping[str, Any], number: int, origin: str) -> ClassSp
 
 
 def refuse_typo(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a key that is nearly a known one; others may belong to another program.
-
-    Raises:
-        DataError: such a key.
-    """
+    """Refuse a key that is nearly a known one (DataError); others may be another program's."""
     for key in given:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
         if near and key not in known:

@@ -139,11 +139,7 @@ def check_pairs(
 
 
 def check_size(mask: tuple[int, int], image: tuple[int, int], pair: Pair) -> None:
-    """Refuse a label map of another size than its image; sizes are (rows, columns).
-
-    Raises:
-        DataError: they differ.
-    """
+    """Refuse a label map of another size, (rows, columns), than its image (DataError)."""
     if mask == image:
         return
     turned = "; it is turned upright by an EXIF tag" if header(pair.image).turned else ""

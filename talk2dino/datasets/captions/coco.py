@@ -64,11 +64,7 @@ def karpathy_entries(
 
 @contextmanager
 def _row(where: str, keys: str) -> Iterator[None]:
-    """What a row that lacks one of its keys, or holds something else there, raises as one line.
-
-    Raises:
-        DataError: in place of it.
-    """
+    """A row that lacks a key, or holds something else there, is a DataError of one line."""
     try:
         yield
     except (KeyError, TypeError) as error:

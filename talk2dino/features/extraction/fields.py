@@ -44,11 +44,7 @@ _PER_PATCH = ("patch_tokens", "self_attn_maps")
 
 
 def check_image_fields(names: Sequence[str], patches_per_image: int | None) -> None:
-    """Refuse unknown fields, and a subset of patches where no field has patches.
-
-    Raises:
-        ConfigError: names the key and what to choose.
-    """
+    """Refuse unknown fields, and a subset of patches where no field has patches (ConfigError)."""
     if not names:
         raise ConfigError("features.image_fields is empty; give at least avg_self_attn_out")
     for name in names:
@@ -156,11 +152,7 @@ _TOGETHER = (("token_embeddings", "token_mask"), ("second_last_tokens", "eot_ind
 
 
 def check_caption_fields(names: Sequence[str], text: TextEncoder) -> None:
-    """Refuse caption fields that are unknown, incomplete, or that the encoder does not give.
-
-    Raises:
-        ConfigError: names the field and what to choose.
-    """
+    """Refuse caption fields that are unknown, incomplete or not the encoder's (ConfigError)."""
     if not names:
         raise ConfigError("features.caption_fields is empty; give at least embedding")
     for name in names:

@@ -193,11 +193,7 @@ def put_shard(
 
 
 def refuse_foreign_shards(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace files that are not, byte for byte, what the records say.
-
-    Raises:
-        StoreError: the first such file.
-    """
+    """Refuse to replace files that are not, byte for byte, what the records say (StoreError)."""
     for target in (folder / name for name in names):
         record = (folder / PARTS / target.name).with_suffix(".json")
         if target.exists() and not (
