@@ -18,6 +18,7 @@ from talk2dino.alignment.similarity.base import (
     like,
     refuse_tokens,
 )
+from talk2dino.encoders.text.base import trim_mask
 from talk2dino.errors import ConfigError
 
 
@@ -195,26 +196,6 @@ class Nucleus(AllPairs):
         last = (share > self.alpha).to(torch.uint8).argmax(dim=-1, keepdim=True)
         positions = torch.arange(values.shape[-1], device=values.device)
         return (values * (positions <= last)).sum(dim=-1)
-
-
-def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
-    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept.
-
-    Examples:
-        >>> import torch
-        >>> from talk2dino.alignment.similarity.all_pairs import trim_mask
-        >>> mask = torch.tensor([[True, True, True, True, False]])  # start, two words, end, padding
-        >>> trim_mask(mask, keep_cls=False, keep_end_seq=False)
-        tensor([[False,  True,  True, False, False]])
-    """
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    kept = mask.clone()
-    if not keep_end_seq:
-        last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)
-        kept &= positions != last
-    if not keep_cls:
-        kept[:, 0] = False
-    return kept
 
 
 def best_head(tokens: Tensor, mask: Tensor, heads: Tensor) -> Tensor:

@@ -187,16 +187,29 @@ def average_text_tokens(
         raise ValueError(
             f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} do not belong together"
         )
-    position = torch.arange(mask.shape[1], device=mask.device)
-    length = mask.bool().sum(dim=1, keepdim=True)  # [B, 1]
-    keep = mask.bool()
-    if not keep_end_seq:
-        keep = keep & (position != length - 1)
-    if not keep_cls:
-        keep = keep & (position != 0)
-    weights = keep.to(tokens.dtype)  # [B, L]
+    weights = trim_mask(mask.bool(), keep_cls, keep_end_seq).to(tokens.dtype)  # [B, L]
     total = torch.einsum("bl,blc->bc", weights, tokens)
     return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def trim_mask(mask: Tensor, keep_cls: bool, keep_end_seq: bool) -> Tensor:
+    """A copy of `mask` `[B, S]` bool without the last True and the first position, unless kept.
+
+    Examples:
+        >>> import torch
+        >>> from talk2dino.encoders.text.base import trim_mask
+        >>> mask = torch.tensor([[True, True, True, True, False]])  # start, two words, end, padding
+        >>> trim_mask(mask, keep_cls=False, keep_end_seq=False)
+        tensor([[False,  True,  True, False, False]])
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    kept = mask.clone()
+    if not keep_end_seq:
+        last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)
+        kept &= positions != last
+    if not keep_cls:
+        kept[:, 0] = False
+    return kept
 
 
 # of the spec, what cannot change an embedding of given weights
