@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 
@@ -21,24 +21,14 @@ class SampleBatch:
 
     def pin_memory(self) -> SampleBatch:
         """Move the pixels to page-locked memory, from which a GPU copies faster."""
-        return SampleBatch(
-            self.indices,
-            [
-                replace(s, image=s.image.pin_memory(), target=s.target.pin_memory())
-                for s in self.samples
-            ],
-        )
+        return self._with(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> SampleBatch:
         """Move pictures and label maps."""
-        samples = [
-            replace(
-                s,
-                image=s.image.to(device, non_blocking=True),
-                target=s.target.to(device, non_blocking=True),
-            )
-            for s in self.samples
-        ]
+        return self._with(lambda pixels: pixels.to(device, non_blocking=True))
+
+    def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> SampleBatch:
+        samples = [replace(s, image=move(s.image), target=move(s.target)) for s in self.samples]
         return SampleBatch(self.indices, samples)
 
 
@@ -77,7 +67,7 @@ class SegmentationDataModule(L.LightningDataModule):
         return DataLoader(
             _Samples(self.benchmark),
             batch_size=None,
-            sampler=_Groups(groups),
+            sampler=groups,
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None
             and self.trainer.strategy.root_device.type == "cuda",
@@ -108,14 +98,3 @@ class _Samples(Dataset[SampleBatch]):
 
     def __getitem__(self, indices: list[int]) -> SampleBatch:
         return SampleBatch(indices, [self.benchmark.sample(index) for index in indices])
-
-
-class _Groups(Sampler[list[int]]):
-    def __init__(self, groups: list[list[int]]) -> None:
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.groups)

@@ -230,14 +230,9 @@ def load_batches(
         ImageBatches(source, size),
         sampler=plan,  # its items are whole batches
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def crop_square(image: Image.Image, size: int) -> Tensor:
