@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,24 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["ClassEmbeddings", "Exemplar", "Talk2DINO", "__version__", "load_projection"]
 
 
+_MODULES = {
+    "ClassEmbeddings": "talk2dino.inference.class_embeddings",
+    "Exemplar": "talk2dino.inference.exemplars",
+    "Talk2DINO": "talk2dino.inference.model",
+    "load_projection": "talk2dino.alignment.checkpoint",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `python -m talk2dino.…  --help` answers at once."""
-    if name == "Talk2DINO":
-        from talk2dino.inference.model import Talk2DINO
-
-        return Talk2DINO
-    if name == "ClassEmbeddings":
-        from talk2dino.inference.class_embeddings import ClassEmbeddings
-
-        return ClassEmbeddings
-    if name == "Exemplar":
-        from talk2dino.inference.exemplars import Exemplar
-
-        return Exemplar
-    if name == "load_projection":
-        from talk2dino.alignment.checkpoint import load_projection
-
-        return load_projection
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -17,9 +17,8 @@ from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.prompts import prompts
 from talk2dino.features.store.reader import FeatureStore
 
-SPREADS = (
-    2.0  # standard deviations above the mean of all pairs from which on a caption speaks of it
-)
+# standard deviations above the mean of all pairs from which on a caption speaks of a word
+SPREADS = 2.0
 FEWEST = 100  # tokens that a word is compared with at least
 
 

@@ -182,12 +182,9 @@ class EpochBatchSampler(Sampler[NDArray[np.int64]]):
     def _cut_globally(self) -> Iterator[NDArray[np.int64]]:
         """Each global batch's slice of this rank."""
         random = self._random()
-        if self.mode == "all":
-            order = random.permutation(self._rows) if self.shuffle == "global" else None
-            order = np.arange(self._rows) if order is None else order
-        else:
-            order = self._chosen(random)
-            order = random.permutation(order) if self.shuffle == "global" else order
+        order = np.arange(self._rows) if self.mode == "all" else self._chosen(random)
+        if self.shuffle == "global":
+            order = random.permutation(order)
         for position in range(len(self)):
             start = position * self.global_batch
             share = min(self.global_batch, len(order) - start) // self.world_size

@@ -103,16 +103,10 @@ class Routes:
         embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
         with listening() as said:
             made = await self.service.call(embed, classes)
-        names, first = made.words.names, int(made.words.has_negatives)
+        words, vectors = made.words, made.rows.tolist()
         rows = [
-            {
-                "class": None if number < first else names[number - first],
-                "word": word,
-                "vector": row,
-            }
-            for number, word, row in zip(
-                made.words.row_classes, made.words.row_words, made.rows.tolist(), strict=True
-            )
+            {"class": name, "word": word, "vector": row}
+            for name, word, row in zip(words.row_names, words.row_words, vectors, strict=True)
         ]
         return JSONResponse({"width": made.rows.shape[1], "rows": rows, "warnings": said})
 

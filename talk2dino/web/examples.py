@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
+from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import DataError
 from talk2dino.inference.exemplars import MASK, Exemplar
 
@@ -56,7 +57,7 @@ class PaintedExample:
 
 def to_paint_on(pixels: Tensor) -> Image.Image:
     """A picture `[3, H, W]` uint8 as the editor gets it, at most `SIDE` long."""
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture = to_picture(pixels)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return picture
 
@@ -125,10 +126,11 @@ def pack(examples: Sequence[PaintedExample], target: Path) -> Path:
     """Write a ZIP of the folder that `exemplars=` and `exemplars.read_folder` take."""
     with zipfile.ZipFile(target, "w") as packed:
         for example in examples:
-            pixels = example.pixels.permute(1, 2, 0).numpy()
-            pictures = (pixels, (255 * example.inside.byte()).numpy())
-            for name, picture in zip(example.files, pictures, strict=True):
+            mask = Image.fromarray((255 * example.inside.byte()).numpy())
+            for name, picture in zip(
+                example.files, (to_picture(example.pixels), mask), strict=True
+            ):
                 file = BytesIO()
-                Image.fromarray(picture).save(file, "PNG")
+                picture.save(file, "PNG")
                 packed.writestr(name, file.getvalue())
     return target

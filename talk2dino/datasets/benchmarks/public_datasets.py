@@ -69,19 +69,7 @@ class CityscapesBenchmark(RawLabelsBenchmark):
 
 SUFFIX = "_instanceTrainIds.png"  # the name mmsegmentation's dataset reads
 TRAIN_IDS = "_labelTrainIds.png"  # COCO-Stuff's own prepared maps: other ids, not an input
-UNUSED_VALUES = (
-    11,
-    25,
-    28,
-    29,
-    44,
-    65,
-    67,
-    68,
-    70,
-    82,
-    90,
-)  # COCO ids that name nothing, minus one
+UNUSED_VALUES = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # COCO ids of nothing, minus one
 THING_VALUES = tuple(value for value in range(90) if value not in UNUSED_VALUES)  # 80
 STUFF_VALUES = tuple(range(91, 182))
 BACKGROUND_VALUES = (*STUFF_VALUES, 255)

@@ -85,9 +85,7 @@ def _content_problems(reader: ShardReader, shard: ShardInfo, manifest: Manifest)
         row_bytes = int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize
         step = max(1, _READ_BYTES // max(1, row_bytes))
         for start in range(0, count, step):
-            wanted = np.arange(start, min(start + step, count))
-            block = np.empty((len(wanted), *field.shape), dtype=field.dtype)
-            rows.read(wanted, block)
+            block = rows.block(start, min(start + step, count))
             if name == "image_row":
                 bad = np.flatnonzero((block < 0) | (block >= shard.images))
                 trouble = f"name no image of this shard's {shard.images}"
