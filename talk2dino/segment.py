@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +26,7 @@ from talk2dino.config.model_and_classes import (
 from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
-from talk2dino.inference.class_embeddings import ClassEmbeddings
+from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
 from talk2dino.inference.process_shares import Share
 from talk2dino.inference.result_files import (
     Job,
@@ -37,7 +37,7 @@ from talk2dino.inference.result_files import (
     write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
-from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar, exemplars_of
+from talk2dino.inference.vocabulary import OpenVocabulary, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
 
@@ -111,7 +111,7 @@ def segment(config: DictConfig) -> None:
 
 
 def _words_and_digests(
-    classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings,
+    classes: NamedClasses,
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
     """The words of each class, and the digests of the exemplars of those that are shown."""
     if isinstance(classes, ClassEmbeddings):  # a digest of the file says what is in it

@@ -33,7 +33,7 @@ from talk2dino.alignment.projection import (
 )
 from talk2dino.encoders.hub import resolve_checkpoint
 from talk2dino.encoders.original import OriginalRepository, find_original
-from talk2dino.encoders.weights import state_dict_digest
+from talk2dino.encoders.weights import first_line, state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError
 from talk2dino.files import file_digest, replacing
 from talk2dino.renamed import current
@@ -201,9 +201,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"checkpoint={path}: not a checkpoint that can be loaded safely ({reason[:120]})"
+            f"checkpoint={path}: not a checkpoint that can be loaded safely "
+            f"({first_line(error, 120)})"
         ) from error
     if isinstance(content, dict) and _KEY in content:
         state = content.get("state_dict")

@@ -20,10 +20,10 @@ from talk2dino.datasets.benchmarks.classes import (
 )
 from talk2dino.encoders.devices import choose_device
 from talk2dino.errors import ConfigError, DataError, say
-from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
+from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, WordOrExemplar, exemplars_of
+from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 
@@ -147,9 +147,7 @@ def listed(given: Any) -> list[Any]:
     return [given] if isinstance(given, str) else list(given or [])
 
 
-def named_classes(
-    config: DictConfig, brought: bool = False
-) -> dict[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
+def named_classes(config: DictConfig, brought: bool = False) -> NamedClasses:
     """The words of `classes` and the exemplars of the folder `exemplars`, by class.
 
     Errors as `class_words` and `exemplars.read_folder`; one of the two may be null.
@@ -166,7 +164,7 @@ def named_classes(
     if config.exemplars is None:
         if config.exemplar_weight != WEIGHT and not brought:
             say(f"{idle}, so it does nothing")
-        return words  # type: ignore[return-value]  # words are what a class may be shown by
+        return words
     if isinstance(words, ClassEmbeddings):
         raise ConfigError(
             f"exemplars={config.exemplars}: the classes of {words.origin} are embedded already; "

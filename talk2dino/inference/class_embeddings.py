@@ -35,7 +35,7 @@ from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.files import replacing, user_path
-from talk2dino.inference.vocabulary import ClassWords, Words
+from talk2dino.inference.vocabulary import ClassWords, WordOrExemplar, Words
 from talk2dino.renamed import TARGET, current
 
 KEY = "talk2dino_classes"
@@ -217,6 +217,7 @@ class ClassEmbeddings:
 
 
 Classes: TypeAlias = ClassWords | ClassEmbeddings | str | Path
+NamedClasses: TypeAlias = Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings
 _PARTS = ("vision", "text", "projection")
 
 

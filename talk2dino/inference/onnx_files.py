@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from talk2dino.encoders.weights import quiet
+from talk2dino.encoders.weights import first_line, quiet
 from talk2dino.errors import ConfigError, EncoderError, require_extra
 from talk2dino.files import replacing
 
@@ -164,8 +164,9 @@ def _trace(graph: Graph, path: Path) -> None:
                 dynamic_shapes=shapes,
             )
     except Exception as error:  # the exporter raises whatever a network leads it to
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error)
-        raise EncoderError(f"this network cannot be exported to ONNX ({reason})") from error
+        raise EncoderError(
+            f"this network cannot be exported to ONNX ({first_line(error, 160)})"
+        ) from error
 
 
 def run_file(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels, too_large
 from talk2dino.errors import ConfigError, DataError
-from talk2dino.inference.class_embeddings import ClassEmbeddings
+from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
 from talk2dino.inference.exemplars import WEIGHT, Exemplar
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
@@ -81,7 +81,7 @@ class Wanted:
         exemplars: that the request brought, by class, beside `classes`.
     """
 
-    classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings
+    classes: NamedClasses
     background: bool | float | None = None
     pamr: bool = True
     short_side: int | None = None
@@ -89,7 +89,7 @@ class Wanted:
     exemplars: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
 
     @property
-    def all_classes(self) -> Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
+    def all_classes(self) -> NamedClasses:
         """The classes with the exemplars that were brought.
 
         Raises:
@@ -129,7 +129,7 @@ class Service:
         self,
         model: Talk2DINO,
         limits: Limits | None = None,
-        classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings | None = None,
+        classes: NamedClasses | None = None,
         short_side: int = 448,
         seen: Callable[[int], object] = lambda size: None,
         refinement: KNN | PAMR | None = None,
@@ -138,7 +138,7 @@ class Service:
         self.model, self.limits, self.seen = model, limits or Limits(), seen
         self.short_side, self.refinement = short_side, refinement
         self.exemplar_weight = exemplar_weight
-        self.classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings | None = None
+        self.classes: NamedClasses | None = None
         if isinstance(classes, ClassEmbeddings):
             self.classes = classes
         elif classes:
@@ -231,7 +231,7 @@ class Service:
 
     def check_words(
         self,
-        classes: Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings,
+        classes: NamedClasses,
         negatives: Sequence[str],
     ) -> None:
         """Refuse words that nobody means, and too many.
@@ -275,9 +275,7 @@ class Service:
                 f"{self.limits.max_megapixels:g} million"
             )
 
-    def words(
-        self, text: str | None, shown: bool = False
-    ) -> Mapping[str, tuple[WordOrExemplar, ...]] | ClassEmbeddings:
+    def words(self, text: str | None, shown: bool = False) -> NamedClasses:
         """The classes of a request; a name that the service has exemplars of brings them.
 
         Args:
