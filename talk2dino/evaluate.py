@@ -60,7 +60,8 @@ def evaluate(config: DictConfig) -> None:
             f"benchmark.classes: {classes[0].name!r} is alone, so every pixel becomes it and "
             "nothing is measured; add a background or more classes to compare with",
         )
-    check_files(benchmark)
+    with command.progress("checking files", getattr(rank_zero_only, "rank", 0) == 0) as advance:
+        benchmark.check(advance)  # bad files are refused before the model is loaded
     model = load_model(config, "cpu")  # the trainer moves it
     calibration = model.calibration
     if "calibration" in config:
@@ -85,12 +86,6 @@ def evaluate(config: DictConfig) -> None:
     for kind, wanted in (("pictures", config.pictures), ("label_maps", config.label_maps)):
         if wanted:
             print(f"{kind.replace('_', ' ')}: {folder / kind}")
-
-
-def check_files(benchmark: Benchmark) -> None:
-    """Refuse bad files (DataError) before the model is loaded; thousands take seconds."""
-    with command.progress("checking files", getattr(rank_zero_only, "rank", 0) == 0) as advance:
-        benchmark.check(advance)
 
 
 def fresh_projection(trained: Projection, text: TextEncoder) -> Projection:

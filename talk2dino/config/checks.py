@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -219,7 +219,8 @@ def _check_arguments(path: str, node: DictConfig) -> None:
         if str(key).startswith("_"):  # _target_, _partial_, …
             continue
         if key not in parameters:
-            raise ConfigError(unknown_key(f"{path}.{key!s}", node[key], _join(path, parameters)))
+            valid = [f"{path}.{name}" for name in parameters if name != "self"]
+            raise ConfigError(unknown_key(f"{path}.{key!s}", node[key], valid))
         if OmegaConf.is_interpolation(node, str(key)):  # may need a running Hydra to resolve
             continue
         value, wanted = node[key], types.get(str(key), Any)
@@ -227,10 +228,6 @@ def _check_arguments(path: str, node: DictConfig) -> None:
             raise ConfigError(
                 f"{path}.{key!s}={value!r} is {type(value).__name__}, expected {type_name(wanted)}"
             )
-
-
-def _join(path: str, parameters: Mapping[str, Any]) -> list[str]:
-    return [f"{path}.{name}" for name in parameters if name != "self"]
 
 
 def unknown(what: str, name: str, valid: Iterable[str], value: str = "") -> str:

@@ -243,7 +243,8 @@ class Service:
         if isinstance(classes, ClassEmbeddings):
             every = list(classes)
         else:
-            every = [*classes, *(word for words in classes.values() for word in _said(words))]
+            said = (one for given in classes.values() for one in given if isinstance(one, str))
+            every = [*classes, *said]
         every += negatives
         count = len(every) - (0 if isinstance(classes, ClassEmbeddings) else len(classes))
         if count > self.limits.max_words:
@@ -314,10 +315,6 @@ class Service:
             bare = bool(exemplars) and words == (name,)
             found[name] = known if bare else (*words, *exemplars)
         return found
-
-
-def _said(given: Sequence[WordOrExemplar]) -> list[str]:
-    return [one for one in given if isinstance(one, str)]
 
 
 def numbered(exemplars: Mapping[str, tuple[Exemplar, ...]]) -> Iterator[tuple[str, Exemplar]]:

@@ -129,10 +129,6 @@ class Manifest:
     skipped: int = 0
     format: int = FORMAT_VERSION
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for `json.dump`."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_json(cls, data: object, file: Path) -> Manifest:
         """Build from parsed JSON; StoreError names `file` and the first wrong key."""

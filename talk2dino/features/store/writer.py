@@ -260,7 +260,7 @@ def finish_manifest(
     # Two ranks that finish at once both write these files, with the same content.
     if listed := _skipped(folder, split):
         put_known(folder / f"{split}-skipped.jsonl", folder / PARTS, listed)
-    write_json(folder / MANIFEST, manifest.to_json(), shared=True)
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
     return manifest
