@@ -190,10 +190,15 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
 
 
+def write_text(target: Path, text: str, shared: bool = False) -> None:
+    """Write UTF-8 through `replacing`."""
+    with replacing(target, shared) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(target: Path, data: object, shared: bool = False) -> None:
     """Write `data` as indented JSON through `replacing`."""
-    with replacing(target, shared) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_text(target, json.dumps(data, indent=1) + "\n", shared)
 
 
 def json_lines(items: Iterable[object]) -> str:

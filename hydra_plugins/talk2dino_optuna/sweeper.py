@@ -29,7 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from talk2dino.errors import ConfigError, require_extra
-from talk2dino.files import replacing
+from talk2dino.files import write_text
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -185,8 +185,7 @@ def write_best(study: Study, folder: Path, fixed: list[str]) -> None:
         f"# run {best.number}: {best.value:.6g}",
         OmegaConf.to_yaml(OmegaConf.create(best.params)),
     ]
-    with replacing(folder / "best.yaml") as path:
-        path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "best.yaml", "\n".join(lines))
 
 
 ConfigStore.instance().store(

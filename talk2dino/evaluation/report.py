@@ -32,7 +32,7 @@ from talk2dino.evaluation.tables import (
     published,
     summarize,
 )
-from talk2dino.files import read_json, refuse_foreign_run, replacing
+from talk2dino.files import read_json, refuse_foreign_run, write_text
 
 Counts = npt.NDArray[np.int64]
 
@@ -209,8 +209,8 @@ def compare(runs: Sequence[Run], folder: Path | None) -> None:
     names = ("summary.md", "summary.csv", NAME)
     refuse_foreign_run(folder, lambda: _is_summary(folder / "summary.md"), names)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "summary.md", as_markdown(summary))
-    _replace(folder / "summary.csv", as_csv(summary))
+    write_text(folder / "summary.md", as_markdown(summary))
+    write_text(folder / "summary.csv", as_csv(summary))
     print(f"report: {write_sweep_report(runs, folder)}")
 
 
@@ -302,10 +302,5 @@ def _shown(file: Path) -> str:
 
 
 def _write(folder: Path, **context: Any) -> Path:
-    _replace(folder / NAME, report_templates().get_template("report.html.j2").render(context))
+    write_text(folder / NAME, report_templates().get_template("report.html.j2").render(context))
     return folder / NAME
-
-
-def _replace(file: Path, text: str) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from talk2dino.datasets.captions.base import from_square
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
 from talk2dino.evaluation.report import report_templates
-from talk2dino.files import read_json, refuse_foreign_run, replacing
+from talk2dino.files import read_json, refuse_foreign_run, replacing, write_text
 from talk2dino.finding.scan import Found
 from talk2dino.segmentation.overlay import heat_overlay
 
@@ -108,9 +108,8 @@ def write_found(
     context: dict[str, Any] = {"title": "Pictures found", "facts": facts, "sections": sections}
     context |= {"missing": written.missing, "queries": len(written.queries)}
     context |= {"without": sum(one.thumbnail is None for _, shown in sections for one in shown)}
-    with replacing(folder / PAGE) as temporary:
-        page = report_templates("talk2dino.finding").get_template("found.html.j2").render(context)
-        temporary.write_text(page, encoding="utf-8")
+    page = report_templates("talk2dino.finding").get_template("found.html.j2")
+    write_text(folder / PAGE, page.render(context))
     return written
 
 

@@ -20,7 +20,7 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
 from talk2dino.evaluation.settings import settled
 from talk2dino.evaluation.tables import markdown_table, percent
-from talk2dino.files import read_json, replacing, write_json
+from talk2dino.files import read_json, write_json, write_text
 
 LIBRARY = "talk2dino"
 LICENSE = "other"  # the owner of the weights decides; the card says so
@@ -75,8 +75,7 @@ def write_card(
         results=[_figures(result) for result in measured],
         validation=_rows(_last_validation(run)),
     )
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", text)
 
 
 def refuse_foreign_card(folder: Path) -> None:

@@ -20,7 +20,7 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.report import compare
 from talk2dino.evaluation.runs import read_sweep
 from talk2dino.evaluation.tables import markdown_table
-from talk2dino.files import read_json, replacing
+from talk2dino.files import read_json, replacing, write_text
 from talk2dino.sweeps.study import PRUNED
 
 OVERRIDES = ".hydra/overrides.yaml"
@@ -141,8 +141,7 @@ def write_tables(folder: Path, runs: Sequence[SweepRun], metric: str) -> Table:
     """
     columns, rows = table(runs, metric)
     short = [[_short(cell) for cell in row] for row in rows]
-    with replacing(folder / "sweep.md") as path:
-        path.write_text(markdown_table(columns, short), encoding="utf-8")
+    write_text(folder / "sweep.md", markdown_table(columns, short))
     with (
         replacing(folder / "sweep.csv") as path,
         path.open("w", newline="", encoding="utf-8") as file,

@@ -30,7 +30,7 @@ from talk2dino.alignment.similarity import Similarity, head_choice
 from talk2dino.errors import ConfigError
 from talk2dino.evaluation.runs import read_config
 from talk2dino.evaluation.tables import markdown_table
-from talk2dino.files import refuse_foreign_run, replacing, write_json
+from talk2dino.files import refuse_foreign_run, replacing, write_json, write_text
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
 RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
@@ -148,8 +148,7 @@ class LossCurve(L.Callback):
         show_picture(trainer, "curves", self.folder / "loss.png")
         if self.validation:
             columns, rows = retrieval_table(self.result())
-            with replacing(self.folder / "retrieval.md") as path:
-                path.write_text(markdown_table(columns, rows), encoding="utf-8")
+            write_text(self.folder / "retrieval.md", markdown_table(columns, rows))
             show_table(trainer, "retrieval", columns, rows)
 
     def result(self) -> dict[str, float]:
@@ -228,8 +227,7 @@ class RecordHeads(L.Callback):
         counts = torch.bincount(rows[:, 2], minlength=self._heads).tolist()
         columns = dict(zip(("caption_id", "image_id", "head"), rows.T.tolist(), strict=True))
         content = {"epoch": self._epoch, "captions_per_head": counts, **columns}
-        with replacing(self.folder / "heads.json") as path:
-            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_text(self.folder / "heads.json", json.dumps(content) + "\n")
         with replacing(self.folder / "heads.png") as path:
             draw_histogram(path, counts)
         show_picture(trainer, "heads", self.folder / "heads.png")

@@ -46,6 +46,7 @@ from talk2dino.files import (
     replacing,
     temporary_name,
     write_json,
+    write_text,
 )
 from talk2dino.renamed import first_difference
 
@@ -214,8 +215,7 @@ def write_rows(folder: Path, index: int, rows: ShardRows, split: str, dtype: str
     skipped = folder / PARTS / f"{split}-{index:05d}.skipped"
     skipped.unlink(missing_ok=True)
     if rows.skipped:
-        with replacing(skipped) as path:
-            path.write_text(json_lines(rows.skipped))
+        write_text(skipped, json_lines(rows.skipped))
     images, captions = rows.arrays()
     number = len(rows.skipped)
     write_shard(folder, index, images, captions, split=split, dtype=dtype, skipped=number)
