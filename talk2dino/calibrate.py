@@ -155,12 +155,7 @@ def _with_labels(
         "mean_iou_without": fitted.before,
         "mean_iou_cross_fitted": fitted.crossed,
     }
-    return replace(
-        made,
-        background=background,
-        class_offsets=kept,
-        facts={**made.facts, **facts},
-    )
+    return replace(made, background=background, class_offsets=kept, facts={**made.facts, **facts})
 
 
 def _beside(checkpoint: str) -> Path:

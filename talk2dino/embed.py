@@ -28,10 +28,7 @@ def embed(config: DictConfig) -> None:
     model = load_model(config)
     embed_exemplars(model, classes, config.short_side)
     made = model.embed_classes(
-        classes,
-        config.templates,
-        negatives=listed(config.negatives),
-        short_side=config.short_side,
+        classes, config.templates, negatives=listed(config.negatives), short_side=config.short_side
     )
     path = made.save(output)
     count, width = made.rows.shape

@@ -58,7 +58,7 @@ def evaluate(config: DictConfig) -> None:
     if len(classes) == 1:
         say(
             f"benchmark.classes: {classes[0].name!r} is alone, so every pixel becomes it and "
-            "nothing is measured; add a background or more classes to compare with",
+            "nothing is measured; add a background or more classes to compare with"
         )
     with command.progress("checking files", getattr(rank_zero_only, "rank", 0) == 0) as advance:
         benchmark.check(advance)  # bad files are refused before the model is loaded

@@ -20,13 +20,7 @@ from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.files import read_text, user_path
-from talk2dino.finding.found_files import (
-    JSON,
-    PAGE,
-    Written,
-    refuse_foreign_results,
-    write_found,
-)
+from talk2dino.finding.found_files import JSON, PAGE, Written, refuse_foreign_results, write_found
 from talk2dino.finding.recall import recall
 from talk2dino.finding.scan import PATCHES, Found, searched_field
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file

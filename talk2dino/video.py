@@ -13,13 +13,7 @@ from talk2dino.config.model_and_classes import class_words, open_vocabulary, req
 from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
-from talk2dino.videos.frames import (
-    WRITTEN_BY,
-    Smoother,
-    is_our_video,
-    open_video,
-    segment_video,
-)
+from talk2dino.videos.frames import WRITTEN_BY, Smoother, is_our_video, open_video, segment_video
 
 
 def require_all(config: DictConfig) -> None:

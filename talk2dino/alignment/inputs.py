@@ -45,9 +45,7 @@ def visual_feature(batch: Mapping[str, Any], wanted: str) -> Tensor:
         feature: Tensor = batch[wanted]
         return feature
     return pool_attention(
-        batch["patch_tokens"],
-        batch["self_attn_maps"],
-        head_average=wanted == "avg_self_attn_out",
+        batch["patch_tokens"], batch["self_attn_maps"], head_average=wanted == "avg_self_attn_out"
     )
 
 

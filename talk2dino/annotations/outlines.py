@@ -84,9 +84,7 @@ def joined(shell: Ring, holes: Sequence[Ring]) -> Ring:
     return ring
 
 
-def _traced(
-    mask: Mask,
-) -> list[tuple[npt.NDArray[np.int32], list[npt.NDArray[np.int32]]]]:
+def _traced(mask: Mask) -> list[tuple[npt.NDArray[np.int32], list[npt.NDArray[np.int32]]]]:
     """Outer contour and holes of every connected area, `[N, 2]` each."""
     import cv2
 

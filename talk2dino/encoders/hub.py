@@ -138,9 +138,7 @@ class HubTensorFile:
     def _bytes(self, first: int, end: int) -> bytes:
         wanted = {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
         answer = get_session().get(
-            self.url,
-            headers=build_hf_headers() | wanted,
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            self.url, headers=build_hf_headers() | wanted, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
         if answer.status_code == 404:
             raise FileNotFoundError(self.url)

@@ -16,13 +16,7 @@ from talk2dino.encoders.bundled import dinov2_vits14_weights
 from talk2dino.encoders.hub import cached_if_unreachable
 from talk2dino.encoders.layers import block_of, checked_layers, join_layers, watched
 from talk2dino.encoders.original import read_weights
-from talk2dino.encoders.weights import (
-    first_line,
-    load_strictly,
-    quiet,
-    seeded,
-    state_dict_digest,
-)
+from talk2dino.encoders.weights import first_line, load_strictly, quiet, seeded, state_dict_digest
 from talk2dino.errors import CheckpointError, EncoderError
 
 BUNDLED = "vit_small_patch14_dinov2"

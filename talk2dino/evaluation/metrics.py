@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def mean_iou_metric(
-    num_classes: int,
-    ignore_index: int = 255,
-    average: Literal["macro", "none"] = "macro",
+    num_classes: int, ignore_index: int = 255, average: Literal["macro", "none"] = "macro"
 ) -> MulticlassJaccardIndex:
     """The metric of every benchmark; its `confmat` `[K, K]` (target, prediction) adds over ranks.
 

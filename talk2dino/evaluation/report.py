@@ -24,14 +24,7 @@ from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
 from talk2dino.evaluation.runs import Run, read_runs
-from talk2dino.evaluation.tables import (
-    as_csv,
-    as_markdown,
-    as_table,
-    percent,
-    published,
-    summarize,
-)
+from talk2dino.evaluation.tables import as_csv, as_markdown, as_table, percent, published, summarize
 from talk2dino.files import read_json, refuse_foreign_run, write_text
 
 Counts = npt.NDArray[np.int64]

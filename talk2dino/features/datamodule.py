@@ -147,10 +147,7 @@ class FeatureDataModule(L.LightningDataModule):
         if not len(self.val_rows):
             return []
         sampler = EpochBatchSampler(
-            self.val_data.image_row[self.val_rows],
-            self.batch_size,
-            shuffle="none",
-            drop_last=False,
+            self.val_data.image_row[self.val_rows], self.batch_size, shuffle="none", drop_last=False
         )
         self._val = self._loader(self.val_data, self.val_rows, sampler)
         return self._val

@@ -184,10 +184,7 @@ class ClassEmbeddings:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
 
     def check(
-        self,
-        vision: TimmVisionEncoder,
-        text: Mapping[str, Any] | None,
-        projection: Projection,
+        self, vision: TimmVisionEncoder, text: Mapping[str, Any] | None, projection: Projection
     ) -> None:
         """Refuse a model whose rows these are not.
 

@@ -23,14 +23,7 @@ from torch import Tensor, nn
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed
 from talk2dino.datasets.label_files import header, read_values, turned_alone
-from talk2dino.datasets.pictures import (
-    HEIF,
-    ImageLike,
-    is_picture,
-    is_plain,
-    to_pixels,
-    unread,
-)
+from talk2dino.datasets.pictures import HEIF, ImageLike, is_picture, is_plain, to_pixels, unread
 from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import user_path
 from talk2dino.segmentation.segmenter import EncodedImage

@@ -359,12 +359,7 @@ class OpenVocabulary:
         if self.words.has_negatives:
             negative, scores = scores.split(1)
         return SegmentedImage.from_scores(
-            picture.pixels,
-            self.words.names,
-            scores,
-            negative,
-            self.threshold,
-            self.words.synonyms,
+            picture.pixels, self.words.names, scores, negative, self.threshold, self.words.synonyms
         )
 
 

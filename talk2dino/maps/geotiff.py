@@ -301,10 +301,7 @@ def _opened(path: Path) -> Any:
             wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
             raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
     if file.count and len(file.subdatasets) > 1:
-        say(
-            f"{name}: holds {len(file.subdatasets)} pictures; the first is taken",
-            stacklevel=2,
-        )
+        say(f"{name}: holds {len(file.subdatasets)} pictures; the first is taken", stacklevel=2)
     if not file.count:
         raise DataError(
             f"{name}: holds several pictures or none; name one that gdal_translate cut out"

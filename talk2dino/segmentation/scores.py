@@ -115,11 +115,7 @@ def with_background(scores: Tensor, threshold: float | None) -> Tensor:
 
 
 def clean_background(
-    mask: Tensor,
-    patch_tokens: Tensor,
-    self_attn_maps: Tensor,
-    text: Tensor,
-    lambda_bg: float = 0.2,
+    mask: Tensor, patch_tokens: Tensor, self_attn_maps: Tensor, text: Tensor, lambda_bg: float = 0.2
 ) -> Tensor:
     """Pull class scores towards the attention of the heads that agree with each class.
 

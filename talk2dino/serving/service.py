@@ -29,10 +29,7 @@ from talk2dino.serving.forms import requested_words
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
 FORMATS = frozenset(
-    (
-        *("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF"),
-        *("JPEG2000", "PPM"),
-    )
+    (*("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF"), *("JPEG2000", "PPM"))
 )
 LONGEST = 200  # characters of a word
 WORKERS = 2  # threads for all that is not the encoder
@@ -229,11 +226,7 @@ class Service:
             raise ConfigError(f"short_side={side}: give pixels, for instance 448")
         return side
 
-    def check_words(
-        self,
-        classes: NamedClasses,
-        negatives: Sequence[str],
-    ) -> None:
+    def check_words(self, classes: NamedClasses, negatives: Sequence[str]) -> None:
         """Refuse words that nobody means, and too many.
 
         Raises:

@@ -70,11 +70,7 @@ def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
 
 
 def _distribution(key: str, choice: Any) -> BaseDistribution:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(choice, Sequence) and not isinstance(choice, str):
         if not choice:

@@ -105,10 +105,7 @@ def caption_word_loss(
         )
     similarity = at_temperature(similarity, temperature)
     found = caption_words(
-        texts,
-        store.captions["image_row"][caption_rows],
-        len(store.images),
-        min_count,
+        texts, store.captions["image_row"][caption_rows], len(store.images), min_count
     )
     embeddings = embed_words(found.words, store, templates)
     if synonym is not None:

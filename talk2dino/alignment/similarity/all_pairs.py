@@ -11,13 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from talk2dino.alignment.similarity.base import (
-    Similarity,
-    TextField,
-    as_heads,
-    like,
-    refuse_tokens,
-)
+from talk2dino.alignment.similarity.base import Similarity, TextField, as_heads, like, refuse_tokens
 from talk2dino.encoders.text.base import trim_mask
 from talk2dino.errors import ConfigError
 

@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from talk2dino.alignment.similarity.base import (
-    Similarity,
-    TextField,
-    check_positive,
-    refuse_tokens,
-)
+from talk2dino.alignment.similarity.base import Similarity, TextField, check_positive, refuse_tokens
 from talk2dino.errors import ConfigError
 
 _EPS = 1e-12  # of torch's normalize, for vectors of length zero

@@ -5,11 +5,4 @@ from talk2dino.datasets.captions.coco import CocoCaptions
 from talk2dino.datasets.captions.folder import CaptionFolder
 from talk2dino.datasets.captions.webdataset import WebDataset
 
-__all__ = [
-    "CaptionFolder",
-    "CocoCaptions",
-    "Entry",
-    "Source",
-    "WebDataset",
-    "check_limit",
-]
+__all__ = ["CaptionFolder", "CocoCaptions", "Entry", "Source", "WebDataset", "check_limit"]

@@ -163,8 +163,5 @@ def _tab_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         head, mark, count = name.rpartition("#")
         yield (
             number,
-            {
-                "file_name": head if mark and count.isdigit() else name,
-                "caption": caption.strip(),
-            },
+            {"file_name": head if mark and count.isdigit() else name, "caption": caption.strip()},
         )

@@ -135,11 +135,7 @@ class BertTextEncoder(FrozenTextEncoder):
 
     def _tokens(self, texts: list[str], padding: bool | str) -> Any:
         return self.tokenizer(
-            texts,
-            padding=padding,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
+            texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(next(self.parameters()).device)
 
     def _embeddings(self, texts: list[str]) -> Tensor:

@@ -18,11 +18,7 @@ from talk2dino.encoders.devices import check_precision
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError
-from talk2dino.features.extraction.encoding import (
-    CaptionEncoding,
-    ImageEncoding,
-    encode_shards,
-)
+from talk2dino.features.extraction.encoding import CaptionEncoding, ImageEncoding, encode_shards
 from talk2dino.features.extraction.fields import (
     EXTRACTED,
     caption_bytes,
