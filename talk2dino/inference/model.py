@@ -32,6 +32,7 @@ from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary, say_e
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
+from talk2dino.segmentation.windows import SHORT_SIDE
 
 DTYPES = {dtype or torch.float32: name for name, dtype in PRECISIONS.items()}
 
@@ -364,7 +365,7 @@ class Talk2DINO(TextSide):
         if isinstance(refinement, PAMR):
             along_edges, refinement = refinement, None
         patch = self.vision.patch_size
-        side = max(patch, round((short_side or 448) / patch) * patch)
+        side = max(patch, round((short_side or SHORT_SIDE) / patch) * patch)
         return Segmenter(
             self.vision,
             window=side,

@@ -18,6 +18,8 @@ from torch import Tensor
 from talk2dino.errors import ConfigError, DataError
 from talk2dino.segmentation.portions import portions
 
+SHORT_SIDE = 448  # pixels, of a picture when nothing else is asked for
+
 
 class Window(NamedTuple):
     """A half-open rectangle in pixels: rows `y1:y2`, columns `x1:x2`."""
@@ -79,7 +81,9 @@ def coverage(windows: Iterable[Window], height: int, width: int) -> Tensor:
     return count
 
 
-def short_side_size(height: int, width: int, short: int = 448, long: int = 2048) -> tuple[int, int]:
+def short_side_size(
+    height: int, width: int, short: int = SHORT_SIDE, long: int = 2048
+) -> tuple[int, int]:
     """The size `(h, w)` with short side `short`, unless the long side would exceed `long`.
 
     Proportions are kept; halves round up (mmcv `rescale_size`), and at least one pixel is left.

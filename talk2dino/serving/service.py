@@ -24,6 +24,7 @@ from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar
 from talk2dino.segmentation.memory import WorkingMemory, machine_memory
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
+from talk2dino.segmentation.windows import SHORT_SIDE
 from talk2dino.serving.batching import Batcher, Budget, in_thread
 from talk2dino.serving.forms import requested_words
 
@@ -127,7 +128,7 @@ class Service:
         model: Talk2DINO,
         limits: Limits | None = None,
         classes: NamedClasses | None = None,
-        short_side: int = 448,
+        short_side: int = SHORT_SIDE,
         seen: Callable[[int], object] = lambda size: None,
         refinement: KNN | PAMR | None = None,
         exemplar_weight: float = WEIGHT,

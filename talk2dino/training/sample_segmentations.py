@@ -19,6 +19,7 @@ from talk2dino.features import FeatureStore
 from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.overlay import save_picture
+from talk2dino.segmentation.windows import SHORT_SIDE
 from talk2dino.training.results import show_picture
 
 FOLDER = "pictures"  # in the run folder
@@ -51,7 +52,7 @@ class SampleSegmentations(L.Callback):
         images: str | Sequence[str],
         classes: Sequence[str],
         every_n_epochs: int = 1,
-        short_side: int = 448,
+        short_side: int = SHORT_SIDE,
         pamr: bool = False,
     ) -> None:
         key = "sample_segmentations"

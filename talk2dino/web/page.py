@@ -19,6 +19,7 @@ from talk2dino.calibration.calibration import AUTO
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
+from talk2dino.segmentation.windows import SHORT_SIDE
 from talk2dino.web.examples import PaintedExample, to_paint_on
 from talk2dino.web.session import (
     IDLE_SECONDS,
@@ -53,7 +54,7 @@ class Page:
         model: Talk2DINO,
         checkpoint: str,
         words: str = "",
-        short_side: int = 448,
+        short_side: int = SHORT_SIDE,
         kept: ClassEmbeddings | None = None,
         calibration: str | None = AUTO,
     ) -> None:

@@ -23,6 +23,7 @@ from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import EncodedPicture, WordOrExemplar
+from talk2dino.segmentation.windows import SHORT_SIDE
 from talk2dino.web.examples import FOLDER, PaintedExample, new_example, pack, painted
 
 MEGAPIXELS = 50  # a photograph of today's cameras; more would only be scaled down
@@ -79,7 +80,7 @@ class View:
 
     name: str = ""
     picture: EncodedPicture | None = field(default=None, repr=False)
-    short_side: int = 448
+    short_side: int = SHORT_SIDE
     examples: tuple[PaintedExample, ...] = ()
     request: Request | None = None
     result: SegmentedImage | None = field(default=None, repr=False)
@@ -273,7 +274,7 @@ def python_call(
         needed = ["ClassEmbeddings"]
     background = f", background={request.threshold:g}" if request.background else ""
     hide = f"hide={list(hidden)!r}" if hidden else ""
-    side = f", short_side={view.short_side}" if view.short_side != 448 else ""
+    side = f", short_side={view.short_side}" if view.short_side != SHORT_SIDE else ""
     other = "" if calibration == AUTO else f", calibration={calibration!r}"
     return "\n".join(
         [
