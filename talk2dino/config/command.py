@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -197,11 +198,20 @@ def user_message(error: Exception) -> str | None:
     return str(error) if isinstance(error, UserError) else None
 
 
+OTHER_PLACE = {
+    errno.EEXIST: "; give a folder, or a name that is free",
+    errno.ENOTDIR: "; give a folder, or a name that is free",
+    errno.ENAMETOOLONG: "; give a shorter one",
+}
+
+
 def os_message(error: OSError) -> str:
-    """One line of what the operating system refuses: the file and the reason."""
+    """One line of what the operating system refuses: the file, its key if typed, and the reason."""
     name = str(error.filename or "a file")
-    shown = name if len(name) <= 200 else f"{name[:200]}…"
-    return f"{shown}: {error.strerror or error}"
+    typed = (given for given in sys.argv[1:] if given.partition("=")[2] == name)
+    shown = next(typed, name)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+    return f"{shown}: {error.strerror or error}{OTHER_PLACE.get(error.errno or 0, '')}"
 
 
 def quiet_libraries() -> None:

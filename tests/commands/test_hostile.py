@@ -190,6 +190,27 @@ def test_hostile_values(
     assert state(here) == before
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["hydra.run.dir=psi.pth"], "hydra.run.dir=psi.pth: File exists; give a folder"),
+        ([f"image={'p' * 5000}"], f"image={'p' * 194}…: File name too long; give a shorter one"),
+    ],
+)
+def test_what_the_system_refuses_is_named_by_its_key(
+    given: list[str],
+    line: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit) as stopped:
+        run("segment", "checkpoint=psi.safetensors", "image=p.png", "classes=[a,b]", *given)
+    assert stopped.value.code == 2
+    assert capfd.readouterr().err.startswith(f"error: {line}")
+
+
 def test_home_folders(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
