@@ -87,6 +87,12 @@ def report(job: Extraction, manifest: Manifest | None, counted: Counter, console
     """Print this run's figures, and those of the store once it is complete."""
     who = f"rank {job.rank} of {job.world_size}: " if job.world_size > 1 else ""
     console.print(f"{who}{counted}", highlight=False)
+    if job.cut:
+        console.print(
+            f"{who}{job.cut} captions have more tokens than the text encoder reads; their ends are "
+            "left out",
+            style="yellow",
+        )
     if manifest is None:
         console.print(
             f"{who}done; the last rank to finish writes the manifest. If none is running any more, "

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from talk2dino.alignment.projection import Projection
 from talk2dino.encoders.text import TextEncoder, encode_fields
+from talk2dino.encoders.text.base import texts_cut
 from talk2dino.encoders.text.prompts import prompts
+from talk2dino.errors import say
 
 _CHUNK = 256  # sentences; 40 MB of CLIP's token-level outputs
 
@@ -24,6 +26,13 @@ def embed_texts(texts: Sequence[str], text: TextEncoder, projection: Projection)
     Raises:
         ConfigError: the encoder does not give what the projection reads.
     """
+    if cut := texts_cut(text, texts):
+        more = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+        say(
+            f"{cut[0][:60]!r}…{more} has more tokens than the text encoder reads; its end has no "
+            "effect",
+            stacklevel=2,
+        )
     device = next(projection.parameters()).device
     size = _CHUNK if projection.text_fields != ("embedding",) else max(len(texts), 1)
     parts = []

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from talk2dino.alignment.class_names import embed_class_names
 from talk2dino.alignment.projection import ProjectionLayer
+from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.text.prompts import NAMES, prompts, templates
-from talk2dino.errors import ConfigError
+from talk2dino.errors import ConfigError, ResultWarning
+from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.parity import ParityRecord
 
 SIZES = {
@@ -98,3 +100,10 @@ def test_class_embeddings(golden, parity: ParityRecord) -> None:
         projected_first = projection.project_text(encoded).mean(1)
     for other in (normalized_first, projected_first):
         assert (F.normalize(other, dim=-1) - got).abs().max() > 1e-4
+
+
+def test_a_name_longer_than_the_encoder_reads_is_said() -> None:
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random", templates="plain")
+    projection = ProjectionLayer(text.embed_dim, 32)
+    with pytest.warns(ResultWarning, match="'a red red .*'… has more tokens than the text encoder"):
+        embed_class_names([["cat"], ["red " * 80]], text, projection)

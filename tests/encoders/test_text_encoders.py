@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ from talk2dino.encoders.text import (
     SentenceTransformerTextEncoder,
     TextFeatures,
 )
-from talk2dino.encoders.text.base import CachedTextEncoder, average_text_tokens
+from talk2dino.encoders.text.base import (
+    CachedTextEncoder,
+    FrozenTextEncoder,
+    average_text_tokens,
+)
 from talk2dino.errors import ConfigError, EncoderError
 from tests.helpers.encoders import SMALL_CLIP
 
@@ -125,6 +129,18 @@ def test_second_last_tokens_lead_back_to_the_embedding() -> None:
 def test_long_captions_are_cut_and_keep_their_end() -> None:
     features = clip().encode_tokens(["very " * 200 + "long"])
     assert features.token_mask.all() and features.eot_index.item() == 76
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(clip, 75), (minilm, 10), (bert, 14)],
+    ids=["clip", "minilm", "bert"],
+)
+def test_what_is_cut_is_told(make: Callable[[], FrozenTextEncoder], most: int) -> None:
+    """Words of one token each; a start and an end are read besides."""
+    whole, cut = "very " * (most - 1) + "cat", "very " * most + "cat"
+    texts = ["a cat", whole, cut, "very " * 600]
+    assert make().cut(texts) == texts[2:]
 
 
 def test_clip_specs_build_the_same_encoder() -> None:

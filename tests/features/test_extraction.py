@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from talk2dino.alignment.inputs import DENSE, stored_fields
 from talk2dino.datasets.captions import CaptionFolder, Source
 from talk2dino.datasets.captions.base import crop_square
 from talk2dino.encoders.devices import process_rank
+from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, StoreError
-from talk2dino.extract import say_left_out
+from talk2dino.extract import Counter, report, say_left_out
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
 from talk2dino.features.extraction.job import Extraction
-from tests.helpers.encoders import HashText
+from tests.helpers.encoders import SMALL_CLIP, HashText
 from tests.helpers.pipeline import TRAIN, files_below, run
 from tests.helpers.ranks import two_ranks
 from tests.helpers.stores import extract as extract_pictures
@@ -326,6 +328,19 @@ def test_the_command_prints_its_figures(
         else:
             assert "nothing was left to do" in out
         assert "12 images, 12 captions, 0 skipped, 2 shards" in out
+
+
+def test_captions_that_the_text_encoder_cuts_are_counted(
+    vision: TimmVisionEncoder, tmp_path: Path
+) -> None:
+    folder = make_images(tmp_path / "images", count=3)
+    (folder / "01.txt").write_text(f"{'very ' * 75}\n{'very ' * 76}")
+    text = OpenClipTextEncoder(SMALL_CLIP, weights="random")
+    extraction = job(CaptionFolder(str(folder)), vision, tmp_path / "store")
+    extraction.text = text
+    counted, console = Counter(), Console(width=500, file=StringIO())
+    report(extraction, extraction.run(), counted, console)
+    assert "1 captions have more tokens than the text encoder reads" in console.file.getvalue()
 
 
 def test_what_the_source_leaves_out_is_counted_and_listed(

@@ -101,6 +101,12 @@ class FrozenTextEncoder(nn.Module):
             found[name] = None if tensors[0] is None else torch.cat(tensors)[: len(texts)]
         return TextFeatures(**found)
 
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """Return those with more tokens than the encoder reads, whose end it does not see."""
+        most = self._most_tokens()
+        long = [text for text in texts if len(text.encode(errors="replace")) > most - 2]  # bytes
+        return [text for text, count in zip(long, self._counts(long), strict=True) if count > most]
+
     def describe(self) -> dict[str, Any]:
         """Return what the feature store's manifest keeps of the encoder."""
         (network,) = self.children()
@@ -125,6 +131,20 @@ class FrozenTextEncoder(nn.Module):
 
     def _features(self, texts: list[str]) -> TextFeatures:
         raise NotImplementedError
+
+    def _most_tokens(self) -> int:
+        """How many tokens are read, start and end included; a token is a byte at least."""
+        raise NotImplementedError
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        """Tokens of whole texts, start and end included."""
+        raise NotImplementedError
+
+
+def texts_cut(text: TextEncoder, texts: Sequence[str]) -> list[str]:
+    """Those of which `text` reads the beginning only; none of an encoder that does not tell."""
+    cut = getattr(text, "cut", None)
+    return [] if cut is None else list(cut(texts))
 
 
 def encode_fields(
@@ -249,6 +269,10 @@ class CachedTextEncoder(nn.Module):
             with replacing(path, shared=True) as temporary:
                 save_file({"embedding": embeddings.contiguous()}, temporary)
         return embeddings
+
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """Return those whose end the encoder inside does not see."""
+        return texts_cut(self.encoder, texts)
 
     def describe(self) -> dict[str, Any]:
         """Return what the feature store's manifest keeps of the encoder inside."""

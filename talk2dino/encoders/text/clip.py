@@ -80,6 +80,14 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         ids: Tensor = self.tokenizer(texts)
         return ids.to(next(self.parameters()).device)
 
+    def _most_tokens(self) -> int:
+        return int(self.tokenizer.context_length)
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        longest = max((len(text.encode(errors="replace")) for text in texts), default=0)
+        ids: Tensor = self.tokenizer(texts, context_length=longest + 2)
+        return [int(one) for one in (ids != getattr(self.tower, "pad_id", 0)).sum(dim=1)]
+
     def _embeddings(self, texts: list[str]) -> Tensor:
         embeddings: Tensor = self.tower(self._ids(texts))
         return embeddings

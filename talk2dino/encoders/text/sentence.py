@@ -61,6 +61,12 @@ class SentenceTransformerTextEncoder(FrozenTextEncoder):
         """One: the library sorts by length before it makes batches of `batch_size`."""
         return [list(texts)] if texts else []
 
+    def _most_tokens(self) -> int:
+        return int(self.model.max_seq_length)
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        return _token_counts(self.model.tokenizer, texts)
+
     def _embeddings(self, texts: list[str]) -> Tensor:
         embeddings: Tensor = self.model.encode(
             texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
@@ -133,6 +139,12 @@ class BertTextEncoder(FrozenTextEncoder):
         if pooling == "pooler" and getattr(self.model, "pooler", None) is None:
             raise EncoderError(f"text.pooling=pooler: {name} has no pooler; use cls or mean")
 
+    def _most_tokens(self) -> int:
+        return self.max_length
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        return _token_counts(self.tokenizer, texts)
+
     def _tokens(self, texts: list[str], padding: bool | str) -> Any:
         return self.tokenizer(
             texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -201,3 +213,9 @@ def _loading(package: str, name: str, weights: str) -> Iterator[None]:
         ) from error
     finally:
         transformers_logging.enable_progress_bar()
+
+
+def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    if not texts:
+        return []
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]

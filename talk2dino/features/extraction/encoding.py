@@ -16,6 +16,7 @@ from talk2dino.datasets.captions import Source
 from talk2dino.datasets.captions.base import ImageBatch, load_batches
 from talk2dino.encoders.devices import autocast
 from talk2dino.encoders.text import TextEncoder, encode_fields
+from talk2dino.encoders.text.base import texts_cut
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import first_line
 from talk2dino.errors import ConfigError
@@ -49,11 +50,14 @@ class CaptionEncoding:
     ) -> None:
         self.text, self.names, self.dtype = text, names, dtype
         self.precision, self.device = precision, device
+        self.cut = 0  # captions whose end the encoder did not see
 
     def fill(self, rows: ShardRows, at_least: int = CAPTIONS_PER_CALL) -> None:
         """Encode the next captions of `rows`, until fewer than `at_least` are left."""
         while rows.waiting() >= at_least:
-            rows.add_caption_fields(self.encode(rows.waiting_texts(CAPTIONS_PER_CALL)))
+            texts = rows.waiting_texts(CAPTIONS_PER_CALL)
+            self.cut += len(texts_cut(self.text, texts))
+            rows.add_caption_fields(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Fields of at least one text, each [m, ...] in stored types."""

@@ -63,6 +63,7 @@ class Extraction:
         rank: this process writes the shards k with k mod world_size = rank.
         world_size: number of processes.
         skipped: images that this run could not read, filled by `run`.
+        cut: captions of this run whose end the text encoder does not see, filled by `run`.
     """
 
     source: Source
@@ -82,6 +83,7 @@ class Extraction:
     rank: int = 0
     world_size: int = 1
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    cut: int = 0
 
     def __post_init__(self) -> None:
         check_image_fields(self.image_fields, self.patches_per_image)
@@ -198,6 +200,7 @@ class Extraction:
             encode_shards(self.source, positions, images, captions, self.num_workers, advance),
             strict=True,
         )
+        self.cut += captions.cut
 
     def _write(self, shards: Iterator[tuple[int, ShardRows]]) -> None:
         """Write each shard in a thread while the next one grows; at most two are in memory."""
