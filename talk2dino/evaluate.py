@@ -19,7 +19,7 @@ from talk2dino.alignment.clip_last_layer import CLIPLastLayer
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.config import command
-from talk2dino.config.model_and_classes import load_model
+from talk2dino.config.model_and_classes import build_refinement, load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
@@ -66,6 +66,7 @@ def evaluate(config: DictConfig) -> None:
     calibration = model.calibration
     if "calibration" in config:
         config.calibration = calibration.origin if calibration else None  # what `auto` has found
+    build_refinement(config)
     columns: dict[str, Any] = {}
     if config.compare_untrained:
         untrained = fresh_projection(model.projection, model.text)
@@ -183,7 +184,7 @@ def build_segmenter(
     thresholds by model size are those of scores without calibration, which brings its own; a
     single number was chosen by somebody and stays.
     """
-    chosen = command.build(config.refinement) if config.refinement else None
+    chosen = build_refinement(config)
     own = isinstance(chosen, PAMR)
     pamr: PAMR | None = chosen if own else PAMR() if config.pamr else None
     if pamr is not None:

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
+    build_refinement,
     listed,
     named_classes,
     open_vocabulary,
@@ -26,7 +27,7 @@ def run_map(config: DictConfig) -> None:
     """Segment the file that the config names."""
     classes = named_classes(config)
     background_threshold(config.background)  # refuses it before the model is loaded
-    refinement = command.build(config.refinement) if config.refinement else None
+    build_refinement(config)
     check_number("minimum_area", config.minimum_area, 1, 10**12)
     if config.minimum_area > 1 and not config.polygons:
         raise ConfigError(
@@ -42,7 +43,7 @@ def run_map(config: DictConfig) -> None:
         files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)
-        vocabulary = open_vocabulary(config, classes, config.window, refinement)
+        vocabulary = open_vocabulary(config, classes, config.window)
         with command.progress("map") as advance:
             result = segment_map(
                 vocabulary,

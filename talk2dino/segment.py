@@ -18,6 +18,7 @@ from talk2dino.annotations.data_sets import check_formats, refuse_changed
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
+    build_refinement,
     listed,
     named_classes,
     open_vocabulary,
@@ -57,14 +58,14 @@ def segment(config: DictConfig) -> None:
     )
     check_formats(formats)
     options.refuse_idle(formats)
-    refinement = command.build(config.refinement) if config.refinement else None
     output = user_path(config.output)
     jobs = plan(str(config.image), output)
     command.require_output_folder(jobs[0].overlay.parent, "output")
+    calibration = find_calibration(config.calibration, config.checkpoint)
+    build_refinement(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     settings = deciding(plain, "segment")  # kept with each result, for resume=true
     settings["weights"] = checkpoint_digest(config.checkpoint)
-    calibration = find_calibration(config.calibration, config.checkpoint)
     if calibration is not None:
         settings["calibration"] = calibration.digest
     if isinstance(classes, ClassEmbeddings):
@@ -88,7 +89,7 @@ def segment(config: DictConfig) -> None:
         print(f"{len(share.mine) - len(left)} of {len(share.mine)} pictures were done before")
     broken: dict[Job, str] = {}
     if left:
-        vocabulary = open_vocabulary(config, classes, config.short_side, refinement)
+        vocabulary = open_vocabulary(config, classes, config.short_side)
         broken = _segment(
             left, vocabulary, settings, bool(config.heatmaps), options if formats else None, share
         )

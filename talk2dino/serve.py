@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
+    build_refinement,
     embed_exemplars,
     listed,
     load_model,
@@ -89,7 +90,7 @@ def serve(config: DictConfig) -> None:
     limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
     given = config.classes or config.exemplars is not None
     classes = named_classes(config, brought=True) if given else None
-    refinement = command.build(config.refinement) if config.refinement else None
+    refinement = build_refinement(config)
     pictures = TaskPictures(
         listed(config.image_hosts),
         config.image_root,

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from talk2dino.calibration.calibration import AUTO, find_calibration
 from talk2dino.config.command import build, progress
 from talk2dino.config.typed import parse_words
 from talk2dino.datasets.benchmarks.classes import (
@@ -24,8 +25,6 @@ from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses, 
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of
-from talk2dino.segmentation.refinement.knn import KNN
-from talk2dino.segmentation.refinement.pamr import PAMR
 
 NO_CLASS = "classes: the list is empty; name what to look for: [cat,sofa]"
 CHECKPOINTS = (
@@ -194,14 +193,29 @@ def embed_exemplars(
             advance(done + 1, len(shown))
 
 
+def build_refinement(config: DictConfig) -> Any:
+    """Build what `refinement` names, None if nothing; of `auto`, what it is for such scores.
+
+    The config then names that one, so that results tell it.
+
+    Raises:
+        UserError: a setting out of its range, or a calibration that cannot be read.
+    """
+    given = config.refinement
+    if given and "calibrated" in given:
+        found = find_calibration(config.calibration, config.checkpoint)
+        config.refinement = given.uncalibrated if found is None else given.calibrated
+    return build(config.refinement) if config.refinement else None
+
+
 def open_vocabulary(
     config: DictConfig,
     classes: ClassWords | ClassEmbeddings,
     short_side: int,
-    refinement: KNN | PAMR | None = None,
 ) -> OpenVocabulary:
     """Load the model of a command and embed its classes and negatives, once for all pictures."""
     model = load_model(config, classes=classes)
+    refinement = build_refinement(config) if "refinement" in config else AUTO
     embed_exemplars(model, classes, short_side)
     return model.open_vocabulary(
         classes,

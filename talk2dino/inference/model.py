@@ -243,7 +243,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
     ) -> SegmentedImage: ...
     @overload
     def segment(
@@ -257,7 +257,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
     ) -> list[SegmentedImage]: ...
     def segment(
         self,
@@ -270,7 +270,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
     ) -> SegmentedImage | list[SegmentedImage]:
         """Segment a picture, or each of several, into named classes.
 
@@ -290,7 +290,8 @@ class Talk2DINO(TextSide):
             negatives: words that are looked for and count as background where they win.
             prompts: by class name, whole sentences that replace its templates and synonyms.
             refinement: `KNN(…)` spreads scores between patches that look alike, before `pamr`;
-                `PAMR(…)` is `pamr` with settings of its own.
+                `PAMR(…)` is `pamr` with settings of its own; `auto` is `KNN()` with a calibration
+                and None without.
 
         Raises:
             ConfigError: no class, or an argument out of its range.
@@ -319,7 +320,7 @@ class Talk2DINO(TextSide):
         *,
         negatives: Sequence[str] = (),
         prompts: Mapping[str, str | Sequence[str]] | None = None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
     ) -> OpenVocabulary:
         """Settle the classes once, then call the result on the frames of a video or a folder.
 
@@ -348,7 +349,7 @@ class Talk2DINO(TextSide):
         threshold: float | None,
         pamr: bool,
         short_side: int | None = None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
     ) -> Segmenter:
         """The sliding-window segmenter for whole pictures, with square windows of the working size.
 
@@ -359,8 +360,10 @@ class Talk2DINO(TextSide):
             check_number("short_side", short_side, 1, 8192)
         if pamr not in (True, False, None):
             raise ConfigError(f"pamr={pamr!r:.60}: give True or False")
+        if refinement == AUTO:
+            refinement = None if self.calibration is None else KNN()
         if not isinstance(refinement, KNN | PAMR | None):
-            raise ConfigError(f"refinement={refinement!r}: give KNN(…), PAMR(…) or None")
+            raise ConfigError(f"refinement={refinement!r}: give KNN(…), PAMR(…), None or {AUTO!r}")
         along_edges = PAMR() if pamr else None
         if isinstance(refinement, PAMR):
             along_edges, refinement = refinement, None

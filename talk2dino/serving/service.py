@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from talk2dino.calibration.calibration import AUTO
 from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.datasets.pictures import picture_suffixes, size_of, to_pixels, too_large
 from talk2dino.errors import ConfigError, DataError
@@ -130,7 +131,7 @@ class Service:
         classes: NamedClasses | None = None,
         short_side: int = SHORT_SIDE,
         seen: Callable[[int], object] = lambda size: None,
-        refinement: KNN | PAMR | None = None,
+        refinement: KNN | PAMR | str | None = AUTO,
         exemplar_weight: float = WEIGHT,
     ) -> None:
         self.model, self.limits, self.seen = model, limits or Limits(), seen

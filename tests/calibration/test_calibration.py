@@ -26,6 +26,7 @@ from talk2dino.calibration.rules import (
 )
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError
+from talk2dino.segmentation import KNN
 from talk2dino.segmentation.scores import class_scores, split_offsets, with_offsets
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
 
@@ -91,9 +92,18 @@ def test_nothing_subtracted_is_nothing_changed(model: Talk2DINO) -> None:
     fresh = with_calibration(model, None)  # which embeds all words together, as the other does
     plain = fresh.segment(picture, CLASSES, background=0.5, negatives=["moon"])
     off = with_calibration(model, calibration_of(model, share=0.0))
-    same = off.segment(picture, CLASSES, background=0.5, negatives=["moon"])
+    same = off.segment(picture, CLASSES, 0.5, negatives=["moon"], refinement=None)
     assert torch.equal(same.scores, plain.scores)
     assert torch.equal(same.labels, plain.labels)
+
+
+def test_scores_are_spread_where_they_are_calibrated(model: Talk2DINO) -> None:
+    picture, calibration = model.encode(noise_pixels()), calibration_of(model)
+    for given, usual, other in ((None, None, KNN()), (calibration, KNN(), None)):
+        made = with_calibration(model, given)
+        found = made.segment(picture, CLASSES).scores
+        assert torch.equal(found, made.segment(picture, CLASSES, refinement=usual).scores)
+        assert not torch.equal(found, made.segment(picture, CLASSES, refinement=other).scores)
 
 
 def test_offsets_stay_with_their_rows() -> None:

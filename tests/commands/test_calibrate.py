@@ -53,8 +53,10 @@ def test_all_give_the_same_labels(
         if setting == "auto":
             assert results["calibration"]["sha256"] == made.digest
             assert results["config"]["calibration"] == str(calibrated / FILE)
+            assert results["config"]["refinement"]["k"] == 32
         else:
             assert "calibration" not in results and results["config"]["calibration"] is None
+            assert results["config"]["refinement"] is None
         segmentation = [
             *("segment", f"checkpoint={calibrated}", f"image={tmp_path / 'scene.png'}"),
             *(f"output={tmp_path / f'{setting}.png'}", f"classes=[{','.join(names)}]"),
@@ -64,6 +66,7 @@ def test_all_give_the_same_labels(
         run(*segmentation)
         settings = json.loads((tmp_path / f"{setting}.json").read_text())["settings"]
         assert settings.get("calibration") == (made.digest if setting == "auto" else None)
+        assert ("refinement" in settings) == (setting == "auto")
         capfd.readouterr()
         run(*segmentation)
         assert "1 of 1 pictures were done before" in capfd.readouterr().out
@@ -135,8 +138,11 @@ def test_a_few_labels_give_every_class_an_offset(
     plain = Talk2DINO.from_pretrained(calibrated, "cpu", calibration="none")
     model = Talk2DINO.from_pretrained(calibrated, "cpu", calibration=out)
     picture, first = bench.sample(0).image, sorted(shown)[0]
-    before = plain.segment(picture, names, short_side=112).scores[names.index(first)].logit()
-    after = model.segment(picture, names, short_side=112).scores[names.index(first)].logit()
+    before, after = (
+        one.segment(picture, names, short_side=112, refinement=None).scores[names.index(first)]
+        for one in (plain, model)
+    )
+    before, after = before.logit(), after.logit()
     np.testing.assert_allclose(before - after, made.class_offsets[first], atol=2e-3)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from talk2dino.config.model_and_classes import build_refinement
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.datasets.benchmarks.classes import read_classes
 from talk2dino.encoders.text.prompts import prompts
@@ -84,7 +85,7 @@ def test_evaluations(key: str) -> None:
     assert wants_pamr == ("pamr" in key)
     for task in given.pop("task"):
         config = evaluation(TASKS[task], "text=clip_vitb16", f"pamr={str(wants_pamr).lower()}")
-        assert config.pamr == wants_pamr and not config.refinement
+        assert config.pamr == wants_pamr and build_refinement(config) is None  # not calibrated
         assert template == "sub_imagenet_template" and config.benchmark.templates is None
         assert config.text.templates == "subset"
         if read_classes(config.benchmark.classes).has_background:
