@@ -112,7 +112,7 @@ def retrieval_ranks(
         >>> from talk2dino.alignment.retrieval import retrieval_ranks
         >>> scores = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]])
         >>> retrieval_ranks(lambda rows: scores[rows], torch.tensor([0, 1, 2]), images=3)
-        (tensor([1, 1, 2]), tensor([1, 1, 1]))
+        (tensor([1, 1, 2]), tensor([1, 2, 2]))
     """
     text_image = text_image.cpu()
     _check_pairs(text_image, images)
