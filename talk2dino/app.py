@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from omegaconf import DictConfig
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
-from talk2dino.errors import require_extra
+from talk2dino.errors import require_extra, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 
 
@@ -14,6 +16,14 @@ def require_all(config: DictConfig) -> None:
     """Refuse to begin without a checkpoint or without Gradio (ConfigError)."""
     require(config, "checkpoint")
     require_extra("app", "the web page")
+
+
+def page_words(classes: Mapping[str, Sequence[str]]) -> str:
+    """Classes as a visitor would type them; a name that is none of its words is lost and said."""
+    for name, words in classes.items():
+        if name not in words:
+            say(f"classes: the page calls {name!r} by its first word, {words[0]!r}")
+    return ", ".join("; ".join(words) for words in classes.values())
 
 
 def app(config: DictConfig) -> None:
@@ -27,7 +37,7 @@ def app(config: DictConfig) -> None:
         words = ", ".join(kept.words.names)
     else:
         kept = None
-        words = ", ".join("; ".join(synonyms) for synonyms in classes.values())
+        words = page_words(classes)
         model.encode_text([])  # builds the text encoder: its errors come before the page
     page = Page(
         model, str(config.checkpoint), words, config.short_side, kept, config.calibration

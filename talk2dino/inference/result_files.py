@@ -124,12 +124,17 @@ def plan(image: str, output: Path) -> list[Job]:
 
     Raises:
         DataError: no picture there, or two whose results would have one name.
-        ConfigError: several pictures, but one output file, or results on top of pictures.
+        ConfigError: an output of another kind than PNG, several pictures but one output file, or
+            results on top of pictures.
     """
     path = user_path(image)
     if path.is_file():
         named = output.suffix.lower() in picture_suffixes()  # `results.v1` is not a kind of picture
-        target = output.with_suffix(".png") if named else output.with_name(f"{output.name}.png")
+        if named and output.suffix.lower() != ".png" and not output.is_dir():
+            raise ConfigError(
+                f"output={output}: overlays are PNG; use output={output.with_suffix('.png')}"
+            )
+        target = output if named else output.with_name(f"{output.name}.png")
         jobs = [Job(path, output / f"{path.stem}.png" if output.is_dir() else target)]
     else:
         jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path, output)]

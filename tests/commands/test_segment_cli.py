@@ -162,7 +162,9 @@ def test_without_a_checkpoint_it_says_how_to_get_one(
 
 def test_plan(pictures: Path, tmp_path: Path) -> None:
     one = pictures / "b.jpg"
-    assert plan(str(one), tmp_path / "x.jpg") == [Job(one, tmp_path / "x.png")]
+    assert plan(str(one), tmp_path / "x.png") == [Job(one, tmp_path / "x.png")]
+    with pytest.raises(ConfigError, match=r"x\.jpg: overlays are PNG; use output=.*x\.png"):
+        plan(str(one), tmp_path / "x.jpg")
     (tmp_path / "there").mkdir()
     assert plan(str(one), tmp_path / "there") == [Job(one, tmp_path / "there" / "b.png")]
     names = [job.image.name for job in plan(str(pictures), tmp_path / "out")]

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from talk2dino.app import page_words
 from talk2dino.datasets.mosaic import MosaicScenes
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.exemplars import Exemplar, read_folder
 from talk2dino.inference.model import Talk2DINO
@@ -36,6 +37,11 @@ from tests.helpers.pipeline import fails, need, run
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 SHORT_SIDE = 112
+
+
+def test_a_name_that_is_no_word_of_its_class_is_said() -> None:
+    with pytest.warns(ResultWarning, match="the page calls 'cat' by its first word, 'kitty'"):
+        assert page_words({"cat": ["kitty", "tom"], "sky": ["sky"]}) == "kitty; tom, sky"
 
 
 @pytest.fixture(scope="module")
