@@ -54,6 +54,8 @@ def deciding(config: Mapping[str, Any], command: str) -> dict[str, Any]:
         node, _, name = key.rpartition(".")
         chosen[key] = (config.get(node) or {} if node else config).get(name)
     given = chosen.get("refinement")
+    if given and "calibrated" in given:  # `auto`, of a run that failed before it was settled
+        given = chosen["refinement"] = None
     if isinstance(given, Mapping):
         usual = [key for key, value in _LATER.items() if key in given and given[key] == value]
         chosen["refinement"] = {key: given[key] for key in given if key not in usual}

@@ -73,6 +73,8 @@ def test_runs_are_told_apart_by_what_decides_them() -> None:
     }
     later = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "window", "power": None})
     assert deciding(later, "evaluate")["refinement"] == {"_target_": "x.KNN", "k": 8}
+    failed = config(refinement={"calibrated": {"_target_": "x.KNN"}, "uncalibrated": None})
+    assert deciding(failed, "evaluate")["refinement"] is None
     picture = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "picture", "power": 3})
     assert compared(picture)["refinement.scope"] == "picture"
     knn = config(refinement={"_target_": "x.KNN", "k": "${oops}"}, benchmark=None)
