@@ -47,7 +47,7 @@ class Photograph:
 
 def read(benchmark: FolderBenchmark, model: Talk2DINO, kept: Path) -> list[Photograph]:
     """All photographs; tokens are kept in the file `kept`, float16."""
-    segmenter = model.segmenter(None, False)
+    segmenter = model.segmenter(None, False, refinement=None)
     tokens = torch.load(kept, weights_only=True) if kept.exists() else []
     photographs = []
     for index in track(range(len(benchmark)), "photographs"):
@@ -95,7 +95,7 @@ def scores(
     photographs: list[Photograph], model: Talk2DINO, rows: Rows, voc: Tensor, ignore: int
 ) -> dict[str, float]:
     """Mean IoU with every vocabulary."""
-    segmenter, count = model.segmenter(None, False), len(voc)
+    segmenter, count = model.segmenter(None, False, refinement=None), len(voc)
     metrics = {v: mean_iou_metric(count) for v in VOCABULARIES}
     for index, one in enumerate(track(photographs, "score")):
         every = rows(index)

@@ -125,7 +125,7 @@ def _with_labels(
     with command.progress("labeled pictures") as advance:
         patches = label_patches(
             labeled,
-            model.segmenter(None, False, config.short_side),
+            model.segmenter(None, False, config.short_side, refinement=None),
             rows,
             torch.tensor(words.words.row_classes),
             made.background.threshold,
