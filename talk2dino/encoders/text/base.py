@@ -105,7 +105,8 @@ class FrozenTextEncoder(nn.Module):
         """Return those with more tokens than the encoder reads, whose end it does not see."""
         most = self._most_tokens()
         long = [text for text in texts if len(text.encode(errors="replace")) > most - 2]  # bytes
-        return [text for text, count in zip(long, self._counts(long), strict=True) if count > most]
+        counts = self._counts(long) if long else []  # some tokenizers fail for no text at all
+        return [text for text, count in zip(long, counts, strict=True) if count > most]
 
     def describe(self) -> dict[str, Any]:
         """Return what the feature store's manifest keeps of the encoder."""

@@ -84,9 +84,12 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         return int(self.tokenizer.context_length)
 
     def _counts(self, texts: list[str]) -> list[int]:
-        longest = max((len(text.encode(errors="replace")) for text in texts), default=0)
+        longest = max(len(text.encode(errors="replace")) for text in texts)
         ids: Tensor = self.tokenizer(texts, context_length=longest + 2)
-        return [int(one) for one in (ids != getattr(self.tower, "pad_id", 0)).sum(dim=1)]
+        padding = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None)
+        if padding is None:  # CLIP's own tokenizer
+            padding = getattr(self.tower, "pad_id", 0)
+        return [int(one) for one in (ids != padding).sum(dim=1)]
 
     def _embeddings(self, texts: list[str]) -> Tensor:
         embeddings: Tensor = self.tower(self._ids(texts))

@@ -216,6 +216,4 @@ def _loading(package: str, name: str, weights: str) -> Iterator[None]:
 
 
 def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
-    if not texts:
-        return []
     return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
