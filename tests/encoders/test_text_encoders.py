@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -141,6 +142,32 @@ def test_what_is_cut_is_told(make: Callable[[], FrozenTextEncoder], most: int) -
     whole, cut = "very " * (most - 1) + "cat", "very " * most + "cat"
     texts = ["a cat", whole, cut, "very " * 600]
     assert make().cut(texts) == texts[2:]
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_tokens_of_other_tokenizers_are_counted_without_their_padding(padding: int) -> None:
+    """Exclamation marks have the id with which CLIP pads; SigLIP's tokenizers pad with another."""
+    encoder = OpenClipTextEncoder(SMALL_CLIP, weights="random")
+    assert encoder.cut(["!! " * 80, "! " * 30]) == ["!! " * 80]
+    encoder.tokenizer = _Words(padding)
+    assert encoder.cut([]) == []
+    assert encoder.cut(["a " * 77, "a " * 78]) == ["a " * 78]
+
+
+class _Words:
+    """Words as ids behind the interface of `open_clip`'s tokenizers of Hugging Face."""
+
+    context_length = 77
+
+    def __init__(self, padding: int) -> None:
+        self.tokenizer = SimpleNamespace(pad_token_id=padding)
+
+    def __call__(self, texts: list[str], context_length: int = 77) -> Tensor:
+        assert texts, "it fails without a text"
+        ids = torch.full((len(texts), context_length), self.tokenizer.pad_token_id)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text.split())] = 3
+        return ids
 
 
 def test_clip_specs_build_the_same_encoder() -> None:

@@ -86,10 +86,10 @@ class OpenClipTextEncoder(FrozenTextEncoder):
     def _counts(self, texts: list[str]) -> list[int]:
         longest = max(len(text.encode(errors="replace")) for text in texts)
         ids: Tensor = self.tokenizer(texts, context_length=longest + 2)
-        padding = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None)
-        if padding is None:  # CLIP's own tokenizer
-            padding = getattr(self.tower, "pad_id", 0)
-        return [int(one) for one in (ids != padding).sum(dim=1)]
+        own = getattr(self.tower, "pad_id", 0)  # of CLIP's own tokenizer; it is also the id of "!"
+        padding = int(getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", own))
+        places = torch.arange(1, ids.shape[1] + 1)
+        return [int(last) for last in (torch.ne(ids, padding) * places).amax(dim=1)]
 
     def _embeddings(self, texts: list[str]) -> Tensor:
         embeddings: Tensor = self.tower(self._ids(texts))
