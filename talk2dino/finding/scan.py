@@ -6,7 +6,6 @@ Scores are cosines minus a query's offset, if there is a calibration; `sigmoid` 
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,8 @@ PATCHES = "patch_tokens"
 BEST = 8  # patches of a picture whose mean score counts
 # what is compared, the best first: places, or whole pictures seen by each head or by all of them
 FIELDS = (PATCHES, "disentangled_self_attn", "avg_self_attn_out")
-BLOCK = 1 << 23  # bytes of a block
-SCORES = 1 << 24  # of a block, all text rows together
-FEW = 16  # text rows up to which the compiled code is faster than a matrix product
-PRODUCT = 1 << 19  # values of a block that are converted for one product: they stay in the cache
+BLOCK = 1 << 23  # bytes of a block: one matrix product
+SCORES = 1 << 21  # of a block at most, all text rows together: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +39,12 @@ class Scan:
         rows: `[N, D]` unit text rows, or with offsets `[N, D + 1]`, on the device that computes.
         row_queries: `[N]` int64, the query of every row.
         projection: whose image side the patches pass first, if it has one.
-        compiled: use the compiled code on the CPU where Numba is installed (the extra `fast`).
     """
 
     store: FeatureStore
     rows: Tensor = field(repr=False)
     row_queries: Tensor
     projection: Projection | None = None
-    compiled: bool = True
 
     @property
     def field(self) -> Field:
@@ -85,42 +80,31 @@ class Scan:
         """
         tokens = tokens[:, None] if tokens.ndim == 2 else tokens
         text, offsets = split_offsets(self.rows, tokens.shape[-1])
-        found = self._cosines(tokens, text)
-        if offsets is not None:
-            found = found.sub_(offsets[:, None, None])
-        if self.queries < len(self.rows):
-            found = merge_synonyms(found[None], self.row_queries)[0]
-        if not (finite := found[0].isfinite().all(dim=1)).all():
+        found, lengths = self._cosines(tokens, text)
+        if not (finite := lengths.isfinite().all(dim=1)).all():
             wrong = first + int((~finite).nonzero()[0])
             raise StoreError(
                 f"{self.store.path}: images/{self.field.key[1]} row {wrong} holds NaN or infinity; "
                 "verify the store and extract again"
             )
+        if offsets is not None:
+            found = found.sub_(offsets[:, None, None])
+        if self.queries < len(self.rows):
+            found = merge_synonyms(found[None], self.row_queries)[0]
         return found
 
-    def _cosines(self, tokens: NDArray[Any], text: Tensor) -> Tensor:
-        """`[N, I, P]` of unit texts."""
+    def _cosines(self, tokens: NDArray[Any], text: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, I, P]` of unit texts, and the lengths of the patches, `[I, P]`."""
         side = None if self.projection is None else visual_side(self.projection)
-        if side is None and tokens.dtype == np.float16 and len(text) <= FEW and self._compiles():
-            from talk2dino.finding.cosines_numba import cosines
-
-            return torch.from_numpy(cosines(tokens, text.float().numpy()))
         with warnings.catch_warnings():  # a view of the file is read-only, and is only read here
             warnings.filterwarnings("ignore", message=".*not writable")
-            given = torch.from_numpy(tokens)
-        parts = []
-        for some in torch.split(given, max(1, PRODUCT // tokens[0].size)):
-            values = some.to(text.device).float()
-            values = values if side is None else side(values)
-            flat = values.flatten(0, 1)
-            length = torch.linalg.vector_norm(flat, dim=-1).clamp_(min=1e-6)
-            product = (text.to(flat) @ flat.T).div_(length)
-            parts.append(product.view(len(text), len(some), -1))
-        return torch.cat(parts, dim=1)
-
-    def _compiles(self) -> bool:
-        on_cpu = self.rows.device.type == "cpu"
-        return self.compiled and on_cpu and importlib.util.find_spec("numba") is not None
+            given = torch.from_numpy(tokens).flatten(0, 1)
+        values = given.to(text.device).float()
+        values = values if side is None else side(values)
+        lengths = torch.linalg.vector_norm(values, dim=-1)
+        cosines = (text @ values.T).div_(lengths.clamp(min=1e-6))
+        shape = tokens.shape[:2]
+        return cosines.view(-1, *shape), lengths.view(shape)
 
 
 def searched_field(store: FeatureStore) -> str:

@@ -57,17 +57,13 @@ def by_hand(store: FeatureStore, rows: torch.Tensor) -> NDArray[np.float64]:
     return np.einsum("nd,ipd->nip", rows.double().numpy(), tokens)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("texts", [1, 6, 40])
 def test_the_best_pictures_are_those_of_a_sort(
-    store: FeatureStore, texts: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one picture and of several, more pictures than asked for and fewer."""
-    if compiled:
-        need("numba")
-        monkeypatch.setattr(module, "FEW", 100)
     rows = unit_rows(texts)
-    scan = Scan(store, rows, torch.arange(texts), compiled=compiled)
+    scan = Scan(store, rows, torch.arange(texts))
     wanted = np.sort(by_hand(store, rows), axis=-1)[..., -3:].mean(-1)
     order = np.argsort(-wanted, axis=1)
     for block in (1, 4 * scan.field.row_bytes):
@@ -79,28 +75,19 @@ def test_the_best_pictures_are_those_of_a_sort(
             np.testing.assert_allclose(scores.numpy(), right, atol=1e-6)
 
 
-def test_compiled_cosines_are_those_of_the_product(store: FeatureStore) -> None:
-    need("numba")
-    from talk2dino.finding.cosines_numba import cosines
-
-    threads = torch.get_num_threads()
+def test_what_has_no_direction(store: FeatureStore) -> None:
+    """A patch of zeros is like nothing; one that is not finite is an error, whatever else is."""
+    rows = unit_rows(7)
+    scan = Scan(store, rows, torch.arange(7))
     tokens = store.images["patch_tokens"][:]
     tokens[3, 1] = 0
-    rows = unit_rows(7)
     want = by_hand(store, rows)
     want[:, 3, 1] = 0
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            np.testing.assert_allclose(cosines(tokens, rows.numpy()), want, atol=1e-6)
-            odd = cosines(np.ascontiguousarray(tokens[:, :3]), rows.numpy())  # two at a time
-            np.testing.assert_allclose(odd, want[:, :, :3], atol=1e-6)
-    finally:
-        torch.set_num_threads(threads)
-    for value in (np.nan, np.inf):
+    np.testing.assert_allclose(scan.scores(tokens).numpy(), want, atol=1e-6)
+    for value in (np.nan, np.inf, -np.inf):
         tokens[5, 2, 60] = value
-        found = np.isnan(cosines(tokens, rows.numpy()))
-        assert found[:, 5, 2].all() and found.sum() == len(rows)
+        with pytest.raises(StoreError, match="row 25 holds NaN or infinity"):
+            scan.scores(tokens, first=20)
 
 
 def test_equal_pictures_come_in_the_order_of_the_store(tmp_path: Path) -> None:

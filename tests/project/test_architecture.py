@@ -54,10 +54,7 @@ ONLY_IN = {
     "jinja2": {"evaluation/report.py", "inference/model_card.py", "finding/found_files.py"},
     "pycocotools": {"annotations/base.py"},
     "shapely": {"annotations/outlines.py", "annotations/geojson.py"},
-    "numba": {
-        "finding/cosines_numba.py",
-        *(source for source in SOURCES if source.startswith("segmentation/")),
-    },
+    "numba": {source for source in SOURCES if source.startswith("segmentation/")},
     "triton": {"segmentation/refinement/pamr_triton.py"},
     "optuna": {"sweeps/study.py"},
     "rasterio": {"maps/bands.py", "maps/geotiff.py", "maps/map_files.py"},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -250,30 +251,37 @@ class Field:
                 rows = self._store.shard(shard).rows[self.key]
                 rows.will_need(max(first, start) - start, min(last, stop) - start)
 
-    def blocks(self, size: int, ahead: int = 1 << 26) -> Iterator[tuple[int, NDArray[Any]]]:
+    def blocks(self, size: int, ahead: int = 1 << 25) -> Iterator[tuple[int, NDArray[Any]]]:
         """All rows in their order, once: the first row of each block, and its numbers.
 
         Mapped rows are not copied: a block is a read-only view of the file, which stays valid.
+        While one is used, a thread waits for the disk to bring the next.
 
         Args:
             size: rows of a block at most; a block ends with its shard.
-            ahead: bytes that the system is asked to read in advance.
+            ahead: bytes of the blocks that are read in advance; at least one is.
         """
-        asked, step = 0, max(1, ahead // max(1, self.row_bytes))
-        for shard, (start, stop) in enumerate(pairwise(self._starts.tolist())):
-            for first in range(start, stop, size):
-                last = min(first + size, stop)
-                if last + step // 2 > asked:
-                    until = min(last + step, len(self))
-                    self.will_need(max(asked, first), until)
-                    asked = until
-                with self._store.reading():
-                    found = (
-                        self._store.shard(shard).rows[self.key].block(first - start, last - start)
-                    )
-                yield first, found
-                with self._store.reading():
-                    self._store.count(last - first, self.row_bytes)
+        waiting: deque[tuple[int, int, int]] = deque()
+        many = max(1, ahead // max(1, size * self.row_bytes))
+        with ThreadPoolExecutor(1, "read ahead") as pool:
+            for shard, (start, stop) in enumerate(pairwise(self._starts.tolist())):
+                for first in range(start, stop, size):
+                    place = (shard, first - start, min(first + size, stop) - start)
+                    with self._store.reading():
+                        rows = self._store.shard(shard).rows[self.key]
+                    pool.submit(rows.load, *place[1:])
+                    waiting.append(place)
+                    if len(waiting) > many:
+                        yield self._block(*waiting.popleft())
+            while waiting:
+                yield self._block(*waiting.popleft())
+
+    def _block(self, shard: int, first: int, last: int) -> tuple[int, NDArray[Any]]:
+        """Local rows `first` … `last` - 1 of a shard, and the global row of the first."""
+        with self._store.reading():
+            found = self._store.shard(shard).rows[self.key].block(first, last)
+            self._store.count(last - first, self.row_bytes)
+        return int(self._starts[shard]) + first, found
 
     def _gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Ascending rows, with one read for all that lie in the same shard."""

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from talk2dino.errors import StoreError
 from talk2dino.features.store.schema import FieldInfo, FieldTable, ShardInfo
 
+ASKED = 1 << 19  # bytes of one request: Linux reads no more of it than the disk takes at once
+
 
 class Rows(Protocol):
     """Random access to the rows of one field in one shard."""
@@ -28,6 +30,9 @@ class Rows(Protocol):
 
     def will_need(self, first: int, last: int) -> None:
         """Ask the system to read rows `first` … `last` - 1 ahead; returns at once."""
+
+    def load(self, first: int, last: int) -> None:
+        """Wait until rows `first` … `last` - 1 are in memory, if they come straight from a file."""
 
 
 class MappedRows:
@@ -54,10 +59,15 @@ class MappedRows:
         if self._map is None or first >= last or not hasattr(mmap, "MADV_WILLNEED"):
             return
         row_bytes = self.view.nbytes // len(self.view)
-        start = self._offset + first * row_bytes
-        page = start - start % mmap.PAGESIZE
-        length = self._offset + last * row_bytes - page
-        self._map.madvise(mmap.MADV_WILLNEED, page, length)
+        start, stop = (self._offset + row * row_bytes for row in (first, last))
+        for page in range(start - start % mmap.PAGESIZE, stop, ASKED):
+            self._map.madvise(mmap.MADV_WILLNEED, page, min(ASKED, stop - page))
+
+    def load(self, first: int, last: int) -> None:
+        """See `Rows`."""
+        if first < last:
+            self.will_need(first, last)
+            self.view[first:last].reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
 
 
 class ChunkedRows:
@@ -89,6 +99,9 @@ class ChunkedRows:
 
     def will_need(self, first: int, last: int) -> None:
         """See `Rows`; HDF5 reads chunks when it needs them."""
+
+    def load(self, first: int, last: int) -> None:
+        """See `Rows`; `block` reads and decompresses them."""
 
 
 def _decoded(values: NDArray[Any]) -> NDArray[Any]:
