@@ -228,20 +228,26 @@ class TextSide(nn.Module):
 
     @torch.no_grad()
     def embed_exemplars(
-        self, exemplars: Sequence[Exemplar], short_side: int | None = None
+        self, exemplars: Exemplar | Sequence[Exemplar], short_side: int | None = None
     ) -> Tensor:
         """The row of a class that these show, `[D]` of unit length, see `exemplars.class_row`.
 
         Rows of earlier calls are not computed again.
 
         Args:
-            exemplars: at least one.
+            exemplars: one or several.
             short_side: working size in pixels, as for `segment`.
 
         Raises:
             DataError: an exemplar that cannot be read, has an empty mask or one of another size,
                 or does not differ from all else.
+            ConfigError: none, or something else.
         """
+        exemplars = [exemplars] if isinstance(exemplars, Exemplar) else exemplars
+        listed = isinstance(exemplars, Sequence) and len(exemplars) > 0
+        if not listed or not all(isinstance(one, Exemplar) for one in exemplars):
+            kind = type(exemplars).__name__
+            raise ConfigError(f"exemplars={kind}: give at least one Exemplar(image, mask)")
         psi, calibration = self.projection, self.calibration
 
         def look(_: object) -> Tensor:

@@ -89,7 +89,13 @@ def test_a_patch_counts_by_its_share_inside(model: Talk2DINO) -> None:
     torch.testing.assert_close(seen.tokens, F.normalize(tokens, dim=-1))
     one = torch.zeros_like(inside)
     one[3, 40] = True  # a single pixel of many
-    assert model.embed_exemplars([Exemplar(pixels, one)], SIDE).norm() == pytest.approx(1, abs=1e-5)
+    shown = Exemplar(pixels, one)
+    row = model.embed_exemplars(shown, SIDE)
+    assert torch.equal(row, model.embed_exemplars([shown], SIDE))
+    assert row.norm() == pytest.approx(1, abs=1e-5)
+    for wrong in ([], [pixels], pixels, "crack", None):
+        with pytest.raises(ConfigError, match=r"^exemplars=.*at least one Exemplar"):
+            model.embed_exemplars(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pictures", [1, 3])
