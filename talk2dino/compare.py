@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from talk2dino.config.command import os_message
 from talk2dino.errors import UserError
 from talk2dino.evaluation.report import compare
 from talk2dino.evaluation.runs import read_runs
+from talk2dino.files import user_path
 
 
 def main() -> None:
@@ -16,12 +17,12 @@ def main() -> None:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=user_path,
         help="run folders of talk2dino.evaluate, folders of sweeps, or results.json files",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="also write summary.md, summary.csv and report.html there",
     )
@@ -30,6 +31,8 @@ def main() -> None:
         compare(read_runs(given.runs), given.output)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"error: {os_message(error)}\n")
 
 
 if __name__ == "__main__":

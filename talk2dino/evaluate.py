@@ -44,7 +44,7 @@ from talk2dino.segmentation import PAMR, Segmenter
 
 def evaluate(config: DictConfig) -> None:
     """Score the checkpoint on the benchmark; print a table, write `results.json` and a report."""
-    command.refuse_ddp_in_sweep(config)
+    command.check_processes(config)
     precision = str(config.trainer.get("precision", PRECISION))
     check_encoder_precision(precision)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -214,4 +214,5 @@ def name_refinement(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    command.require_common_folder()
     command.run("evaluate", evaluate, name_refinement)

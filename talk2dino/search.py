@@ -14,6 +14,7 @@ from rich.table import Table
 
 from talk2dino.alignment.checkpoint import read_checkpoint
 from talk2dino.calibration.calibration import find_calibration
+from talk2dino.calibration.reference import require_encoder
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import typed_classes
@@ -70,6 +71,7 @@ def search(config: DictConfig) -> None:
         "recall": {},
     }
     if config.recall:
+        require_encoder(store, model.vision, "extract with that")
         similarity = command.build(config.val_similarity).eval()
         with command.progress("recall") as advance:
             facts["recall"] = recall(store, model.projection, similarity, config.best, advance)

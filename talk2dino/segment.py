@@ -34,6 +34,7 @@ from talk2dino.inference.result_files import (
     annotations_folder,
     plan,
     refuse_foreign_outputs,
+    refuse_heatmap_collisions,
     write,
     write_annotations,
 )
@@ -77,6 +78,7 @@ def segment(config: DictConfig) -> None:
     if shown:
         settings["exemplars"] = shown
     maps = list(classes) if config.heatmaps else []
+    refuse_heatmap_collisions(jobs, maps, str(config.image))
     cut = options.cut if formats else None
     share = Share.of(jobs)
     left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]

@@ -21,7 +21,7 @@ from talk2dino.config import command
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.files import replacing
-from talk2dino.sweeps.study import PruneTrial
+from talk2dino.sweeps.study import PRUNED, PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
 from talk2dino.training.results import close_loggers, refuse_foreign_files
 from talk2dino.training.resume import (
@@ -36,7 +36,7 @@ from talk2dino.training.texts import stored_text_encoder
 
 def train(config: DictConfig) -> None:
     """Train the projection that the config describes."""
-    command.refuse_ddp_in_sweep(config)
+    command.check_processes(config)
     check_sweep(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     refuse_foreign_files(folder, config.resume)
@@ -67,6 +67,8 @@ def train(config: DictConfig) -> None:
     )
     check_learnable(config, data, trainer.world_size)
     if trainer.is_global_zero:
+        for name in ("metrics.json", PRUNED) if checkpoint is None else ():
+            (folder / name).unlink(missing_ok=True)  # of an earlier run in this folder
         with replacing(folder / "config.yaml") as file:
             OmegaConf.save(config, file, resolve=True)
     for logger in trainer.loggers:

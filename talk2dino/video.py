@@ -29,9 +29,9 @@ def video(config: DictConfig) -> None:
     smoother = Smoother(config.smoothing)
     source, output = user_path(config.video), user_path(config.output)
     open_video(source).close()
-    figures = output.with_suffix(".json")
     if output.suffix.lower() != ".mp4":
         raise ConfigError(f"output={output}: the name must end in .mp4")
+    figures = output.with_suffix(".json")
     refuse_foreign([output, figures], is_ours, WRITTEN_BY, config.overwrite, source)
     command.require_output_folder(output.parent, "output")
     vocabulary = open_vocabulary(config, classes, config.short_side)
@@ -48,7 +48,10 @@ def video(config: DictConfig) -> None:
         "smoothing": config.smoothing,
     }
     write_json(figures, content)
-    print(f"{output}: {found.frames} frames, {100 * found.flicker:.2f} % of labels change a frame")
+    told = f"{output}: {found.frames} frames"
+    if found.flicker is not None:
+        told += f", {100 * found.flicker:.2f} % of labels change a frame"
+    print(told)
 
 
 def is_ours(file: Path) -> bool:

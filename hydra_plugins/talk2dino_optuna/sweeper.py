@@ -71,7 +71,12 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         fixed, space = split(self.parser.parse_overrides(arguments))
         in_config: Any = OmegaConf.to_container(node.space, resolve=True) if node.space else {}
-        ranges = distributions({**flat(in_config), **space})
+        typed = {line.partition("=")[0].lstrip("+") for line in fixed}
+        found = flat(in_config)
+        for key in sorted(typed & found.keys()):
+            print(f"{key}: has a value on the command line, so sweep.space does not search it")
+        searched = {key: choice for key, choice in found.items() if key not in typed}
+        ranges = distributions({**searched, **space})
         if not ranges:
             raise ConfigError("sweep.space: nothing to search; see docs/sweeps.md")
         storage = node.storage or f"sqlite:///{folder / 'optuna.db'}"

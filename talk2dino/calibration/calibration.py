@@ -34,6 +34,7 @@ from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.background_threshold import Background, choose_background
 from talk2dino.calibration.rules import Reference, Rule, build_rule, describe_rule
+from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.encoders.hub import hub_file, split_hub_id
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
@@ -131,7 +132,8 @@ class Calibration:
             projection: see `apply`.
         """
         calibrated, offsets = self.apply(rows, projection)
-        own = [self.class_offsets.get(name, 0.0) if name else 0.0 for name in names]
+        fitted = {composed(name): offset for name, offset in self.class_offsets.items()}
+        own = [fitted.get(composed(name), 0.0) if name else 0.0 for name in names]
         return with_offsets(calibrated, offsets + torch.tensor(own).to(offsets))
 
     def reference(

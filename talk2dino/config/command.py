@@ -287,12 +287,22 @@ def require_output_folder(path: Path, key: str) -> Path:
     return path
 
 
-def refuse_ddp_in_sweep(config: DictConfig) -> None:
-    """End a sweep that would start its jobs again in every DDP process."""
-    strategy = str(config.trainer.get("strategy", ""))
+def check_processes(config: DictConfig) -> None:
+    """Stop where every process would do all of the work again: in a sweep, and without DDP."""
+    node = config.trainer
+    strategy = str(node.get("strategy", ""))
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and strategy.startswith("ddp") and "spawn" not in strategy:
         stop(
             f"trainer.strategy={strategy} inside a sweep (-m): each process would start the sweep "
             "anew; use one device per job, trainer.strategy=ddp_spawn, or torchrun"
+        )
+    place = process_rank()
+    alone = strategy == "auto" and str(node.get("devices")) == "1" and node.get("num_nodes") == 1
+    if alone and place.world_size > 1:
+        if place.rank > 0:
+            raise SystemExit(2)
+        stop(
+            f"{place.world_size} processes would each do all of the work; add trainer=ddp or "
+            "trainer=slurm, on the CPU trainer=ddp_cpu trainer.strategy=ddp"
         )

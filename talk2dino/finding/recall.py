@@ -36,7 +36,7 @@ def recall(
 ) -> dict[str, dict[str, float]]:
     """Recall of all captions of a store, from their stored embeddings.
 
-    Scores of all captions and images are held, `captions * images * 8` bytes.
+    Scores of all captions and images are held, up to `captions * images * 14` bytes with ranks.
 
     Args:
         store: with caption embeddings.

@@ -95,6 +95,9 @@ class Job:
         if not all(file.is_file() for file in self.files(heatmaps)):
             return False
         figures = _figures_of(self.figures)
+        noted = figures.get("heatmaps")
+        if not set(heatmaps) <= set(noted if isinstance(noted, dict) else ()):
+            return False  # those that lie there are of an earlier run
         if cut is not None:
             noted = figures.get("annotations")
             if not isinstance(noted, dict) or not cut.items() <= noted.items():
@@ -134,8 +137,11 @@ def plan(image: str, output: Path) -> list[Job]:
             raise ConfigError(
                 f"output={output}: overlays are PNG; use output={output.with_suffix('.png')}"
             )
-        target = output if named else output.with_name(f"{output.name}.png")
-        jobs = [Job(path, output / f"{path.stem}.png" if output.is_dir() else target)]
+        if output.is_dir():
+            target = output / f"{path.stem}.png"
+        else:
+            target = output if named else output.with_name(f"{output.name}.png")
+        jobs = [Job(path, target)]
     else:
         jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path, output)]
         if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
@@ -199,6 +205,18 @@ def _check_collisions(jobs: list[Job], image: str) -> None:
         )
 
 
+def refuse_heatmap_collisions(jobs: Sequence[Job], names: Sequence[str], image: str) -> None:
+    """Refuse heat maps under the name of another picture, or of its results (DataError)."""
+    taken = {file: job for job in jobs for file in (job.image, job.overlay, job.labels)}
+    for job in jobs if names else ():
+        for target in job.heatmaps(names).values():
+            if target in taken:
+                raise DataError(
+                    f"image={image}: {target.name} would be a heat map of {job.image.name} and "
+                    f"belongs to {taken[target].image.name}; rename one"
+                )
+
+
 def write(
     result: SegmentedImage,
     job: Job,
@@ -215,6 +233,7 @@ def write(
         settings: plain values for the JSON; what `Job.done_with` compares.
         options: of the annotations that the JSON keeps for `write_annotations`; None for none.
     """
+    job.figures.unlink(missing_ok=True)  # until all is new, nothing says that it is done
     save_picture(result.overlay(), job.overlay)
     result.save_labels(job.labels)
     maps = job.heatmaps(result.names) if heatmaps else {}

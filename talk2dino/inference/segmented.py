@@ -269,6 +269,7 @@ class SegmentedImage:
         """
         chosen = Options(**options)
         check_formats(formats)
+        _named(file_name)
         picture, categories = self.annotated(file_name, chosen)
         return write_data_sets([picture], categories, Path(folder), formats, chosen)
 
@@ -290,7 +291,7 @@ class SegmentedImage:
 
     def to_yolo(self, file_name: str = "image.png", **options: Any) -> str:
         """The label file of this picture, a line per connected area: class and polygon."""
-        name = PurePosixPath(file_name).with_suffix(".txt")
+        name = _named(file_name).with_suffix(".txt")
         return self._written(f"yolo/labels/{name}", file_name, options)
 
     def to_labelstudio(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
@@ -328,6 +329,17 @@ class SegmentedImage:
         if name not in self.classes:
             raise ConfigError(f"class {name!r}: not segmented here; there are {self.classes}")
         return self.classes.index(name)
+
+
+def _named(file_name: str) -> PurePosixPath:
+    """A picture's name in a data set, which lies below its folder (ConfigError)."""
+    name = PurePosixPath(file_name)
+    if not name.name or name.is_absolute() or ".." in name.parts:
+        raise ConfigError(
+            f"file_name={file_name!r:.200}: a data set names its pictures from its own folder; "
+            f"give {name.name or 'image.png'!r}"
+        )
+    return name
 
 
 BACKGROUND_SCORE = 0.55  # the original's for ViT-B (evaluation configs)

@@ -246,8 +246,8 @@ class TextSide(nn.Module):
         exemplars = [exemplars] if isinstance(exemplars, Exemplar) else exemplars
         listed = isinstance(exemplars, Sequence) and len(exemplars) > 0
         if not listed or not all(isinstance(one, Exemplar) for one in exemplars):
-            kind = type(exemplars).__name__
-            raise ConfigError(f"exemplars={kind}: give at least one Exemplar(image, mask)")
+            given = type(exemplars).__name__
+            raise ConfigError(f"exemplars={given}: give at least one Exemplar(image, mask)")
         psi, calibration = self.projection, self.calibration
 
         def look(_: object) -> Tensor:

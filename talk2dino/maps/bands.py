@@ -18,7 +18,7 @@ def chosen_bands(file: Any, given: Sequence[int] | None) -> list[int]:
 
     Raises:
         ConfigError: another number of bands, or some that the file does not have.
-        DataError: a color table, or complex numbers.
+        DataError: a color table, complex numbers, or bands of several types.
     """
     from rasterio.enums import ColorInterp
 
@@ -35,6 +35,11 @@ def chosen_bands(file: Any, given: Sequence[int] | None) -> list[int]:
     kinds = {file.dtypes[number - 1] for number in found}
     if any(kind.startswith("complex") for kind in kinds):
         raise DataError(f"{name}: holds complex numbers; give a file of intensities")
+    if len(kinds) > 1:
+        raise DataError(
+            f"{name}: bands {found} are of types {', '.join(sorted(kinds))}; bring them to one: "
+            "gdal_translate -ot UInt16"
+        )
     return found
 
 

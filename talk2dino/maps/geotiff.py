@@ -138,7 +138,7 @@ class MapImage:
     def _limits(
         self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
     ) -> npt.NDArray[np.float64] | None:
-        if value_range is None and stretch is None and self._file.dtypes[0] == "uint8":
+        if value_range is None and stretch is None and self._kind == "uint8":
             return None
         shape = (min(self._file.height, OVERVIEW), min(self._file.width, OVERVIEW))
         with reading(self.path):
@@ -163,6 +163,11 @@ class MapImage:
         return np.array(limits, float)
 
     @property
+    def _kind(self) -> str:
+        """The type of the bands that are read."""
+        return str(self._file.dtypes[self.bands[0] - 1])
+
+    @property
     def referenced(self) -> bool:
         """Whether the file says where it lies."""
         return self._file.crs is not None and not self._file.transform.is_identity
@@ -174,10 +179,14 @@ class MapImage:
 
     @property
     def pixel_area(self) -> float | None:
-        """Square meters of a pixel of the file, or None where they are unknown."""
-        if not self.referenced or not self._file.crs.is_projected:
+        """Square meters of a pixel of the file, or None where they are unknown.
+
+        The meters of Mercator's projections are none of the ground, so they are not counted.
+        """
+        crs = self._file.crs
+        if not self.referenced or not crs.is_projected or crs.to_epsg() in (3857, 3395):
             return None
-        factor = self._file.crs.linear_units_factor[1]
+        factor = crs.linear_units_factor[1]
         return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
 
     def read(self, rows: range, columns: range) -> tuple[npt.NDArray[np.uint8], Any]:
@@ -220,7 +229,7 @@ class MapImage:
         """Which pixels of the file hold anything, by nodata, alpha or mask: `[h, w]`."""
         with reading(self.path):
             found: npt.NDArray[np.bool_] = self._file.dataset_mask(window=window) > 0
-            if self._file.dtypes[0].startswith("float"):
+            if self._kind.startswith("float"):
                 found &= np.isfinite(self._file.read(self.bands, window=window)).all(0)
         return found
 

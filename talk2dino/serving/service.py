@@ -302,10 +302,11 @@ class Service:
         A bare name of such a class means it as the service began with it: without the name as a
         word, if only exemplars stand for it.
         """
-        began = self.classes if isinstance(self.classes, Mapping) else {}
+        classes = self.classes if isinstance(self.classes, Mapping) else {}
+        began = {composed(name): given for name, given in classes.items()}
         found: dict[str, tuple[WordOrExemplar, ...]] = {}
         for name, words in named.items():
-            known = began.get(name, ())
+            known = began.get(composed(name), ())
             exemplars = tuple(one for one in known if not isinstance(one, str))
             bare = bool(exemplars) and words == (name,)
             found[name] = known if bare else (*words, *exemplars)

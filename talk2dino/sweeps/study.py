@@ -88,7 +88,11 @@ def _distribution(key: str, choice: Any) -> BaseDistribution:
             f"sweep.space.{key}={dict(choice)}: a range has the numbers low and high, and may have "
             "step or log: true"
         )
-    log = bool(choice.get("log", False))
+    log = choice.get("log", False)
+    if not isinstance(log, bool) or not (step is None or (_is_number(step) and step > 0)):
+        raise ConfigError(
+            f"sweep.space.{key}={dict(choice)}: log is true or false, step a number above 0"
+        )
     try:
         if all(isinstance(number, int) for number in (low, high, step or 0)):
             return IntDistribution(low=low, high=high, log=log, step=step or 1)  # type: ignore[arg-type]
@@ -114,8 +118,7 @@ def as_override(key: str, value: Any) -> str:
         return f"{key}={str(value).lower()}"
     if isinstance(value, str) and ("'" in value or "\\" in value):
         raise ConfigError(f"sweep.space.{key}: {value!r} holds a quote or a backslash")
-    plain = str(value).replace("_", "").replace(".", "").replace("/", "").isalnum()
-    return f"{key}={value}" if plain or not isinstance(value, str) else f"{key}='{value}'"
+    return f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}"
 
 
 class PruneTrial(L.Callback):

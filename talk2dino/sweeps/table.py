@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from talk2dino.evaluation.runs import read_sweep
 from talk2dino.evaluation.tables import markdown_table
 from talk2dino.files import read_json, replacing, write_text
 from talk2dino.sweeps.study import PRUNED
+
+_FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 OVERRIDES = ".hydra/overrides.yaml"
 PANELS = 4  # varied keys that get a panel in the picture
@@ -87,7 +90,8 @@ def read_sweep_run(sweep: Path, folder: Path, metric: str) -> SweepRun:
         state = "pruned"
     value = metrics.get("result", {}).get(metric, metrics.get(metric))
     usable = isinstance(value, (int, float)) and math.isfinite(value) and not failed
-    given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8")) or []
+    noted = folder / OVERRIDES  # absent if the job never began
+    given = (yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.is_file() else None) or []
     pairs = [str(line).partition("=") for line in given]
     return SweepRun(
         name=str(folder.relative_to(sweep)),
@@ -178,11 +182,11 @@ def table(runs: Sequence[SweepRun], metric: str) -> tuple[list[str], list[list[A
 
 
 def _short(cell: Any) -> str:
-    """Numbers, also those that stand as text, with four digits; the CSV has all of them."""
-    try:
-        return f"{float(cell):.4g}"
-    except ValueError:
-        return str(cell)
+    """Fractions, also those that stand as text, with four digits; the CSV has all of them."""
+    text = str(cell)
+    if not _FRACTION.fullmatch(text):
+        return text
+    return f"{float(text):.0f}" if 1e4 <= abs(float(text)) < 1e9 else f"{float(text):.4g}"
 
 
 def draw_sweep(path: Path, runs: Sequence[SweepRun], metric: str) -> None:

@@ -155,11 +155,17 @@ class LossCurve(L.Callback):
         """The validation of the weights that are kept; empty without any."""
         if not self.validation:
             return {}
-        if self.best is None or self.best.monitor not in METRICS:
+        if self.best is None:
             return self.validation[-1]
-        choose = max if self.best.mode == "max" else min
-        monitor = str(self.best.monitor)
-        return choose(self.validation, key=lambda row: row[monitor])  # the first, as Lightning
+        if self.best.monitor in METRICS:
+            choose = max if self.best.mode == "max" else min
+            monitor = str(self.best.monitor)
+            return choose(self.validation, key=lambda row: row[monitor])  # the first, as Lightning
+        if not self.best.best_model_path:
+            return self.validation[-1]
+        kept = torch.load(self.best.best_model_path, mmap=True, weights_only=True)
+        before = [row for row in self.validation if row["step"] <= kept["global_step"]]
+        return before[-1] if before else {}
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started

@@ -53,6 +53,8 @@ def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> s
     last = folder / "checkpoints" / "last.ckpt"
     if resume and last.is_file():
         return str(last)
+    if resume:
+        print(f"resume=true: {last} is not there, so training begins")
     if ckpt_path is None:
         return None
     if not user_path(ckpt_path).is_file():

@@ -87,13 +87,14 @@ class VideoFigures:
         frames: how many.
         size: rows and columns.
         shares: of each class, 0..1, mean over the frames.
-        flicker: share of pixels whose label is another one than in the frame before, mean.
+        flicker: share of pixels whose label is another one than in the frame before, mean; None
+            where no two frames were compared.
     """
 
     frames: int
     size: tuple[int, int]
     shares: dict[str, float]
-    flicker: float
+    flicker: float | None
 
 
 def segment_video(
@@ -123,7 +124,7 @@ def segment_video(
     import av
 
     totals: dict[str, float] = {}
-    count, changed = 0, 0.0
+    count, changed, pairs = 0, 0.0, 0
     last: Tensor | None = None
     with ExitStack() as stack:
         opened = stack.enter_context(open_video(source))
@@ -144,6 +145,7 @@ def segment_video(
                 totals[name] = totals.get(name, 0.0) + share
             if last is not None and last.shape == result.labels.shape:
                 changed += float((last != result.labels).double().mean())
+                pairs += 1
             last = result.labels
             overlay = result.overlay(legend=False)
             if count == 0:
@@ -166,7 +168,7 @@ def segment_video(
         frames.say(f"video={source}", count)
     shares = {name: total / count for name, total in totals.items()}
     size = (int(last.shape[0]), int(last.shape[1]))
-    return VideoFigures(count, size, shares, changed / max(count - 1, 1))
+    return VideoFigures(count, size, shares, changed / pairs if pairs else None)
 
 
 def open_video(source: Path) -> Any:
@@ -183,6 +185,9 @@ def open_video(source: Path) -> Any:
         opened = av.open(str(source))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"video={source}: not a video that can be read ({error})") from error
+    if opened.format.name.endswith("_pipe") or opened.format.name == "image2":
+        opened.close()
+        raise DataError(f"video={source}: is a picture; python -m talk2dino.segment takes it")
     if not opened.streams.video or opened.format.name == "tty":  # which draws any text
         opened.close()
         raise DataError(f"video={source}: holds no video")

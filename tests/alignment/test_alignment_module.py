@@ -388,9 +388,12 @@ def test_a_seed_gives_the_same_weights_twice(store: Path, two_epochs: Path, tmp_
     assert not same(first, trained(store, tmp_path / "other", "seed=1"))
 
 
-def test_a_stopped_run_goes_on_in_its_folder(store: Path, two_epochs: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_in_its_folder(
+    store: Path, two_epochs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """`resume=true`: nothing to resume from at first; then the curve is whole, no log is lost."""
     trained(store, tmp_path, "resume=true", "trainer.max_epochs=1")
+    assert "last.ckpt is not there, so training begins" in capfd.readouterr().out
     weights = trained(store, tmp_path, "resume=true", "checkpoint.every_n_steps=3")
     assert same(load_projection(two_epochs / "projection.safetensors").state_dict(), weights)
     whole, parts = (
@@ -426,6 +429,16 @@ def test_the_best_is_kept_and_training_stops_early(store: Path, tmp_path: Path) 
     assert not same(load_projection(folder / "last.ckpt").state_dict(), weights)
     table = (tmp_path / "retrieval.md").read_text()
     assert f"{max(ranks):.2f}" in table
+
+
+def test_figures_of_the_lowest_loss_are_of_its_step(store: Path, tmp_path: Path) -> None:
+    """The highest loss is that of the first epoch; the last validation is of other weights."""
+    monitored = ("checkpoint.monitor=train/loss", "checkpoint.mode=max")
+    trained(store, tmp_path, *monitored, "trainer.max_epochs=3")
+    kept = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["result"]["step"] == kept["global_step"] < metrics["steps"]
+    assert metrics["result"] == metrics["validation"][0]
 
 
 class Weight(L.LightningModule):

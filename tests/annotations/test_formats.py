@@ -18,6 +18,7 @@ from scipy import ndimage
 from talk2dino.annotations.base import AnnotatedPicture, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.annotations.labelstudio import brush
+from talk2dino.errors import ConfigError
 from talk2dino.inference.segmented import SegmentedImage
 
 HEIGHT, WIDTH = 150, 200
@@ -70,6 +71,20 @@ def united(masks: Iterator[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     for name, mask in masks:
         found[name] = found.get(name, np.zeros((HEIGHT, WIDTH), bool)) | mask.astype(bool)
     return found
+
+
+@pytest.mark.parametrize("name", ["", "/photos/cat.jpg", "../cat.jpg", "a/../../cat.jpg"])
+def test_a_picture_lies_below_its_data_set(
+    segmented: SegmentedImage, tmp_path: Path, name: str
+) -> None:
+    """The label file of another name would land beside the user's own picture."""
+    name = name.replace("/photos", str(tmp_path))
+    for formats in (["yolo"], ["coco"]):
+        with pytest.raises(ConfigError, match=r"^file_name=.*give '(cat\.jpg|image\.png)'$"):
+            segmented.save_annotations(tmp_path / "out", formats, name)
+    with pytest.raises(ConfigError, match="file_name="):
+        segmented.to_yolo(name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_coco_masks(segmented: SegmentedImage, tmp_path: Path) -> None:

@@ -116,6 +116,14 @@ def test_offsets_stay_with_their_rows() -> None:
     assert split_offsets(rows, 4) == (rows, None)
 
 
+def test_accents_written_in_two_ways_are_one_class(model: Talk2DINO) -> None:
+    fitted = replace(calibration_of(model), class_offsets={"fene\u0302tre": 0.25})
+    rows = torch.randn(2, fitted.tokens.shape[1])
+    _, offsets = fitted.apply(rows)
+    got = fitted.score_rows(rows, ["fen\u00eatre", None])[:, -1]
+    torch.testing.assert_close(got - offsets, torch.tensor([0.25, 0.0]))
+
+
 def test_offset_of_a_class_counts_for_its_synonyms_only(model: Talk2DINO) -> None:
     calibration = calibration_of(model)
     own = with_calibration(model, replace(calibration, class_offsets={"dog": 0.25, "moon": 9.0}))

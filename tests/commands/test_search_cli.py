@@ -129,6 +129,19 @@ def test_recall_of_the_captions(
     assert "Captions that find their picture" in (tmp_path / "out" / "found.html").read_text()
 
 
+def test_recall_is_refused_for_other_weights(
+    store: Path, psi: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vision = FeatureStore(store).vision
+    assert vision is not None
+    fields = {"patch_tokens": (16, 64)}
+    other = tiny_store(
+        tmp_path / "other", fields, text_dim=64, vision=vars(vision) | {"weights_sha256": "1"}
+    )
+    line = fails(capfd, "search", f"store={other}", f"checkpoint={psi}", "recall=true")
+    assert "with the same weights; extract with that" in line
+
+
 def test_pooled_stores_are_said_to_be_without_places(
     photos: Path, psi: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.pictures import picture_suffixes, to_pixels
 from talk2dino.errors import ConfigError, DataError, ResultWarning
-from talk2dino.inference.result_files import Job, plan
+from talk2dino.inference.result_files import Job, plan, refuse_heatmap_collisions
 from tests.helpers.pipeline import fails, run
 
 
@@ -184,6 +184,22 @@ def test_plan(pictures: Path, tmp_path: Path) -> None:
         plan(str(pictures), tmp_path / "out")
 
 
+def test_the_folder_one_is_in_is_an_output(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan(str(pictures / "b.jpg"), Path()) == [Job(pictures / "b.jpg", Path("b.png"))]
+
+
+def test_heat_maps_take_no_name_of_another_picture(tmp_path: Path) -> None:
+    for name in ("cat.jpg", "cat_heat_dog.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    jobs = plan(str(tmp_path), tmp_path / "out")
+    refuse_heatmap_collisions(jobs, ["sofa"], "photos")
+    with pytest.raises(DataError, match=r"heat map of cat\.jpg and belongs to cat_heat_dog\.jpg"):
+        refuse_heatmap_collisions(jobs, ["sofa", "dog"], "photos")
+
+
 def test_heat_maps_have_names_of_their_own(tmp_path: Path) -> None:
     maps = Job(tmp_path / "a.jpg", tmp_path / "a.png").heatmaps(["dark cat", "dark/cat", "sofa"])
     assert [path.name for path in maps.values()] == [
@@ -278,8 +294,15 @@ def test_nothing_of_the_user_is_overwritten(
 
 
 def test_resuming_notices_other_weights_and_missing_files(
-    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
     checkpoint = tmp_path / "psi.safetensors"
     checkpoint.write_bytes((trained_run / "projection.safetensors").read_bytes())
     given = [*options(trained_run, tmp_path), f"image={pictures / 'a.png'}", "pamr=false"]
@@ -296,6 +319,14 @@ def test_resuming_notices_other_weights_and_missing_files(
     assert was_done("heatmaps=true")
     (tmp_path / "out_heat_cat.png").unlink()
     assert not was_done("heatmaps=true")
+    assert not was_done("short_side=64")
+    assert not was_done("short_side=64", "heatmaps=true")  # those that lie there are of before
+    assert was_done("short_side=64", "heatmaps=true")
+    with monkeypatch.context() as patched:  # killed after the pictures: nothing says it is done
+        patched.setattr("talk2dino.inference.result_files.figures", broken)
+        with pytest.raises(KeyboardInterrupt):
+            was_done("short_side=32")
+    assert not was_done("short_side=64")
     (tmp_path / "out_labels.png").unlink()
     assert not was_done()
     names = tmp_path / "names.txt"

@@ -43,7 +43,7 @@ from tests.helpers.evaluations import (
     settings,
     write_benchmark,
 )
-from tests.helpers.pipeline import run
+from tests.helpers.pipeline import fails, run
 
 BENCHMARKS = Path(__file__).parents[2] / "conf" / "benchmark"
 
@@ -329,6 +329,19 @@ def test_a_sweep_ends_with_one_table(
 
     run("compare", tmp_path / "sweep", tmp_path / "sweep" / "0", "--output", tmp_path / "both")
     assert "12.5" in (tmp_path / "both" / "summary.csv").read_text()
+
+
+def test_where_a_comparison_goes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves `~` alone after `=`; what cannot be a folder is one line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    source = small_run(tmp_path / "run", write_benchmark(tmp_path / "data", 3))
+    run("compare", source, "--output=~/reports")
+    assert (tmp_path / "reports" / "report.html").is_file() and not Path("~").exists()
+    assert "file" in fails(capfd, "compare", source, "--output=file")
 
 
 def test_a_summary_replaces_only_a_summary(tmp_path: Path) -> None:

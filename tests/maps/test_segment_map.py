@@ -359,6 +359,37 @@ def test_a_coarser_grid_holds_means(tmp_path: Path) -> None:
         assert image.pixel_area == 0.25
 
 
+def test_bands_of_several_types_are_refused(tmp_path: Path) -> None:
+    """The type is that of the bands that are read, not that of the file's first one."""
+    one = write(tmp_path / "one.tif", noise(SIDE, SIDE)[:1])
+    two = write(tmp_path / "two.tif", (noise(SIDE, SIDE)[:1] * np.uint16(250)))
+    bands = "".join(
+        f"""<VRTRasterBand dataType="{kind}" band="{number}"><SimpleSource>
+        <SourceFilename>{source}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>
+        </VRTRasterBand>"""
+        for number, (kind, source) in enumerate(
+            [("Byte", one), ("UInt16", two), ("UInt16", two)], start=1
+        )
+    )
+    mixed = tmp_path / "mixed.vrt"
+    mixed.write_text(
+        f"""<VRTDataset rasterXSize="{SIDE}" rasterYSize="{SIDE}"><SRS>{UTM}</SRS>
+        <GeoTransform>{EAST}, 0.5, 0, {NORTH}, 0, -0.5</GeoTransform>{bands}</VRTDataset>"""
+    )
+    with pytest.raises(DataError, match=r"types uint16, uint8; bring them to one"):
+        MapImage(mixed, bands=[1, 2, 3])
+    with MapImage(mixed, bands=[2]) as image, MapImage(two) as alone:
+        where = [range(a, a + n) for a, n in zip(image.first, image.shape, strict=True)]
+        assert np.array_equal(image.read(*where)[0], alone.read(*where)[0])
+        assert len(np.unique(image.read(*where)[0])) > 40
+
+
+def test_the_ground_is_measured_where_meters_are_its_own(tmp_path: Path) -> None:
+    for crs, area in ((UTM, 0.25), ("EPSG:3857", None), ("EPSG:2263", 0.25 * 0.3048006096**2)):
+        with MapImage(write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs)) as image:
+            assert image.pixel_area == (area and pytest.approx(area))
+
+
 def test_without_georeference(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
     source = write(tmp_path / "map.tif", noise(60, 70), crs=None, transform=Affine.identity())
     segment(vocabulary, source, tmp_path / "out.tif", scale=2, polygons=True)

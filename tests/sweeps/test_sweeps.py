@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from talk2dino.errors import ConfigError
 from talk2dino.sweeps.study import as_override, distributions
 from talk2dino.sweeps.table import (
     SweepRun,
+    _short,
     draw_sweep,
     ordered,
+    read_sweep_run,
     read_sweep_runs,
     table,
     varied,
@@ -200,6 +203,18 @@ def test_a_wrong_search_is_one_line(
     assert named in line
 
 
+def test_a_value_on_the_command_line_is_not_searched(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`sweep.space` holds the learning rate: what was typed wins, and that is said."""
+    need("optuna")
+    given = ("trainer.max_epochs=1", "optimizer.lr=3e-3", "seed=1,2")
+    assert search(store, tmp_path, 1, *given) == 0
+    assert "optimizer.lr: has a value on the command line" in capfd.readouterr().out
+    (found,) = read_sweep_runs(tmp_path, METRIC)
+    assert found.overrides["optimizer.lr"] == "3e-3" and found.overrides["seed"] in "12"
+
+
 def test_the_search_space() -> None:
     need("optuna")
     found = distributions(
@@ -215,13 +230,53 @@ def test_the_search_space() -> None:
     assert shown["b"].startswith("IntDistribution(high=4, log=False, low=1")
     assert shown["c"].startswith("FloatDistribution(high=1.0, log=True, low=1e-05")
     assert "step=0.25" in shown["d"]
-    for wrong in ({"low": 0, "high": "b"}, {"low": 0.0, "high": 1.0, "log": True}, [], "text"):
+    one = {"low": 1, "high": 9}
+    odd = [one | {"log": "no"}, one | {"log": 0}, one | {"step": 0}, one | {"step": "1"}]
+    for wrong in (
+        *({"low": 0, "high": "b"}, {"low": 0.0, "high": 1.0, "log": True}, [], "text"),
+        *odd,
+    ):
         with pytest.raises(ConfigError, match=r"sweep\.space\.k"):
             distributions({"k": wrong})
     assert as_override("k", None) == "k=null"
     assert as_override("k", True) == "k=true"
     assert as_override("k", 1e-05) == "k=1e-05"
-    assert as_override("k", "a b") == "k='a b'"
+    for text in ("a b", "2024_05_06", "null", "1e3", "é"):
+        assert as_override("k", text) == f"k='{text}'"
+
+
+def test_numbers_of_the_table_are_told_apart() -> None:
+    whole = ["100001", "100002", "12345", "2024_01", "-7", "1e", "cat", "nan", "None"]
+    assert [_short(cell) for cell in (*whole, 12345)] == [*whole, "12345"]
+    fractions = {"0.123456": "0.1235", "1e-05": "1e-05", 12345.6: "12346", ".5": "0.5", 3.0: "3"}
+    assert [_short(cell) for cell in fractions] == list(fractions.values())
+
+
+def test_a_job_that_never_began_has_no_figure(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    found = read_sweep_run(tmp_path, tmp_path / "0", METRIC)
+    assert (found.state, found.value, found.overrides) == ("unfinished", None, {})
+
+
+def test_processes_that_would_do_the_same_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from talk2dino.config import command
+
+    monkeypatch.setattr(command.HydraConfig, "get", lambda: SimpleNamespace(mode=None))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = {"strategy": "auto", "devices": 1, "num_nodes": 1}
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for fine in ({"strategy": "ddp"}, {"devices": 2}):
+            command.check_processes(OmegaConf.create({"trainer": alone | fine}))
+        with pytest.raises(SystemExit) as stopped:
+            command.check_processes(OmegaConf.create({"trainer": alone}))
+        assert stopped.value.code == 2
+        assert ("2 processes would each" in capfd.readouterr().err) == said
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    command.check_processes(OmegaConf.create({"trainer": alone}))
 
 
 def test_command_line_syntax_of_a_space() -> None:

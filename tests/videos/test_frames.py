@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.vocabulary import EncodedPicture
@@ -152,10 +153,19 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert other.read_bytes() == before
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(source.read_bytes()[:200])
-    wrong = {"none.mp4": "no such file", "broken.mp4": "not a video", "psi.safetensors": "not a"}
+    Image.fromarray(scene(1)[0]).save(tmp_path / "cat.jpg")
+    wrong = {
+        "none.mp4": "no such file",
+        "cat.jpg": "is a picture",
+        "broken.mp4": "not a video",
+        "psi.safetensors": "not a",
+    }
     for name, said in wrong.items():
         asked = (given[0], f"video={tmp_path / name}", *given[2:], f"output={tmp_path / 'x.mp4'}")
         assert said in fails(capfd, "video", *asked)
+    run("video", given[0], f"video={other}", *given[2:], f"output={target}")
+    assert capfd.readouterr().out.endswith("out.mp4: 1 frames\n")
+    assert json.loads(target.with_suffix(".json").read_text())["flicker"] is None
     assert "must end in .mp4" in fails(capfd, "video", *given, "output=x.avi")
 
 
