@@ -167,9 +167,14 @@ def save_projection(
 
 def is_projection(path: Path) -> bool:
     """Whether a file is one that `save_projection` wrote as `.safetensors`."""
+    return has_entry(path, _KEY)
+
+
+def has_entry(path: Path, key: str) -> bool:
+    """Whether the metadata of a safetensors file have a key; False for any other file."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return _KEY in (opened.metadata() or {})
+            return key in (opened.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

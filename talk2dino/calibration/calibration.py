@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from talk2dino.alignment.checkpoint import identify_projection
+from talk2dino.alignment.checkpoint import has_entry, identify_projection
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.background_threshold import Background, choose_background
 from talk2dino.calibration.rules import Reference, Rule, build_rule, describe_rule
@@ -299,11 +299,7 @@ def check_writable(path: str | Path) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return KEY in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return has_entry(path, KEY)
 
 
 def beside(location: str | Path) -> Path | None:

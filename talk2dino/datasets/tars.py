@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from talk2dino.errors import DataError
 from talk2dino.files import user_path
 
 _BLOCK = 512
-_MAX_OPEN = 32
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -90,45 +87,14 @@ def _check_end(path: Path, end: int, size: int) -> None:
         )
 
 
-class TarReader:
-    """Reads members at their offsets; files open when first needed, separately in every process.
-
-    Args:
-        paths: the tars; `read` names them by position.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()  # position -> file descriptor
-        self._pid = os.getpid()
-
-    def read(self, position: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes of tar `position` from `offset`; OSError if they are not there."""
-        data = os.pread(self._descriptor(position), size, offset)
-        if len(data) < size:
-            raise OSError(f"{self.paths[position]}: ends before byte {offset + size}")
-        return data
-
-    def close(self) -> None:
-        """Close all files; they open again when needed."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def _descriptor(self, position: int) -> int:
-        if self._pid != os.getpid():  # the parent's descriptors are the parent's to close
-            self._open, self._pid = OrderedDict(), os.getpid()
-        if position not in self._open:
-            if len(self._open) >= _MAX_OPEN:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[position] = os.open(self.paths[position], os.O_RDONLY)
-        return self._open[position]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        if self._pid == os.getpid():
-            self.close()
+def read_member(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a tar from `offset`; OSError if they are not there."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise OSError(f"{path}: ends before byte {offset + size}")
+    return data
 
 
 def _without_braces(pattern: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 from talk2dino.datasets.benchmarks.classes import Color
+from talk2dino.datasets.pictures import to_picture
 from talk2dino.evaluation.metrics import ImageScore, extremes
 from talk2dino.files import read_json, replacing, write_json
 from talk2dino.segmentation.overlay import (
@@ -66,14 +67,14 @@ class ImageFiles:
                 colors = self.palette or legend_colors(self.names)
                 save_label_map(labels, path, colors, len(self.names))
             elif kind == "overlays":
-                save_picture(overlay(pixels(sample), labels, self.names), path)
+                save_picture(overlay(to_picture(sample.image.cpu()), labels, self.names), path)
             else:
                 save_picture(panel(sample, labels, self.names, self.ignore_index), path)
 
 
 def panel(sample: Sample, labels: Tensor, names: Sequence[str], ignore_index: int) -> Image.Image:
     """The image, the truth and the prediction side by side, with legends."""
-    picture = pixels(sample)
+    picture = to_picture(sample.image.cpu())
     truth = sample.target.masked_fill(sample.target == ignore_index, ignored_label(len(names)))
     return side_by_side([picture, *(overlay(picture, m, names) for m in (truth, labels))], gap=8)
 
@@ -87,11 +88,6 @@ def side_by_side(parts: Sequence[Image.Image], gap: int) -> Image.Image:
         sheet.paste(part, (left, 0))
         left += part.width + gap
     return sheet
-
-
-def pixels(sample: Sample) -> Image.Image:
-    """The picture of a sample."""
-    return Image.fromarray(sample.image.cpu().permute(1, 2, 0).contiguous().numpy())
 
 
 FILE = "examples.json"
@@ -148,7 +144,7 @@ def write_examples(
         truth = sample.target.cpu()
         truth = truth.masked_fill(truth == benchmark.ignore_index, ignored_label(len(names)))
         file = f"examples/{number:02d}-{kind}.jpg"
-        _save(_strip(pixels(sample), truth, labels, names), folder / file)
+        _save(_strip(to_picture(sample.image.cpu()), truth, labels, names), folder / file)
         classes = _areas(truth, labels, names)
         examples.append(
             Example("best" if kind == "best" else "worst", score.name, score.iou, file, classes)

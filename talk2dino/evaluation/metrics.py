@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassJaccardIndex
 
 
-def mean_iou_metric(
-    num_classes: int, ignore_index: int = 255, average: Literal["macro", "none"] = "macro"
-) -> MulticlassJaccardIndex:
+def mean_iou_metric(num_classes: int, ignore_index: int = 255) -> MulticlassJaccardIndex:
     """The metric of every benchmark; its `confmat` `[K, K]` (target, prediction) adds over ranks.
 
     Arguments are not validated by torchmetrics (it costs six times the counting); pass targets
@@ -31,7 +29,6 @@ def mean_iou_metric(
     Args:
         num_classes: K, with the background if it is a class.
         ignore_index: target value whose pixels do not count.
-        average: `macro` for the mean over classes, `none` for all of them (0 where undefined).
 
     Examples:
         >>> import torch
@@ -44,9 +41,7 @@ def mean_iou_metric(
     """
     from torchmetrics.classification import MulticlassJaccardIndex  # reports need no torchmetrics
 
-    return MulticlassJaccardIndex(
-        num_classes, average=average, ignore_index=ignore_index, validate_args=False
-    )
+    return MulticlassJaccardIndex(num_classes, ignore_index=ignore_index, validate_args=False)
 
 
 STRIP = 1 << 23  # pixels counted at once: torchmetrics copies them several times

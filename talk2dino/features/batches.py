@@ -207,8 +207,8 @@ class StoreLoader:
     def _read_by_workers(self) -> Iterator[Batch]:
         if self._workers is None:
             self._workers = DataLoader(
-                _Rows(self.data, self.rows),
-                sampler=_Announcing(self.data, self.sampler),
+                self.data,
+                sampler=_Announcing(self.data, self.rows, self.sampler),
                 batch_size=None,  # the sampler gives whole batches
                 num_workers=self.num_workers,
                 prefetch_factor=max(1, self.prefetch),
@@ -220,13 +220,13 @@ class StoreLoader:
 
     def _read_here(self) -> Iterator[Batch]:
         if not self.prefetch:
-            yield from map(self._read, _Announcing(self.data, self.sampler))
+            yield from map(self._read, _Announcing(self.data, self.rows, self.sampler))
             return
         pending: deque[Future[Batch]] = deque()
         thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
-            for positions in _Announcing(self.data, self.sampler):
-                pending.append(thread.submit(self._read, positions))
+            for rows in _Announcing(self.data, self.rows, self.sampler):
+                pending.append(thread.submit(self._read, rows))
                 if len(pending) > self.prefetch:
                     yield pending.popleft().result()
             while pending:
@@ -234,37 +234,29 @@ class StoreLoader:
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, positions: NDArray[np.int64]) -> Batch:
-        batch = self.data[self.rows[positions]]
+    def _read(self, rows: NDArray[np.int64]) -> Batch:
+        batch = self.data[rows]
         if not self.pin_memory:
             return batch
         return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 class _Announcing:
-    """A sampler that asks for read-ahead of the images of the next batches."""
+    """Caption rows of the batches of a sampler; asks for read-ahead of the images of the next."""
 
-    def __init__(self, data: CaptionBatches, sampler: EpochBatchSampler) -> None:
-        self.data, self.sampler = data, sampler
+    def __init__(
+        self, data: CaptionBatches, rows: NDArray[np.int64], sampler: EpochBatchSampler
+    ) -> None:
+        self.data, self.rows, self.sampler = data, rows, sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for position, rows in enumerate(self.sampler, self.sampler.start):
+        for position, chosen in enumerate(self.sampler, self.sampler.start):
             for images in _runs(self.sampler.ahead(position)):
                 self.data.will_need(*images)
-            yield rows
-
-
-class _Rows(Dataset[Batch]):
-    """Some of the captions of a store, counted from zero."""
-
-    def __init__(self, data: CaptionBatches, rows: NDArray[np.int64]) -> None:
-        self.data, self.rows = data, rows
-
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        return self.data[self.rows[positions]]
+            yield self.rows[chosen]
 
 
 def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:

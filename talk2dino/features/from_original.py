@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talk2dino.datasets.captions import Entry
-from talk2dino.datasets.tars import Member, TarReader, tar_members
+from talk2dino.datasets.tars import Member, read_member, tar_members
 from talk2dino.encoders.weights import first_line
 from talk2dino.errors import ConfigError, DataError, StoreError
 from talk2dino.features.store.schema import (
@@ -339,7 +339,6 @@ class FeatureTars:
 
     def __init__(self, tars: Sequence[Path]) -> None:
         self.tars = tars
-        self._reader = TarReader(tars)
         self._members: list[tuple[int, Member]] = [
             (tar, member)
             for tar, path in enumerate(tars)
@@ -358,7 +357,7 @@ class FeatureTars:
         tar, member = self._members[index]
         where = f"{self.tars[tar]}: {member.name}"
         try:
-            data = self._reader.read(tar, member.offset, member.size)
+            data = read_member(self.tars[tar], member.offset, member.size)
         except OSError as error:
             raise DataError(f"{where}: cannot be read ({error})") from error
         row = load_tensors(io.BytesIO(data), where)

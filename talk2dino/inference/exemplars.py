@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from talk2dino.datasets.benchmarks.classes import check_word, composed
+from talk2dino.datasets.benchmarks.classes import check_word, composed, folded
 from talk2dino.datasets.label_files import header, read_values, turned_alone
 from talk2dino.datasets.pictures import HEIF, ImageLike, is_picture, is_plain, to_pixels, unread
 from talk2dino.errors import DataError, check_number, say
@@ -222,12 +222,8 @@ def _mask_of(picture: Path, masks: Iterable[str]) -> str | None:
     """The name of a picture's mask: its own, or the only one but for upper case and accents."""
     if picture.stem in masks:
         return picture.stem
-    same = [name for name in masks if _folded(name) == _folded(picture.stem)]
+    same = [name for name in masks if folded(name) == folded(picture.stem)]
     return same[0] if len(same) == 1 else None
-
-
-def _folded(name: str) -> str:
-    return composed(name).casefold()
 
 
 def say_confused(classes: Mapping[str, Sequence[Any]]) -> None:
@@ -240,7 +236,7 @@ def say_confused(classes: Mapping[str, Sequence[Any]]) -> None:
         if any(isinstance(entry, Exemplar) for entry in entries):
             for other, words in classes.items():
                 said = (other, *(word for word in words if isinstance(word, str)))
-                near = next((word for word in said if _folded(word) == _folded(name)), None)
+                near = next((word for word in said if folded(word) == folded(name)), None)
                 if other != name and near:
                     say(
                         f"classes: {name!r} is shown, and {near!r} stands for another class, "

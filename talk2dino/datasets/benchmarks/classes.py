@@ -149,6 +149,11 @@ def composed(word: str) -> str:
     return unicodedata.normalize("NFC", word).strip()
 
 
+def folded(word: str) -> str:
+    """The same for comparing without upper case."""
+    return composed(word).casefold()
+
+
 def check_word(word: object, where: str) -> None:
     """Refuse what is no name or synonym of a class.
 

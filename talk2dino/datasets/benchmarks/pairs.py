@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from talk2dino.datasets.benchmarks.classes import composed
+from talk2dino.datasets.benchmarks.classes import folded
 from talk2dino.datasets.label_files import header, turned_alone
 from talk2dino.datasets.pictures import is_picture, is_there
 from talk2dino.errors import DataError, say
@@ -86,17 +86,13 @@ def _masks(layout: Layout, names: Sequence[str]) -> dict[str, Path]:
         taken, there = set(masks.values()), defaultdict(list)
         for path in layout.masks.rglob("*") if layout.recursive else layout.masks.iterdir():
             if path not in taken and path.is_file():
-                there[_folded(path.relative_to(layout.masks).as_posix())].append(path)
-        wanted = Counter(_folded(name) for name in absent)
+                there[folded(path.relative_to(layout.masks).as_posix())].append(path)
+        wanted = Counter(folded(name) for name in absent)
         for name in absent:
-            found = there[_folded(f"{name}{layout.mask_suffix}")]
-            if len(found) == wanted[_folded(name)] == 1:
+            found = there[folded(f"{name}{layout.mask_suffix}")]
+            if len(found) == wanted[folded(name)] == 1:
                 masks[name] = found[0]
     return masks
-
-
-def _folded(name: str) -> str:
-    return composed(name).casefold()
 
 
 def check_pairs(
@@ -214,9 +210,9 @@ def _check_masks_have_images(layout: Layout, images: dict[str, Path]) -> None:
         for path in files
         if path.name.endswith(ending) and not path.name.startswith(".")
     )
-    folded = set(map(_folded, images))
+    alike = set(map(folded, images))
     others = sorted(
-        name for name in names if not _belongs(name, images) and not _belongs(_folded(name), folded)
+        name for name in names if not _belongs(name, images) and not _belongs(folded(name), alike)
     )
     if others and layout.images != layout.masks:
         raise DataError(

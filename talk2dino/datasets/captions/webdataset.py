@@ -17,7 +17,7 @@ from rich.progress import track
 
 from talk2dino.datasets.captions.base import Entry, Source, caption_text, check_limit
 from talk2dino.datasets.pictures import read_picture
-from talk2dino.datasets.tars import Member, TarReader, expand_tars, tar_members
+from talk2dino.datasets.tars import Member, expand_tars, read_member, tar_members
 from talk2dino.encoders.hub import cache_dir
 from talk2dino.errors import DataError, StoreError
 from talk2dino.files import replacing
@@ -196,7 +196,6 @@ class WebDataset(Source):
         self.json_key = json_key
         self._tables = self._read_tables(check_limit(limit))  # one per tar
         self.tars = self.tars[: len(self._tables)]
-        self._reader = TarReader(self.tars)
         self._starts = _starts([len(table) for table in self._tables])
         self._first_captions = _starts([int(t["captions"].sum()) for t in self._tables])
         if not any(((t["captions"] > 0) & (t["image_offset"] >= 0)).any() for t in self._tables):
@@ -262,7 +261,8 @@ class WebDataset(Source):
                 self._captions(tar, sample)
             except ValueError as error:
                 raise OSError(f"the sample has no caption: {error}") from error
-        data = self._reader.read(tar, int(sample["image_offset"]), int(sample["image_size"]))
+        where = int(sample["image_offset"]), int(sample["image_size"])
+        data = read_member(self.tars[tar], *where)
         name = f"{self.tars[tar]}: sample {index}"
         return read_picture(BytesIO(data), name)
 
@@ -287,7 +287,8 @@ class WebDataset(Source):
     def _captions(self, tar: int, sample: Any) -> list[str]:
         if sample["text_offset"] == ABSENT:
             raise ValueError(f"it has no {'.json' if self.json_key else '.txt and no .json'}")
-        data = self._reader.read(tar, int(sample["text_offset"]), int(sample["text_size"]))
+        where = int(sample["text_offset"]), int(sample["text_size"])
+        data = read_member(self.tars[tar], *where)
         return parse_captions(data, bool(sample["json"]), self.json_key)
 
 

@@ -37,13 +37,9 @@ SMALLEST = np.float32(-115)  # 2 to it over the number of neighbors is still a n
 TAYLOR = tuple(np.float32(log(2) ** n / factorial(n)) for n in range(7, -1, -1))  # of 2 ** r
 
 
-def compiled(function: Callable[..., Any], reorder: bool = False) -> Any:
-    """Compile on first use, without the interpreter's lock, fused multiply-adds allowed.
-
-    With `reorder` sums may be taken in any order: LLVM then adds in the lanes of a vector.
-    """
-    allowed = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
-    options = {"nogil": True, "fastmath": allowed, "error_model": "numpy"}
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile on first use, without the interpreter's lock, fused multiply-adds allowed."""
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache can be written
