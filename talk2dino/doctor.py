@@ -195,8 +195,11 @@ def _folders() -> dict[str, Path]:
         "working folder": Path.cwd(),
         "cache": user_path(os.environ.get("HF_HOME", "~/.cache")),
         "cache of this package": cache_dir(),
-        "temporary": Path(tempfile.gettempdir()),
     }
+    try:
+        wanted["temporary"] = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # none that can be written, which is tried and said
+        wanted["temporary"] = Path(os.environ.get("TMPDIR", "/tmp"))
     return {
         name: next(part for part in (path, *path.absolute().parents) if part.is_dir())
         for name, path in wanted.items()
@@ -249,7 +252,7 @@ def show(found: Diagnosis, console: Console) -> None:
         weights.add_row(f"{one.group}={one.option}", "yes" if one.offline else "no", one.source)
     console.print(weights)
     for name in found.cached:
-        console.print(f"  in the cache: {name}", highlight=False)
+        console.print(f"  in the cache: {name}", highlight=False, markup=False)
     tasks = Table("task", "ready", "to install", title="optional parts")
     for task in found.tasks:
         how = f"pip install 'talk2dino[{task.extra}]'" if task.missing else ""
@@ -257,7 +260,7 @@ def show(found: Diagnosis, console: Console) -> None:
         tasks.add_row(task.name, ready, how.replace("[", r"\["))
     console.print(tasks)
     for folder, free in found.disk.items():
-        console.print(f"  {free:.1f} GB free in the {folder}", highlight=False)
+        console.print(f"  {free:.1f} GB free in the {folder}", highlight=False, markup=False)
     if not found.problems:
         console.print("no problems found", style="green")
     for problem in found.problems:

@@ -96,7 +96,9 @@ def check_output(config: DictConfig, output: Path, single: bool) -> None:
     segmenters = ["segmenter"] * (config.classes is not None)
     segmenters += ["open_vocabulary"] * config.text_tower
     names = [*segmenters, *(f"{name}-int8" for name in segmenters if config.int8), "projection"]
-    files = [output] if single else [output / f"{name}.onnx" for name in names]
+    files = [output / f"{name}.onnx" for name in names]
+    if single:
+        files = [output, *[output.with_name(f"{output.stem}-int8.onnx")] * config.int8]
     files += [output / "text.onnx"] * config.text_tower
     files += [output / "tokenizer.json"] * config.text_tower
 

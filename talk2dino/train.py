@@ -57,7 +57,6 @@ def train(config: DictConfig) -> None:
     checkpoint = checkpoint_to_resume(folder, config.resume, config.ckpt_path)
     if checkpoint is not None:
         refuse_other_settings(checkpoint, deciding_settings(plain, store), module.description())
-        keep_logs(folder)
     trainer: L.Trainer = command.build(
         config.trainer,
         default_root_dir=str(folder),
@@ -67,6 +66,8 @@ def train(config: DictConfig) -> None:
     )
     check_learnable(config, data, trainer.world_size)
     if trainer.is_global_zero:
+        if checkpoint is not None:
+            keep_logs(folder)
         for name in ("metrics.json", PRUNED) if checkpoint is None else ():
             (folder / name).unlink(missing_ok=True)  # of an earlier run in this folder
         with replacing(folder / "config.yaml") as file:
@@ -88,8 +89,14 @@ def fill_widths(config: DictConfig) -> None:
         ConfigError: the config's widths are not those of the store.
     """
     store = FeatureStore(config.store)
-    other = ("id", "file_name", "patch_index", "self_attn_maps")  # not of the vision width
-    visual = next(name for name in store.images.fields if name not in other)
+    # What is not of the vision width.
+    other = ("id", "file_name", "patch_index", "self_attn_maps", "second_last_out")
+    visual = next((name for name in store.images.fields if name not in other), None)
+    if visual is None:
+        raise ConfigError(
+            f"store={config.store}: holds no features of images to compare with texts, only "
+            f"{', '.join(store.images.fields)}; extract again, for instance with features=pooled"
+        )
     found = {"text_dim": text_width(store), "vision_dim": store.images[visual].shape[-1]}
     for key, width in found.items():
         wanted = config.projection.get(key)
@@ -191,6 +198,9 @@ def check_learnable(config: DictConfig, data: FeatureDataModule, world_size: int
     Raises:
         ConfigError: a step of one caption, or captions of one image only.
     """
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if config.trainer.get(key) == 0:
+            raise ConfigError(f"trainer.{key}=0: nothing would be trained; use 1 or more")
     if config.data.batch_size * world_size < 2:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: a caption is told apart from others of its "
@@ -202,10 +212,15 @@ def check_learnable(config: DictConfig, data: FeatureDataModule, world_size: int
     ):
         images = len(np.unique(batches.image_row[rows]))
         if images == 1:
+            count = len(data.store.images)
+            share = f"{3 / count:.2g} (of {count} images) or 0" if count > 5 else "0"
+            where = f"store={config.store}"
+            fix = f"use data.val_fraction={share}, give val_store=DIR,"
+            if config.val_store and what == "validate on":
+                where, fix = f"val_store={config.val_store}", "use val_store=null"
             raise ConfigError(
-                f"store={config.store}: one image with captions to {what}, so there is nothing to "
-                f"tell it apart from; use data.val_fraction={3 / len(data.store.images):.2g} (of "
-                f"{len(data.store.images)} images) or 0, give val_store=DIR, or add images"
+                f"{where}: one image with captions to {what}, so there is nothing to tell it apart "
+                f"from; {fix} or add images"
             )
 
 

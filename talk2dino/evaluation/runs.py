@@ -13,7 +13,10 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import compared
 from talk2dino.files import read_json
 
-_KINDS = {"miou": float, "images": int, "per_class": dict, "config": dict}
+_KINDS = {
+    **{"miou": float, "pixel_accuracy": float, "seconds": float},
+    **{"images": int, "per_class": dict, "config": dict},
+}
 RESULTS, UNTRAINED, FAILED = "results.json", "results_untrained.json", "failed.json"
 
 
@@ -98,7 +101,8 @@ def read_sweep(folder: Path) -> list[Run]:
 
 def _from_file(file: Path) -> Run:
     results = read_json(file, dict, "results of talk2dino.evaluate")
-    absent = [key for key in ("benchmark", "miou", "images", "per_class") if key not in results]
+    needed = ("benchmark", *(key for key in _KINDS if key != "config"))
+    absent = [key for key in needed if key not in results]
     if absent:
         raise DataError(f"{file}: has no {absent[0]}; give results of talk2dino.evaluate")
     for key, kind in _KINDS.items():

@@ -180,12 +180,15 @@ def _same_encoders(train: FeatureStore, val: FeatureStore) -> None:
         one, other = getattr(train, kind), getattr(val, kind)
         if one is None or other is None:
             continue
-        if kind == "vision" and one.spec.get("layers") != other.spec.get("layers"):
-            raise StoreError(
-                f"{val.path}: its vision.layers={other.spec.get('layers')} is not that of "
-                f"{train.path} ({one.spec.get('layers')}); extract both alike"
-            )
-        if one.weights_sha256 == other.weights_sha256:
+        for key in ("layers",) if kind == "vision" else ("pooling", "max_length"):
+            known = kind == "vision" or (one.spec and other.spec)
+            if known and one.spec.get(key) != other.spec.get(key):
+                raise StoreError(
+                    f"{val.path}: its {kind}.{key}={other.spec.get(key)} is not that of "
+                    f"{train.path} ({one.spec.get(key)}); extract both alike"
+                )
+        named = one.weights_sha256 and other.weights_sha256  # converted stores do not name them
+        if one.weights_sha256 == other.weights_sha256 if named else one.name == other.name:
             continue
         raise StoreError(
             f"{val.path}: its {kind} encoder {other.name} is not that of {train.path} "

@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -32,6 +33,7 @@ from talk2dino.features.store.writer import (
     open_for_append,
     write_rows,
 )
+from talk2dino.files import file_digest
 
 Row = Mapping[str, Any]  # an image or an annotation of the original's file
 Spec = Mapping[str, Any]
@@ -308,6 +310,10 @@ class FeatureFile:
             grouped[row["image_id"]].append(row)
         images = list(_checked(path, content["images"], ("id", "file_name")))
         known = {row["id"] for row in images}
+        if len(known) < len(images):
+            ids = [row["id"] for row in images]
+            twice = next(one for one in ids if ids.count(one) > 1)
+            raise DataError(f"input={path}: image id {twice} occurs twice; make the ids unique")
         for image_id, rows in grouped.items():
             if image_id not in known:
                 raise DataError(
@@ -323,8 +329,13 @@ class FeatureFile:
         return self._samples[index]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name and size of the file."""
-        return {"file": self.path.name, "bytes": self.path.stat().st_size}
+        """Name and size of the file, and a digest of the checksums that it keeps of its parts."""
+        plain = {"file": self.path.name, "bytes": self.path.stat().st_size}
+        if not zipfile.is_zipfile(self.path):  # of torch before 1.6
+            return {**plain, "content": file_digest(self.path)[:16]}
+        with zipfile.ZipFile(self.path) as file:
+            parts = [(part.filename, part.file_size, part.CRC) for part in file.infolist()]
+        return {**plain, "content": sha256(repr(parts).encode()).hexdigest()[:16]}
 
 
 class FeatureTars:
@@ -367,8 +378,12 @@ class FeatureTars:
         return row | {"id": row["image_id"], "file_name": name}, [row]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names and sizes of the tars."""
-        return {"tars": {path.name: path.stat().st_size for path in self.tars}}
+        """Names and sizes of the tars, and a digest of the headers, which have times."""
+        headers = sha256()
+        for tar, member in self._members:
+            headers.update(read_member(self.tars[tar], member.offset - 512, 512))
+        sizes = {path.name: path.stat().st_size for path in self.tars}
+        return {"tars": sizes, "content": headers.hexdigest()[:16]}
 
 
 def load_tensors(file: Path | BinaryIO, where: str) -> Any:

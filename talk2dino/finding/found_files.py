@@ -172,6 +172,9 @@ def _thumbnail(
     if picture is None:
         empty = Image.new("RGB", (HEIGHT, HEIGHT), (128, 128, 128))
         return _uri(_with_heat(empty, found, (0, 0, HEIGHT, HEIGHT), limits, 1.0))
+    excess = (picture.width - WIDEST * picture.height) // 2
+    if excess > 0:  # as much on both sides: the square that was encoded stays in the middle
+        picture = picture.crop((excess, 0, picture.width - excess, picture.height))
     width = max(1, round(picture.width * HEIGHT / picture.height))
     small = picture.resize((width, HEIGHT))
     if found.grid is None or found.box is None:
@@ -190,10 +193,9 @@ def _thumbnail(
         draw = ImageDraw.Draw(one)
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=(0, 0, 0), width=1)
         draw.rectangle((left - 1, top - 1, right, bottom), outline=(255, 255, 255), width=1)
-    cut = max(0, width - WIDEST * HEIGHT) // 2
-    sheet = Image.new("RGB", (2 * (width - 2 * cut) + 4, HEIGHT), (255, 255, 255))
-    sheet.paste(small.crop((cut, 0, width - cut, HEIGHT)), (0, 0))
-    sheet.paste(heat.crop((cut, 0, width - cut, HEIGHT)), (width - 2 * cut + 4, 0))
+    sheet = Image.new("RGB", (2 * width + 4, HEIGHT), (255, 255, 255))
+    sheet.paste(small, (0, 0))
+    sheet.paste(heat, (width + 4, 0))
     return _uri(sheet)
 
 

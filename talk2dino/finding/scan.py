@@ -79,8 +79,7 @@ class Scan:
             first: row of the first of them, for the error.
         """
         tokens = tokens[:, None] if tokens.ndim == 2 else tokens
-        text, offsets = split_offsets(self.rows, tokens.shape[-1])
-        found, lengths = self._cosines(tokens, text)
+        found, lengths, offsets = self._cosines(tokens)
         if not (finite := lengths.isfinite().all(dim=1)).all():
             wrong = first + int((~finite).nonzero()[0])
             raise StoreError(
@@ -93,18 +92,19 @@ class Scan:
             found = merge_synonyms(found[None], self.row_queries)[0]
         return found
 
-    def _cosines(self, tokens: NDArray[Any], text: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, I, P]` of unit texts, and the lengths of the patches, `[I, P]`."""
+    def _cosines(self, tokens: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`[N, I, P]` of unit texts, lengths of the patches `[I, P]`, and the texts' offsets."""
         side = None if self.projection is None else visual_side(self.projection)
         with warnings.catch_warnings():  # a view of the file is read-only, and is only read here
             warnings.filterwarnings("ignore", message=".*not writable")
             given = torch.from_numpy(tokens).flatten(0, 1)
-        values = given.to(text.device).float()
+        values = given.to(self.rows.device).float()
         values = values if side is None else side(values)
+        text, offsets = split_offsets(self.rows, values.shape[-1])
         lengths = torch.linalg.vector_norm(values, dim=-1)
         cosines = (text @ values.T).div_(lengths.clamp(min=1e-6))
         shape = tokens.shape[:2]
-        return cosines.view(-1, *shape), lengths.view(shape)
+        return cosines.view(-1, *shape), lengths.view(shape), offsets
 
 
 def searched_field(store: FeatureStore) -> str:

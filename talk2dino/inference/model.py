@@ -24,8 +24,9 @@ from talk2dino.encoders.hub import WEIGHTS, upload_folder
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, check_number, say
+from talk2dino.files import user_path
 from talk2dino.inference.class_embeddings import Classes
-from talk2dino.inference.model_card import refuse_foreign_card, write_card
+from talk2dino.inference.model_card import read_results, refuse_foreign_card, write_card
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.text_side import TextSide
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary, say_equal
@@ -153,10 +154,11 @@ class Talk2DINO(TextSide):
             DataError: a results file that is none.
             ConfigError: no folder, or a file of these names there is somebody else's.
         """
-        if not str(folder).strip() or Path(folder).is_file():
+        if not str(folder).strip() or user_path(folder).is_file():
             raise ConfigError(f"folder={str(folder)!r}: is no folder; name one, '.' for this one")
-        path = Path(folder) / WEIGHTS
+        path = user_path(folder) / WEIGHTS
         refuse_foreign_card(path.parent)
+        measured = read_results(self.source, results)
         calibrated = {}
         if self.calibration is not None:
             self.calibration.check(self.vision, self.projection)
@@ -165,7 +167,7 @@ class Talk2DINO(TextSide):
         text = self.text_spec or self.text.describe()["spec"]
         specs = {"vision": self.vision.spec, "text": dict(text)}
         save_projection(self.projection, path, specs)
-        write_card(path.parent, self.projection, specs, self.source, results, calibrated)
+        write_card(path.parent, self.projection, specs, self.source, measured, calibrated)
         return path
 
     def push_to_hub(

@@ -20,7 +20,7 @@ from talk2dino.errors import ConfigError, DataError
 from talk2dino.evaluation.runs import RESULTS, read_config
 from talk2dino.evaluation.settings import settled
 from talk2dino.evaluation.tables import markdown_table, percent
-from talk2dino.files import read_json, write_json, write_text
+from talk2dino.files import read_json, user_path, write_json, write_text
 
 LIBRARY = "talk2dino"
 LICENSE = "other"  # the owner of the weights decides; the card says so
@@ -43,7 +43,7 @@ def write_card(
     projection: Projection,
     encoders: Mapping[str, Mapping[str, Any]],
     source: Path | None = None,
-    results: Sequence[str | Path | Mapping[str, Any]] = (),
+    results: Sequence[Mapping[str, Any]] = (),
     calibration: Mapping[str, Any] = {},
 ) -> None:
     """Write `config.json` and `README.md` into `folder`.
@@ -52,27 +52,22 @@ def write_card(
         folder: exists.
         projection: what is described.
         encoders: specs of `vision` and `text`.
-        source: the checkpoint it came from; `results.json`, `metrics.json` and `config.yaml` of
-            that folder go into the card.
-        results: more results, files or content.
+        source: the checkpoint it came from; `metrics.json` and `config.yaml` of that folder go
+            into the card.
+        results: of `read_results`.
         calibration: what `Calibration.describe` says, or nothing.
-
-    Raises:
-        DataError: a results file that is none.
     """
     spec = describe_projection(projection)
     content = {"library_name": LIBRARY, "talk2dino_version": talk2dino.__version__}
     write_json(folder / "config.json", {**content, "projection": spec, **encoders})
     run = _run_folder(source)
-    beside = [run / RESULTS] if run and (run / RESULTS).is_file() else []
-    measured = [_read_result(item) for item in [*beside, *results]]
     name = f"Talk2DINO projection for {encoders['vision'].get('name') or 'a vision encoder'}"
     text = _template().render(
         name=name,
-        head=_head(name, measured),
+        head=_head(name, results),
         parts=_rows(_parts(spec, encoders, calibration)),
         settings=_rows(_settings(run)),
-        results=[_figures(result) for result in measured],
+        results=[_figures(result) for result in results],
         validation=_rows(_last_validation(run)),
     )
     write_text(folder / "README.md", text)
@@ -190,11 +185,25 @@ def _run_folder(source: Path | None) -> Path | None:
     return source.parent.parent if source.parent.name == "checkpoints" else source.parent
 
 
+def read_results(
+    source: Path | None, given: str | Path | Mapping[str, Any] | Sequence[Any]
+) -> list[Mapping[str, Any]]:
+    """Measured numbers: those that lie beside a checkpoint, and those that are given.
+
+    Raises:
+        DataError: a results file that is none.
+    """
+    run = _run_folder(source)
+    beside = [run / RESULTS] if run and (run / RESULTS).is_file() else []
+    more = [given] if isinstance(given, (str, Path, Mapping)) else given
+    return [_read_result(item) for item in [*beside, *more]]
+
+
 def _read_result(item: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     where, result = "results", item
     if not isinstance(result, Mapping):
         where = f"results={item}"
-        result = read_json(Path(result), dict, "results of talk2dino.evaluate")
+        result = read_json(user_path(result), dict, "results of talk2dino.evaluate")
     if not {"benchmark", "miou"} <= result.keys():
         raise DataError(f"{where}: no results of an evaluation, which name benchmark and miou")
     figures = result["miou"], result.get("pixel_accuracy") or 0.0

@@ -105,9 +105,13 @@ class Job:
         if figures.get("picture", self.picture) != self.picture:
             return False
         old = figures.get("settings")
-        if isinstance(old, dict) and "weights" not in old:  # of version 0.1, which noted less
-            return old == {key: value for key, value in settings.items() if key in old}
-        return bool(old == dict(settings))
+        if not isinstance(old, dict):
+            return False
+        now = dict(settings)
+        if "weights" not in old:  # of version 0.1, which noted less
+            now = {key: value for key, value in now.items() if key in old}
+        ordered = ("words", "classes")  # their order is that of the labels
+        return old == now and all(_keys(old.get(key)) == _keys(now.get(key)) for key in ordered)
 
     def foreign(self, heatmaps: Sequence[str] = ()) -> Path | None:
         """The first file that is in the way and was not written by this program."""
@@ -120,6 +124,10 @@ class Job:
         if is_our_picture(self.labels) and _has_legend(self.overlay, self.labels):
             named.add(self.overlay.name)  # of version 0.1, killed before it wrote the figures
         return next((f for f in there if f.name not in named and not is_our_picture(f)), None)
+
+
+def _keys(value: object) -> list[str]:
+    return list(value) if isinstance(value, Mapping) else []
 
 
 def plan(image: str, output: Path) -> list[Job]:
@@ -159,7 +167,12 @@ def _several(image: str, path: Path, output: Path) -> list[Path]:
         folder = str(path.parent)  # taken literally if it is there: `trip [2020]/*.jpg`
         pattern = f"{escape(folder) if path.parent.is_dir() else folder}/{path.name}"
         files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
-    found = sorted(one for one in files if is_picture(one))
+    results = output.resolve()  # of an earlier run, if the pattern finds them
+    found = sorted(
+        one
+        for one in files
+        if is_picture(one) and not (one.resolve().is_relative_to(results) and is_our_picture(one))
+    )
     if found:
         _say_left_out(image, path, files, output)
         return found

@@ -22,6 +22,7 @@ from talk2dino.annotations.data_sets import check_formats, write_data_sets
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
 from talk2dino.errors import ConfigError, check_number
+from talk2dino.files import user_path
 from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.labels import label_map
 from talk2dino.segmentation.overlay import (
@@ -228,7 +229,7 @@ class SegmentedImage:
         """
         if Path(path).suffix.lower() != ".png":
             raise ConfigError(f"labels={str(path)!r}: they are a PNG; give a name such as seg.png")
-        save_label_map(self.labels, path, classes=len(self.classes))
+        save_label_map(self.labels, user_path(path), classes=len(self.classes))
 
     def annotations(self, options: Options | None = None) -> list[Annotation]:
         """The masks of the classes with their mean scores; the background is no annotation.
@@ -271,7 +272,7 @@ class SegmentedImage:
         check_formats(formats)
         _named(file_name)
         picture, categories = self.annotated(file_name, chosen)
-        return write_data_sets([picture], categories, Path(folder), formats, chosen)
+        return write_data_sets([picture], categories, user_path(folder), formats, chosen)
 
     def annotated(
         self, file_name: str = "image.png", options: Options | None = None

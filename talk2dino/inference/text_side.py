@@ -259,7 +259,7 @@ class TextSide(nn.Module):
             known = None if calibration is None else calibration.reference(psi, self.device)
             return class_row(seen, None if known is None else Spread.of(known.tokens))[None]
 
-        kind = (short_side, calibration and calibration.digest, self.dtype)
+        kind = (self.vision, short_side, calibration and calibration.digest, self.dtype)
         names = tuple(exemplar.digest for exemplar in exemplars)
         return self._cache.get([names], (*kind, *projection_state(psi)), look)[0]
 
@@ -345,7 +345,7 @@ def fitting(key: str, encoder: EncoderT, wanted: int) -> EncoderT:
 
 
 def projection_state(projection: Projection) -> tuple[object, ...]:
-    """Changes when the projection moves to another device or its weights are written to."""
+    """Changes with the projection, when it moves to another device or is written to."""
     parameters = list(projection.parameters())
     versions = (0 if p.is_inference() else p._version for p in parameters)
-    return (parameters[0].device, *versions)
+    return (projection, parameters[0].device, *versions)  # held, so its id is no other's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -126,7 +126,7 @@ def exemplars_of(classes: ClassWords) -> dict[str, tuple[Exemplar, ...]]:
 
 def named_groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
     """Names and what stands for them, in order."""
-    if isinstance(classes, str) or not _is_list(classes):
+    if isinstance(classes, str) or not _is_list(classes) or _is_unordered(classes):
         raise ConfigError(
             f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
             "class embeddings"
@@ -156,8 +156,15 @@ def _is_list(given: object) -> bool:
     return isinstance(given, Iterable) and not isinstance(given, (Iterator, bytes, Tensor))
 
 
+def _is_unordered(given: object) -> bool:
+    """Whether it is a set, which begins with another word in every process."""
+    return isinstance(given, Set) and not isinstance(given, KeysView)
+
+
 def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
     """Words as a tuple; entries of the classes `also` are none, but may stand there."""
+    if isinstance(given, Mapping) or _is_unordered(given):
+        raise ConfigError(f"{key}={given!r:.60}: give a list, whose order counts: ['cat', 'sofa']")
     single = isinstance(given, str) or not _is_list(given)
     words: tuple[Any, ...] = (given,) if single else tuple(given)
     for word in words:

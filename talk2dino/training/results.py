@@ -52,7 +52,7 @@ def refuse_foreign_files(folder: Path, resume: bool) -> None:
         (
             *("config.yaml", "projection.safetensors", "metrics.json", "retrieval.md"),
             *("loss.png", "heads.json", "heads.png", "logs/metrics.csv", "logs/hparams.yaml"),
-            *(() if resume else ("checkpoints/last.ckpt",)),
+            *(() if resume else ("checkpoints/last.ckpt", "checkpoints/best.ckpt")),
         ),
     )
 
@@ -67,6 +67,15 @@ class SaveProjection(L.Callback):
 
     def __init__(self, folder: Path, best: ModelCheckpoint | None = None) -> None:
         self.path, self.best = folder / "projection.safetensors", best
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Refuse weights that are no numbers, before a checkpoint is written (ConfigError)."""
+        assert isinstance(module, AlignmentModule)
+        if not all(bool(one.isfinite().all()) for one in module.projection.parameters()):
+            raise ConfigError(
+                f"train: the weights are not finite after step {trainer.global_step}; use a lower "
+                "optimizer.lr, or trainer.gradient_clip_val=1"
+            )
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ DECIDING = (
     *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
     *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.overfit_batches"),
 )
+VALIDATION = ("val_similarity", "val_store.shards_sha256")
 # Without effect if the first is 0.
 MIXTURE = (
     *("words.mixture", "words.mixture_per_step", "words.mixture_patches"),
@@ -63,8 +65,15 @@ def checkpoint_to_resume(folder: Path, resume: bool, ckpt_path: str | None) -> s
 
 
 def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[str, Any]:
-    """Plain values that decide the weights of a run: those of the config, and what was encoded."""
+    """Plain values that decide the weights of a run: those of the config, and what was encoded.
+
+    Validation decides where the best weights are kept, or training stops early.
+    """
     flat = flatten(config)
+    chooses = flat.get("checkpoint.monitor") or flat.get("early_stopping.patience") is not None
+    validation = {key: value for key, value in flat.items() if key.startswith(VALIDATION[0])}
+    other = config.get("val_store")
+    validation |= {VALIDATION[1]: _digest(FeatureStore(other)) if other else None}
     chosen = {
         key: value
         for key, value in flat.items()
@@ -72,13 +81,16 @@ def deciding_settings(config: Mapping[str, Any], store: FeatureStore) -> dict[st
     }
     if not chosen.get("words.mixture"):  # runs of before have no such keys
         chosen = {key: value for key, value in chosen.items() if key not in MIXTURE}
-    shards = [shard.sha256 for shard in store.manifest.shards]
     encoders = {
         f"store.{kind}": info and (info.weights_sha256 or info.name)
         for kind, info in (("vision", store.vision), ("text", store.text))
     }
-    digest = sha256("".join(shards).encode()).hexdigest()
-    return {**chosen, **encoders, "store.shards_sha256": digest}
+    chosen |= validation if chooses else {}
+    return {**chosen, **encoders, "store.shards_sha256": _digest(store)}
+
+
+def _digest(store: FeatureStore) -> str:
+    return sha256("".join(one.sha256 for one in store.manifest.shards).encode()).hexdigest()
 
 
 def refuse_other_settings(
@@ -101,6 +113,8 @@ def refuse_other_settings(
         old, new = (content["talk2dino"], description) if found is None else (found, settings)
         if found and found.get("ema.decay") is None:  # an average may begin at any time
             new = {**new, "ema.decay": None}
+        if found and VALIDATION[1] not in found:  # of version 0.1, or nothing was chosen by it
+            new = {key: value for key, value in new.items() if not key.startswith(VALIDATION)}
         content["loops"], content["optimizer_states"]
     except Exception as error:  # torch raises whatever the broken bytes lead to
         raise ConfigError(
@@ -122,8 +136,8 @@ def keep_logs(folder: Path) -> None:
     """Rename an earlier run's `metrics.csv`, which the CSV logger would overwrite."""
     old = folder / "logs" / "metrics.csv"
     if old.is_file():
-        number = len(list(old.parent.glob("metrics.*.csv"))) + 1
-        old.rename(old.with_name(f"metrics.{number}.csv"))
+        names = (old.with_name(f"metrics.{number}.csv") for number in count(1))
+        old.rename(next(name for name in names if not name.exists()))
 
 
 class SeedSteps(L.Callback):

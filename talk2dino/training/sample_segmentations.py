@@ -10,6 +10,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from talk2dino.alignment.module import AlignmentModule
+from talk2dino.datasets.benchmarks.classes import folded, typed_classes
+from talk2dino.datasets.label_files import header
 from talk2dino.datasets.pictures import is_picture
 from talk2dino.encoders.build import build_text, build_vision
 from talk2dino.encoders.text import TextEncoder
@@ -58,6 +60,7 @@ class SampleSegmentations(L.Callback):
         key = "sample_segmentations"
         if not classes:
             raise ConfigError(f"{key}.classes: name what to look for: {key}.classes='[cat,sofa]'")
+        typed_classes(classes)
         if every_n_epochs < 1:
             raise ConfigError(f"{key}.every_n_epochs={every_n_epochs}: use 1 or more")
         for kind in (store.vision, store.text):
@@ -109,7 +112,7 @@ def picture_files(images: str | Sequence[str]) -> list[Path]:
     """The named files, or all pictures of a folder.
 
     Raises:
-        DataError: missing, or a folder without pictures.
+        DataError: missing, no picture, two of one name, or a folder without pictures.
     """
     named = [user_path(one) for one in ([images] if isinstance(images, str) else images)]
     files = named
@@ -118,4 +121,13 @@ def picture_files(images: str | Sequence[str]) -> list[Path]:
     missing = next((path for path in files if not path.is_file()), None)
     if missing or not files:
         raise DataError(f"sample_segmentations.images={missing or named[0]}: no such picture")
+    names = [folded(file.stem) for file in files]
+    twice = next((f for f, name in zip(files, names, strict=True) if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"sample_segmentations.images={twice}: another picture has this name, by which the "
+            "drawings are called; rename one"
+        )
+    for file in files:
+        header(file)
     return files

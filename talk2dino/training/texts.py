@@ -36,7 +36,7 @@ def stored_text_encoder(store: FeatureStore, purpose: str) -> TextEncoder:
     if info is None or not info.spec:
         raise ConfigError(f"store={store.path}: does not name its text encoder, {purpose}")
     encoder = build_text(info.spec)
-    if encoder.describe()["weights_sha256"] != info.weights_sha256:
+    if info.weights_sha256 and encoder.describe()["weights_sha256"] != info.weights_sha256:
         raise ConfigError(
             f"store={store.path}: its text encoder {info.name} has other weights now than at "
             "extraction; extract again"

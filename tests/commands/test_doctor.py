@@ -132,6 +132,15 @@ def test_wrong_versions_and_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_without_any_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert "temporary" in doctor._folders()
+
+
 def test_the_doctor_is_not_a_hydra_command() -> None:
     """It must run where half of the packages are broken."""
     tree = ast.parse((PACKAGE / "doctor.py").read_text())

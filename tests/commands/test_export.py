@@ -300,6 +300,11 @@ def test_nothing_of_the_user_is_overwritten(
     (folder / "projection.onnx").write_bytes(b"mine")
     said = fails(capfd, "export", *given)
     assert "projection.onnx: is there and was not written by talk2dino.export" in said
+    (folder / "x-int8.onnx").write_bytes(b"mine")
+    single = (f"output={folder / 'x.onnx'}", "classes=[cat,sofa]", "int8=true")
+    assert "x-int8.onnx: is there" in fails(capfd, "export", *given, *single)
+    assert (folder / "x-int8.onnx").read_bytes() == b"mine"
+    (folder / "x-int8.onnx").unlink()
     (folder / "tokenizer.json").write_bytes(b"mine")
     (folder / "projection.onnx").unlink()
     assert "tokenizer.json: is there" in fails(capfd, "export", *given, "text_tower=true")

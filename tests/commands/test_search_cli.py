@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from talk2dino import Talk2DINO
 from talk2dino.datasets.captions.base import crop_square, from_square
 from talk2dino.features import FeatureStore
+from talk2dino.finding.found_files import HEIGHT, WIDEST, _thumbnail
+from talk2dino.finding.scan import Found
 from talk2dino.inference.model import Talk2DINO as Model
 from tests.helpers.pipeline import fails, run
 from tests.helpers.stores import extract, tiny_store
@@ -115,6 +118,15 @@ def test_pictures_that_are_not_there_are_listed(
     page = (tmp_path / "out" / "found.html").read_text()
     assert "3 pictures could not be read" in page
     assert page.count("base64,") == 6  # of those the map of scores alone
+
+
+@pytest.mark.parametrize("grid", [None, torch.ones(4, 4)])
+def test_thumbnails_of_strips_are_small(grid: torch.Tensor | None) -> None:
+    found = Found("cat", 1, 0.5, 0, 0, "a.png", grid, SIDE)
+    uri = _thumbnail(found, Image.new("RGB", (5000, 1)), (0.0, 1.0))
+    assert uri is not None
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as made:
+        assert made.height == HEIGHT and made.width <= 2 * (WIDEST + 1) * HEIGHT + 4
 
 
 def test_recall_of_the_captions(

@@ -184,6 +184,17 @@ def test_plan(pictures: Path, tmp_path: Path) -> None:
         plan(str(pictures), tmp_path / "out")
 
 
+def test_results_below_a_pattern_are_no_pictures(
+    trained_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*options(trained_run, tmp_path), f"image={pictures}/**/*", "pamr=false"]
+    given += [f"output={pictures / 'seg'}", "resume=true"]
+    run("segment", *given)
+    capsys.readouterr()
+    run("segment", *given)
+    assert "3 of 3 pictures were done before" in capsys.readouterr().out
+
+
 def test_the_folder_one_is_in_is_an_output(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +341,7 @@ def test_resuming_notices_other_weights_and_missing_files(
     (tmp_path / "out_labels.png").unlink()
     assert not was_done()
     names = tmp_path / "names.txt"
-    for content in ("cat\ngrass", "cat\nbrick wall"):
+    for content in ("cat\ngrass", "cat\nbrick wall", "brick wall\ncat"):
         names.write_text(content)
         assert not was_done(f"classes={names}")
         assert was_done(f"classes={names}")

@@ -182,6 +182,10 @@ def test_karpathy_splits(tmp_path: Path, folder: Path) -> None:
         CocoCaptions(path, str(folder), split="dev")
     with pytest.raises(ConfigError, match=r"source\.split=train: .* has no splits"):
         CocoCaptions(write(tmp_path, coco()), str(folder), split="train")
+    for key, value in (("cocoid", 0), ("sentences", rows[0]["sentences"])):
+        twice = [rows[0], {**rows[1], key: value}]
+        with pytest.raises(DataError, match=r"images\[1\]: (imgid|sentid) 0 is also that of a row"):
+            CocoCaptions(write(tmp_path, {"images": twice}), str(folder))
     del rows[1]["sentences"][0]["raw"]
     with pytest.raises(DataError, match=r"images\[1\] needs filename, imgid and sentences"):
         CocoCaptions(write(tmp_path, {"images": rows}), str(folder))
@@ -278,6 +282,18 @@ def test_folder_with_csv(folder: Path) -> None:
     assert CaptionFolder(str(folder)).fingerprint()["content"] != content
 
 
+def test_pictures_that_a_table_does_not_name_are_left_out(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    for name in ("sub/one.png", "sub/two.png"):
+        picture(folder / name)
+    (folder / "captions.csv").write_text("file_name,caption\n./a.png,a dog\nsub/one.png,a cat\n")
+    source = CaptionFolder(str(folder))
+    assert [source.entry(n).file_name for n in range(len(source))] == ["a.png", "sub/one.png"]
+    reason = "captions.csv does not name it"
+    names = ["b.png", "c.JPG", "sub/two.png"]
+    assert source.left_out == [{"file_name": name, "reason": reason} for name in names]
+
+
 def test_folder_with_jsonl(folder: Path) -> None:
     rows = [
         {"file_name": e.file_name, "caption": text, "number": number}
@@ -316,6 +332,7 @@ def test_folder_with_a_tabbed_text(folder: Path) -> None:
         ("captions.csv", b"file,text\na.png,x\n", "line 1 must name the columns file_name and cap"),
         ("captions.csv", b"file_name,caption\na.png,Stra\xdfe\n", "not a text file in UTF-8"),
         ("captions.csv", b"file_name,caption\n", "no captioned images"),
+        ("captions.csv", b"file_name,caption,caption\na.png,x,y\n", "names caption twice"),
         ("captions.jsonl", b'\n{"file_name": "a.png"}', "line 2 needs"),
         ("captions.jsonl", b'{"file_name": "a.png", "caption": "x"}\n{oops', "line 2 is not json"),
         ("captions.jsonl", b"[1]", "line 1 needs"),

@@ -122,6 +122,24 @@ def test_text_goes_before_json_unless_a_key_is_said(tmp_path: Path) -> None:
     assert source.fingerprint() != WebDataset(path).fingerprint()
 
 
+def test_a_caption_of_another_wording_is_another_source(tmp_path: Path) -> None:
+    """Of the same length: neither the size of the tar nor any count tells."""
+    found = []
+    for text in (b"a cat", b"a dog"):
+        path = write_tar(tmp_path / "a.tar", sample(0) | {"000000000.txt": text})
+        found.append(WebDataset(str(path)).fingerprint())
+    assert found[0].pop("content") != found[1].pop("content")
+    assert found[0] == found[1]
+
+
+def test_names_with_two_dots_are_listed(tmp_path: Path) -> None:
+    odd = {"IMG_2.edited.png": picture(7), "IMG_2.edited.txt": b"a cat", "b.mask.png": picture(1)}
+    source = WebDataset(str(write_tar(tmp_path / "a.tar", sample(0) | odd)))
+    assert len(source) == 2 and source.entry(1).file_name.endswith("IMG_2.edited.png")
+    with pytest.raises(OSError, match=r"no image .*before the first dot of a name is its key"):
+        source.image(1)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
 def test_image_formats_and_names(tmp_path: Path, suffix: str) -> None:
     files = {

@@ -50,6 +50,17 @@ def test_conversion_is_complete_and_cached(cache: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_a_damaged_cache_is_made_anew(cache: Path) -> None:
+    want = bundled.dinov2_vits14_weights()
+    (file,) = cache.iterdir()
+    for content in (b"", b"x", file.read_bytes()[:1000]):
+        file.unlink()  # its weights are mapped
+        file.write_bytes(content)
+        found = bundled.dinov2_vits14_weights()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+        assert file.stat().st_size > 10**6
+
+
 def test_no_weight_is_what_the_memory_held(cache: Path) -> None:
     """None is drawn, so each must come from the file; new tensors are NaN here."""
     state = torch.get_rng_state()

@@ -246,6 +246,7 @@ def test_class_lists(tmp_path: Path) -> None:
         ("a.json", '[{"name": "cat", "id": "x"}]', "class 0 .*id"),
         ("a.json", '[{"name": "a", "id": 1}, {"name": "b", "id": 1}]', "label value 1"),
         ("a.json", '{"classes": ["a"], "unlabeled": "none"}', "unlabeled"),
+        ("a.json", '{"classes": ["a", "b"], "unlabeled": 1}', "unlabeled 1 is the label value of"),
     ],
 )
 def test_class_list_errors_are_one_line(

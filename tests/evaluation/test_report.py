@@ -281,6 +281,15 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
         write_report(folder)
 
 
+def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", write_benchmark(tmp_path / "data", 3))
+    matrix = folder / "confusion.npz"
+    for content in (matrix.read_bytes()[:100], b"", b"hello"):
+        matrix.write_bytes(content)
+        with pytest.raises(DataError, match=r"confusion\.npz: is damaged"):
+            write_report(folder)
+
+
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no results\.json; give the run folder"):
         read_runs([tmp_path])
@@ -291,6 +300,12 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no miou"):
         read_runs([tmp_path])
     sound = {"benchmark": "voc", "miou": 12.5, "images": 3, "per_class": {}, "config": {}}
+    sound |= {"pixel_accuracy": 50.0, "seconds": 1.5}
+    for key in sound.keys() - {"config"}:
+        left = {name: value for name, value in sound.items() if name != key}
+        (tmp_path / "results.json").write_text(json.dumps(left))
+        with pytest.raises(DataError, match=f"has no {key}"):
+            read_runs([tmp_path])
     for key, value in (("miou", "a"), ("miou", math.nan), ("images", "many"), ("config", [1])):
         (tmp_path / "results.json").write_text(json.dumps(sound | {key: value}))
         with pytest.raises(DataError, match=rf"results\.json: {key} is .*; give results of"):

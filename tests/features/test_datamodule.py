@@ -122,6 +122,25 @@ def test_validation_with_other_encoders_is_refused(tmp_path: Path, kind: str) ->
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("digest", ["", "aa"])
+def test_encoders_without_a_digest_are_compared_by_name(tmp_path: Path, digest: str) -> None:
+    """Converted stores do not say which weights they come from."""
+    for name, encoder, weights in (("a", "B/16", ""), ("b", "B/16", digest), ("c", "B/32", digest)):
+        info = {"name": encoder, "weights_sha256": weights}
+        write_store(tmp_path / name, *arrays(), text=info)
+    module(tmp_path / "a", val_store=tmp_path / "b")
+    with pytest.raises(StoreError, match=r"its text encoder B/32 is not that of .* \(B/16\)"):
+        module(tmp_path / "a", val_store=tmp_path / "c")
+
+
+def test_validation_with_texts_pooled_otherwise_is_refused(tmp_path: Path) -> None:
+    for name in ("mean", "cls"):
+        info = {"name": "bert", "weights_sha256": "a", "spec": {"name": "bert", "pooling": name}}
+        write_store(tmp_path / name, *arrays(), text=info)
+    with pytest.raises(StoreError, match=r"its text\.pooling=cls is not that of .* \(mean\)"):
+        module(tmp_path / "mean", val_store=tmp_path / "cls")
+
+
 def test_validation_with_tokens_of_other_blocks_is_refused(tmp_path: Path) -> None:
     for name, spec in (("last", {}), ("joined", {"layers": [7, 9]})):
         write_store(tmp_path / name, *arrays(), vision={"name": "vit", "spec": spec})

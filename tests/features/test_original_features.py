@@ -154,6 +154,27 @@ def test_a_stopped_conversion_continues(tmp_path: Path) -> None:
         convert_features(FeatureFile(path), tmp_path / "s", images_per_shard=2)
 
 
+def test_another_file_of_the_same_size_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Features of another model: equal shapes make files of equal size."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise StopError
+
+    first, second = feature_data(), feature_data()
+    second["images"][0]["avg_self_attn_out"] += 1
+    sizes = set()
+    for data in (first, second):
+        sizes.add(save(data, tmp_path / "train.pth").stat().st_size)
+        kind = (StopError, "") if data is first else (StoreError, "begun with source")
+        with pytest.raises(kind[0], match=kind[1]):
+            source = FeatureFile(tmp_path / "train.pth")
+            convert_features(source, tmp_path / "s", images_per_shard=2, advance=stop)
+    assert len(sizes) == 1
+
+
 def write_tars(data: Data, folder: Path, per_tar: int) -> Path:
     """The original's `create_webdataset_single_shard`: one .pth of both dicts per image."""
     folder.mkdir()
@@ -248,6 +269,7 @@ def pop(kind: str, number: int, key: str) -> object:
             ),
             "none of 6 images has any of .*dino_extraction_v2",
         ),
+        (lambda data: data["images"][1].update(id=100), "image id 100 occurs twice"),
         (
             lambda data: data["annotations"][0].update(image_id=5),
             "annotation 1000 names image 5, which is not in its images",

@@ -111,13 +111,16 @@ def test_synonyms_and_offsets(store: FeatureStore) -> None:
 
 def test_an_image_side_is_applied(store: FeatureStore) -> None:
     torch.manual_seed(0)
-    psi = VisualProjectionLayer(WIDTH, WIDTH, hidden_dim=16)
-    rows = unit_rows(2)
+    psi = VisualProjectionLayer(WIDTH // 2, WIDTH, hidden_dim=16)  # texts of another width
+    rows = unit_rows(2, WIDTH // 2)
     (_, scores), *_ = Scan(store, rows, torch.arange(2), psi)
     with torch.no_grad():
         tokens = psi.project_visual(torch.from_numpy(store.images["patch_tokens"][:5]).float())
     want = torch.einsum("nd,ipd->nip", rows, F.normalize(tokens, dim=-1))
     torch.testing.assert_close(scores, want, atol=1e-5, rtol=0)
+    offsets = torch.tensor([0.1, -0.2])
+    (_, scores), *_ = Scan(store, with_offsets(rows, offsets), torch.arange(2), psi)
+    torch.testing.assert_close(scores, want - offsets[:, None, None], atol=1e-5, rtol=0)
 
 
 def test_compressed_and_wide_stores_give_the_same(store: FeatureStore, tmp_path: Path) -> None:

@@ -286,6 +286,40 @@ def test_a_vocabulary_embeds_its_words_once(pixels: torch.Tensor) -> None:
     assert text.seen[4:] == ["a cat"]  # other weights, other embeddings
 
 
+def test_another_projection_has_other_rows(model: Talk2DINO) -> None:
+    """Both were filled once, so their tensors count as many writes."""
+    first, second = hash_model(), hash_model()
+    torch.nn.init.normal_(second.projection.linear_layer.weight)
+    saved = [{k: v.clone() for k, v in m.projection.state_dict().items()} for m in (first, second)]
+    for one, state in zip((first, second), saved, strict=True):
+        one.projection = copy.deepcopy(one.projection)
+        one.projection.load_state_dict(state)
+    before = first.embed_classes(["cat"]).rows
+    first.projection = second.projection
+    after = first.embed_classes(["cat"]).rows
+    assert not torch.equal(before, after)
+    assert torch.equal(after, second.embed_classes(["cat"]).rows)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"classes": {"cat", "dog"}},
+        {"classes": [{"cat": ["kitten"]}, "dog"]},
+        {"classes": [{"sofa", "couch"}]},
+        {"classes": ["cat"], "negatives": {"person": ["man"]}},
+        {"classes": ["cat"], "negatives": frozenset(["sky"])},
+    ],
+)
+def test_what_has_no_order_is_refused(
+    model: Talk2DINO, pixels: torch.Tensor, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"^(classes|negatives)=.*give a list"):
+        model.segment(pixels, **given)
+    keys = dict.fromkeys(["cat", "dog"]).keys()  # in order
+    assert model.segment(pixels, keys, short_side=32).names == ["cat", "dog"]
+
+
 def test_the_cache_forgets_the_oldest() -> None:
     cache = TextCache(size=2)
     computed: list[Any] = []

@@ -119,6 +119,21 @@ def test_results_that_are_none(model: Talk2DINO, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out", results=[{**RESULT, "miou": "high"}])
 
 
+def test_the_home_folder_and_one_result(
+    model: Talk2DINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the results is said before anything is written."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="results"):
+        model.save_pretrained("~/m", results=["nowhere.json"])
+    assert not list(tmp_path.rglob("*"))
+    (tmp_path / "r.json").write_text(json.dumps(RESULT))
+    model.save_pretrained("~/m", results="r.json")
+    assert "61.4" in (tmp_path / "home" / "m" / "README.md").read_text()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("name", ["README.md", "config.json", "projection.safetensors"])
 @pytest.mark.parametrize("content", ["", "# Mine\n", "---\nlibrary_name: timm\n---\n", "{}"])
 def test_a_card_of_somebody_else_stays(

@@ -21,7 +21,13 @@ from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.features import FeatureDataModule
 from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import LossCurve
-from talk2dino.training.resume import SETTINGS, AtomicCheckpointIO, LastCheckpoint, SeedSteps
+from talk2dino.training.resume import (
+    SETTINGS,
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    SeedSteps,
+    keep_logs,
+)
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
 from tests.helpers.stores import tiny_store
@@ -296,6 +302,41 @@ def files_of_run(folder: Path) -> list[Path]:
     return [path for path in files if ".hydra" not in path.parts and path.suffix != ".log"]
 
 
+def test_what_the_best_weights_are_chosen_by_is_compared(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Recalls of two stores do not compete; where nothing is chosen, another store is welcome."""
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    fields = {"patch_tokens": (6, 8), "avg_self_attn_out": (8,)}
+    third = tiny_store(tmp_path / "third", fields, images=6, text_dim=5, seed=3)
+    for chosen in (True, False):
+        begun = (*SMALL, f"store={store}", f"hydra.run.dir={tmp_path / str(chosen)}", "resume=true")
+        metric = "val/text_to_image/recall@1" if chosen else "null"
+        begun += (f"checkpoint.monitor={metric}",)
+        run("train", *begun, "trainer.max_epochs=1", f"val_store={other}")
+        run("train", *begun, "trainer.max_epochs=2", f"val_store={store}")  # the same shards
+        more = (*begun, "trainer.max_epochs=3", f"val_store={third}")
+        if chosen:
+            line = fails(capfd, "train", *more)
+            assert "this run was begun with val_store.shards_sha256=" in line
+            line = fails(capfd, "train", *more[:-1], f"val_store={other}", "val_similarity=dense")
+            assert "this run was begun with val_similarity" in line
+        else:
+            run("train", *more)
+
+
+def test_logs_are_kept_beside_a_gap(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("metrics.csv", "metrics.2.csv"):
+        (logs / name).write_text(name)
+    for written in (["metrics.1.csv", "metrics.2.csv"], ["metrics.1.csv", "metrics.2.csv"]):
+        keep_logs(tmp_path)
+        assert sorted(path.name for path in logs.iterdir()) == written
+    assert (logs / "metrics.2.csv").read_text() == "metrics.2.csv"
+
+
 def test_another_run_is_refused_by_its_first_setting(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +415,11 @@ def test_a_checkpoint_without_settings_is_compared_as_far_as_it_goes(
         (3, "data.batch_size=1", "data.batch_size=1: a caption is told apart from others"),
         (1, "data.val_fraction=0", "one image with captions to train on"),
         (3, "data.val_fraction=0.3", "one image with captions to validate on"),
+        (3, "data.val_fraction=0.3", "use data.val_fraction=0, give val_store=DIR"),
+        (9, "data.val_fraction=0.1", "use data.val_fraction=0.33 (of 9 images) or 0"),
+        (9, "val_store={one}", "one: one image with captions to validate on"),
+        (9, "trainer.max_epochs=0", "trainer.max_epochs=0: nothing would be trained"),
+        (9, "trainer.limit_train_batches=0", "trainer.limit_train_batches=0: nothing"),
     ],
 )
 def test_nothing_to_tell_apart_is_refused(
@@ -381,16 +427,44 @@ def test_nothing_to_tell_apart_is_refused(
 ) -> None:
     fields = {"patch_tokens": (6, 8), "avg_self_attn_out": (8,)}
     store = tiny_store(tmp_path / "store", fields, images=images, captions_per_image=3, text_dim=5)
-    free = "checkpoint.monitor=null"
-    line = fails(
-        capfd, "train", *SMALL, f"store={store}", f"hydra.run.dir={tmp_path}", free, change
-    )
-    assert message in line
+    one = tiny_store(tmp_path / "one", fields, images=1, captions_per_image=3, text_dim=5)
+    given = (*SMALL, f"store={store}", f"hydra.run.dir={tmp_path}", "checkpoint.monitor=null")
+    assert message in fails(capfd, "train", *given, change.format(one=one))
+
+
+def test_a_store_without_features_to_compare_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = tiny_store(tmp_path / "store", {"self_attn_maps": (2, 6)}, text_dim=5)
+    line = fails(capfd, "train", "experiment=vits_infonce", f"store={store}", *TRAIN)
+    assert "holds no features of images to compare with texts, only" in line
+
+
+def test_weights_that_are_not_finite_end_the_run(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the epoch before stays, and no projection is written."""
+    given = (*SMALL, f"store={store}", f"hydra.run.dir={tmp_path}", "checkpoint.monitor=null")
+    run("train", *given, "trainer.max_epochs=1")
+    last, psi = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "projection.safetensors"
+    before = last.read_bytes()
+    psi.unlink()
+
+    def broken(_: Any, trainer: Any, module: AlignmentModule, *__: Any) -> None:
+        next(module.projection.parameters()).data.fill_(torch.nan)
+
+    monkeypatch.setattr(LossCurve, "on_train_batch_end", broken)
+    line = fails(capfd, "train", *given, "trainer.max_epochs=2")
+    assert "the weights are not finite after step" in line and "optimizer.lr" in line
+    assert last.read_bytes() == before and not psi.exists()
 
 
 @pytest.mark.parametrize(
     "name",
-    ["config.yaml", "metrics.json", "loss.png", "checkpoints/last.ckpt", "logs/hparams.yaml"],
+    [
+        *("config.yaml", "metrics.json", "loss.png", "logs/hparams.yaml"),
+        *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
+    ],
 )
 def test_a_folder_with_files_of_the_user_is_refused(
     name: str, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

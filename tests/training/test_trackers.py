@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from talk2dino.errors import DataError
 from talk2dino.evaluation.tables import markdown_table
+from talk2dino.training.sample_segmentations import picture_files
 from tests.helpers.pipeline import TRAIN, fails, need, run
 
 EVERY_SECOND = ("sample_segmentations.every_n_epochs=2",)
@@ -132,6 +134,18 @@ def test_no_logger_and_bad_pictures(
         *TRAIN,
     )
     assert "gone.png: no such picture" in line
+
+
+def test_pictures_to_draw_are_looked_at_before_training(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("cat.png", "b/Cat.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "dog.jpg").write_bytes(b"no picture")
+    one = str(tmp_path / "cat.png")
+    assert picture_files(one) == [tmp_path / "cat.png"]
+    for wrong in ([one, str(tmp_path / "b" / "Cat.png")], [str(tmp_path / "dog.jpg")]):
+        with pytest.raises(DataError, match=r"another picture has this name|dog\.jpg"):
+            picture_files(wrong)
 
 
 def test_tables() -> None:

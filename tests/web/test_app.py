@@ -44,6 +44,12 @@ def test_a_name_that_is_no_word_of_its_class_is_said() -> None:
         assert page_words({"cat": ["kitty", "tom"], "sky": ["sky"]}) == "kitty; tom, sky"
 
 
+@pytest.mark.parametrize("word", ["salt, pepper", "a; b"])
+def test_a_word_that_the_page_would_part_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="has a comma or semicolon, which part words"):
+        page_words({"cat": ["cat"], word: [word]})
+
+
 @pytest.fixture(scope="module")
 def model(trained_run: Path) -> Talk2DINO:
     return Talk2DINO.from_pretrained(trained_run, device="cpu")

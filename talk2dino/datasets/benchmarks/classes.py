@@ -190,6 +190,12 @@ def _check(classes: ClassList, origin: str) -> None:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise DataError(f"{origin}: two classes have the label value {twice}")
+    both = next((spec for spec in classes.classes if spec.value in classes.unlabeled), None)
+    if both is not None:
+        raise DataError(
+            f"{origin}: unlabeled {both.value} is the label value of {both.name!r}; classes "
+            'without an id count from 0: give {"name": …, "id": 1}, or another unlabeled value'
+        )
     names = classes.names
     read = list(map(composed, names))
     same = next((name for name in read if read.count(name) > 1), None)

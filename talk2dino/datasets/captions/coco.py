@@ -47,6 +47,8 @@ def karpathy_entries(
         sub: (folder / sub).is_dir() for sub in {str(row.get("filepath", "")) for row in images}
     }
     entries: list[Entry] = []
+    images_known: set[int] = set()
+    captions_known: set[int] = set()
     for number, row in enumerate(images):
         if split is not None and row.get("split") not in split:
             continue
@@ -58,6 +60,14 @@ def karpathy_entries(
                 for s in row["sentences"]
             )
             image_id = whole_number(row.get("cocoid", row["imgid"]), "imgid")
+            for key, known, ids in (
+                ("imgid", images_known, [image_id]),
+                ("sentid", captions_known, [caption for caption, _ in captions]),
+            ):
+                twice = next((one for one in ids if one in known), None)
+                if twice is not None:
+                    raise ValueError(f"{key} {twice} is also that of a row before")
+                known.update(ids)
         entries.append(Entry(image_id, f"{sub}/{name}" if sub and below[sub] else name, captions))
     return entries
 

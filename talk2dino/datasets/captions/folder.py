@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.datasets.captions.base import Entry, FileSource, caption_text, image_name
-from talk2dino.datasets.pictures import picture_suffixes
+from talk2dino.datasets.pictures import is_picture, picture_suffixes
 from talk2dino.errors import DataError
 from talk2dino.files import read_text, user_path
 
@@ -61,7 +62,19 @@ class CaptionFolder(FileSource):
                 "there; keep one of them"
             )
         if tables:
-            return list(_table(tables[0]))
+            pairs = list(_table(tables[0]))
+            named = {composed(name) for name, _ in pairs}
+            files = (
+                file.relative_to(self.images)
+                for file in sorted(self.images.rglob("*"))
+                if is_picture(file)
+            )
+            self.left_out = [
+                {"file_name": str(file), "reason": f"{tables[0].name} does not name it"}
+                for file in files
+                if composed(file.as_posix()) not in named
+            ]
+            return pairs
         return self._beside()
 
     def _beside(self) -> list[tuple[str, str]]:
@@ -126,6 +139,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(
                 f"{path}: line 1 must name the columns file_name and caption: {columns}"
             )
+        if len(set(columns)) < len(columns):
+            twice = next(one for one in columns if columns.count(one) > 1)
+            raise DataError(f"{path}: line 1 names {twice} twice; give a row per caption")
         line = reader.line_num + 1
         for row in reader:
             if None in row:

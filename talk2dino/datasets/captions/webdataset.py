@@ -25,7 +25,7 @@ from talk2dino.files import replacing
 IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is taken
 ABSENT = -1  # the offset of what a sample lacks
 _JSON_KEYS = ("caption", "captions")
-_VERSION = 1
+_VERSION = 2
 
 Parts = dict[str, Member]  # a sample's members by extension
 
@@ -95,14 +95,19 @@ def _samples(path: Path, json_key: str | None) -> NDArray[Any]:
         for parts in groups.values():
             image = next((parts[suffix] for suffix in IMAGES if suffix in parts), None)
             text = next((parts[suffix] for suffix in wanted if suffix in parts), None)
-            if image is None and not any(suffix in parts for suffix in ("txt", "json")):
+            ends = {suffix.rpartition(".")[2] for suffix in parts}  # also of a.b.txt, of the key a
+            if image is None and not ends & {"txt", "json"}:
                 continue  # masks, audio and other things that a tar may hold
             captions, is_json = 0, text is not None and text is parts.get("json")
+            digest = 0
             if text is not None:
                 file.seek(text.offset)
-                captions = _count(file.read(text.size), is_json, json_key)
+                data = file.read(text.size)
+                captions = _count(data, is_json, json_key)
+                digest = int.from_bytes(sha256(data).digest()[:8], "little")
             name = (image or next(iter(parts.values()))).name
-            rows.append((_encoded(name), *_place(image), *_place(text), is_json, captions, first))
+            places = (*_place(image), *_place(text))
+            rows.append((_encoded(name), *places, is_json, captions, first, digest))
             first += captions
     return np.array(rows, dtype=_dtype(max((len(row[0]) for row in rows), default=1)))
 
@@ -148,6 +153,7 @@ def _dtype(name_length: int) -> np.dtype[Any]:
             ("json", "?"),
             ("captions", "<i4"),
             ("first_caption", "<i8"),
+            ("text_digest", "<u8"),
         ]
     )
 
@@ -255,7 +261,10 @@ class WebDataset(Source):
         """
         tar, sample = self._place(index)
         if sample["image_offset"] == ABSENT:
-            raise OSError(f"the sample has no image ({', '.join(IMAGES)})")
+            raise OSError(
+                f"the sample has no image ({', '.join(IMAGES)}); what is before the first dot of a "
+                "name is its key"
+            )
         if not sample["captions"]:
             try:
                 self._captions(tar, sample)
@@ -267,7 +276,11 @@ class WebDataset(Source):
         return read_picture(BytesIO(data), name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number, names and sizes of the tars, where captions come from, number of samples."""
+        """Number, names and sizes of the tars, where captions come from and what they say."""
+        content = sha256()
+        for table in self._tables:
+            for field in ("name", "image_size", "text_digest"):
+                content.update(np.ascontiguousarray(table[field]).tobytes())
         sizes = "\n".join(f"{path.name} {path.stat().st_size}" for path in self.tars)
         return {
             "tars": len(self.tars),
@@ -275,6 +288,7 @@ class WebDataset(Source):
             "json_key": self.json_key,
             "images": len(self),
             "captions": self.caption_count(),
+            "content": content.hexdigest()[:16],
         }
 
     def _place(self, index: int) -> tuple[int, Any]:
