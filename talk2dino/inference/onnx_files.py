@@ -105,6 +105,7 @@ def write_int8(path: Path, source: Path, graph: Graph, tolerance: float) -> Expo
 
     Raises:
         ConfigError: a deviation beyond the tolerance.
+        EncoderError: the file is no smaller, as those of PyTorch 2.6.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -118,6 +119,11 @@ def write_int8(path: Path, source: Path, graph: Graph, tolerance: float) -> Expo
             reduce_range=True,  # weights of 7 bits: sums of 8 overflow on CPUs without VNNI
             weight_type=QuantType.QInt8,
         )
+        if temporary.stat().st_size > 0.9 * source.stat().st_size:
+            raise EncoderError(
+                f"int8=true: nothing that PyTorch {torch.__version__} writes of this network can "
+                "be quantized; use a later PyTorch, or int8=false"
+            )
         _describe(temporary, {**graph.metadata, "weights": "int8"})
         return ExportedFile(path, _compare(path, temporary, graph, tolerance, "int8_tolerance"))
 

@@ -263,8 +263,11 @@ def test_photographs_of_telephones(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     color = Image.new("RGB", (64, 48), (200, 30, 90))
     heif.from_pillow(color).save(tmp_path / "photo.HEIC", quality=90)
-    color.save(tmp_path / "photo.avif")
-    for name in ("photo.HEIC", "photo.avif"):
+    names = ["photo.HEIC"]
+    if ".avif" in Image.registered_extensions():  # of Pillow from 11.3 on
+        names.append("photo.avif")
+        color.save(tmp_path / names[-1])
+    for name in names:
         pixels = to_pixels(tmp_path / name)
         assert pixels.shape == (3, 48, 64)
         assert (pixels.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 90.0])).abs().max() < 6

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from talk2dino.config.schemas import SCHEMAS, SegmentConfig
@@ -124,6 +124,7 @@ def test_text_keys_are_keys_of_the_schema(command: str) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 
 
+@settings(deadline=None)  # the first call imports
 @given(texts)
 @example("\\")
 @example("\\'")
@@ -133,6 +134,7 @@ def test_any_text_survives_hydra(text: str) -> None:
     assert value == text
 
 
+@settings(deadline=None)  # the first call imports
 @given(texts.filter(lambda t: t not in ("", "null") and t[0] not in "['\"" and "${" not in t))
 @example("a\\")
 @example("choice(a,b)")
@@ -146,6 +148,7 @@ def test_any_path_arrives_as_typed(text: str) -> None:
     assert through_hydra(f"image={text}", f"output={text}") == [text, text]
 
 
+@settings(deadline=None)  # the first call imports
 @given(st.lists(texts.filter(lambda word: word.strip() != ""), max_size=4))
 def test_any_list_of_words_survives(words: list[str]) -> None:
     escaped = [word.replace("\\", "\\\\").replace('"', '\\"') for word in words]
@@ -154,6 +157,7 @@ def test_any_list_of_words_survives(words: list[str]) -> None:
         assert through_hydra(f"classes=[{line}]") == [words]
 
 
+@settings(deadline=None)  # the first call imports
 @given(st.text(max_size=20))
 def test_no_text_makes_a_traceback(text: str) -> None:
     for line in (f"[{text}]", f"{{{text}}}", text):

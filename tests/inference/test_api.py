@@ -387,7 +387,7 @@ def test_figures_of_a_result(model: Talk2DINO, pixels: torch.Tensor) -> None:
     for index, share in enumerate(areas.values()):
         assert share == pytest.approx(float((found.labels == index).float().mean()))
     at = found.scores_at(3, 5)
-    assert list(at.values()) == found.scores[:, 3, 5].tolist()
+    assert list(at.values()) == pytest.approx(found.scores[:, 3, 5].tolist(), abs=1e-6)
     for row, column, error in ((40, 0, "row=40: use 0 to 39"), (0, 1.5, "column=1.5: use a whole")):
         with pytest.raises(ConfigError, match=error):
             found.scores_at(row, column)  # type: ignore[arg-type]

@@ -362,7 +362,7 @@ def test_a_coarser_grid_holds_means(tmp_path: Path) -> None:
 def test_bands_of_several_types_are_refused(tmp_path: Path) -> None:
     """The type is that of the bands that are read, not that of the file's first one."""
     one = write(tmp_path / "one.tif", noise(SIDE, SIDE)[:1])
-    two = write(tmp_path / "two.tif", (noise(SIDE, SIDE)[:1] * np.uint16(250)))
+    two = write(tmp_path / "two.tif", noise(SIDE, SIDE)[:1].astype(np.uint16) * 250)
     bands = "".join(
         f"""<VRTRasterBand dataType="{kind}" band="{number}"><SimpleSource>
         <SourceFilename>{source}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>
