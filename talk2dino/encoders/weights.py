@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from talk2dino.errors import EncoderError
+from talk2dino.errors import DataError, EncoderError
 
 
 def state_dict_digest(module: nn.Module) -> str:
@@ -141,3 +142,18 @@ def load_strictly(
             f"{key}={value!r}: these weights belong to another model: {'; '.join(problems)}"
         )
     model.load_state_dict(given)
+
+
+def load_tensors(file: Path | BinaryIO, where: str) -> Any:
+    """What `torch.save` wrote, tensors and plain values only; a path is memory-mapped.
+
+    Raises:
+        DataError: damaged, or holds objects that only running foreign code could restore.
+    """
+    try:
+        if isinstance(file, Path) and zipfile.is_zipfile(file):  # torch before 1.6 wrote others
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        reason = first_line(error, 120)
+        raise DataError(f"{where}: cannot be loaded safely ({reason})") from error

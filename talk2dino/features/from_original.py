@@ -8,16 +8,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from talk2dino.datasets.captions import Entry
 from talk2dino.datasets.tars import Member, read_member, tar_members
-from talk2dino.encoders.weights import first_line
+from talk2dino.encoders.weights import load_tensors
 from talk2dino.errors import ConfigError, DataError, StoreError
 from talk2dino.features.store.schema import (
     FIXED_DTYPES,
@@ -384,21 +383,6 @@ class FeatureTars:
             headers.update(read_member(self.tars[tar], member.offset - 512, 512))
         sizes = {path.name: path.stat().st_size for path in self.tars}
         return {"tars": sizes, "content": headers.hexdigest()[:16]}
-
-
-def load_tensors(file: Path | BinaryIO, where: str) -> Any:
-    """What `torch.save` wrote, tensors and plain values only; a path is memory-mapped.
-
-    Raises:
-        DataError: damaged, or holds objects that only running foreign code could restore.
-    """
-    try:
-        if isinstance(file, Path) and zipfile.is_zipfile(file):  # torch before 1.6 wrote others
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = first_line(error, 120)
-        raise DataError(f"{where}: cannot be loaded safely ({reason})") from error
 
 
 def _checked(path: Path, rows: list[Any], keys: tuple[str, ...]) -> Iterator[Row]:

@@ -140,6 +140,8 @@ def named_groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
     if not pairs or not all(isinstance(n, str) and n.strip() and words for n, words in pairs):
         raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
     names = [name for name, _ in pairs]
+    for name in names:
+        check_word(name, "classes")
     same = [composed(name) for name in names]
     twice = next((name for name in same if same.count(name) > 1), None)
     if twice is not None:

@@ -139,6 +139,7 @@ def test_any_bytes_are_a_list_or_a_line(folder: Path, content: bytes) -> None:
 @example({"cat": []})
 @example({"cat": [" "]})
 @example({"": ["cat"]})
+@example({"\x1b": "0"})
 def test_python_takes_names_or_answers_in_a_line(content: Any) -> None:
     for reader in (read_words, class_words):
         try:
