@@ -87,7 +87,8 @@ class OpenClipTextEncoder(FrozenTextEncoder):
         longest = max(len(text.encode(errors="replace")) for text in texts)
         ids: Tensor = self.tokenizer(texts, context_length=longest + 2)
         own = getattr(self.tower, "pad_id", 0)  # of CLIP's own tokenizer; it is also the id of "!"
-        padding = int(getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", own))
+        given = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None)
+        padding = own if given is None else int(given)
         places = torch.arange(1, ids.shape[1] + 1)
         return [int(last) for last in (torch.ne(ids, padding) * places).amax(dim=1)]
 
