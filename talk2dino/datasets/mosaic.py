@@ -21,7 +21,7 @@ from PIL import Image
 from talk2dino.datasets.benchmarks.base import Benchmark, Sample
 from talk2dino.datasets.benchmarks.classes import ClassList, ClassSpec
 from talk2dino.datasets.captions.base import Entry, Source, check_limit
-from talk2dino.errors import DataError
+from talk2dino.errors import DataError, check_number
 
 Box = tuple[int, int, int, int]
 
@@ -226,6 +226,9 @@ class Mosaic(Source):
         captions_per_scene: captions per scene.
         seed: another seed gives other scenes.
         limit: take only the first scenes.
+
+    Raises:
+        ConfigError: a count or size out of its range.
     """
 
     def __init__(
@@ -237,6 +240,7 @@ class Mosaic(Source):
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
+        check_number("source.image_size", image_size, 16, 8192)  # so that no piece is empty
         self.count = min(count, check_limit(limit) or count)
         self.scenes = MosaicScenes(
             split, self.count, image_size, image_size, 4, captions_per_scene, seed

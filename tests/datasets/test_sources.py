@@ -368,6 +368,10 @@ def test_mosaic_entries_and_images_belong_together() -> None:
     need("skimage", "sklearn")
     source = Mosaic(count=5, image_size=32, captions_per_scene=2, limit=3)
     assert len(source) == 3
+    with pytest.raises(ConfigError, match=r"^source\.image_size=15"):
+        Mosaic(image_size=15)
+    smallest = Mosaic(count=40, image_size=16)
+    assert {smallest.image(n).size for n in range(40)} == {(16, 16)}
     entry = source.entry(2)
     assert (entry.image_id, entry.file_name) == (2, "train-00002.png")
     assert [number for number, _ in entry.captions] == [4, 5]
