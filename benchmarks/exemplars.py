@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,15 +25,17 @@ from rich.table import Table
 from torch import Tensor
 
 from talk2dino import Talk2DINO
+from talk2dino.calibration.shown_classes import Seen, Spread, class_rows, see
 from talk2dino.datasets.benchmarks.base import present_classes
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
 from talk2dino.evaluation.metrics import mean_iou, mean_iou_metric
-from talk2dino.inference.exemplars import Seen, Spread, class_row, see
+from talk2dino.segmentation.scores import with_offsets
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 
 FOLDS = 10  # photograph i is in fold i % FOLDS
 LEAST = 196  # pixels at working size that an exemplar shows at least: a patch
 Rows = Callable[[int], Tensor]  # photograph -> [K, D (+ 1)]
+Shown = tuple[dict[int, Tensor], Tensor | None]  # rows by class, and the mean patch of them all
 
 
 @dataclass
@@ -66,8 +68,8 @@ def read(benchmark: FolderBenchmark, model: Talk2DINO, kept: Path) -> list[Photo
             inside = sample.target == number
             if inside.float().mean() * working.shape[1] * working.shape[2] >= LEAST:
                 seen = see(encoded, inside, segmenter.project_patches)
-                first = next(iter(found.values()), seen)  # tokens are those of the photograph
-                found[number] = Seen(first.tokens, seen.share)
+                first = next(iter(found.values()), seen)  # patches are those of the photograph
+                found[number] = replace(seen, patches=first.patches)
         target = F.interpolate(sample.target[None, None].float(), (height // 4, width // 4))
         photographs.append(Photograph(encoded, target[0, 0].long(), found))
     torch.save(tokens, kept)
@@ -76,18 +78,19 @@ def read(benchmark: FolderBenchmark, model: Talk2DINO, kept: Path) -> list[Photo
 
 def shown_rows(
     photographs: list[Photograph], classes: int, count: int, seed: int, reference: Spread | None
-) -> list[dict[int, Tensor]]:
+) -> list[Shown]:
     """Per fold, the rows of the classes that up to `count` photographs of other folds show."""
     draw = torch.Generator().manual_seed(seed)
     folds = []
     for fold in track(range(FOLDS), f"rows of {count}, seed {seed}"):
-        rows = {}
+        drawn = {}
         for k in range(classes):
             others = [p for i, p in enumerate(photographs) if i % FOLDS != fold and k in p.shown]
             order = torch.randperm(len(others), generator=draw)[:count].tolist()
             if order:
-                rows[k] = class_row((others[i].shown[k] for i in order), reference)
-        folds.append(rows)
+                drawn[k] = [others[i].shown[k] for i in order]
+        rows, mean = class_rows(list(drawn.values()), reference)
+        folds.append((dict(zip(drawn, rows, strict=True)), mean))
     return folds
 
 
@@ -149,8 +152,10 @@ def main() -> None:
     psi, calibrated = model.projection, model.calibration
     reference = None if calibrated is None else Spread.of(calibrated.reference(psi).tokens)
 
-    def scored(rows: Tensor) -> Tensor:
-        return rows if calibrated is None else calibrated.score_rows(rows, names, psi)
+    def scored(rows: Tensor, mean: Tensor | None = None) -> Tensor:
+        if calibrated is not None:
+            return calibrated.score_rows(rows, names, psi)
+        return rows if mean is None else with_offsets(rows, rows @ mean)
 
     said = model.embed_classes(names).rows
     words = scored(said)
@@ -162,12 +167,13 @@ def main() -> None:
             found = shown_rows(photographs, len(names), count, seed, reference)
             for weight in (1.0, *args.weights):
 
-                def rows(index: int, found: list[dict[int, Tensor]] = found,
+                def rows(index: int, found: list[Shown] = found,
                          weight: float = weight) -> Tensor:  # fmt: skip
                     mixed = said.clone()
-                    for k, row in found[index % FOLDS].items():
+                    drawn, mean = found[index % FOLDS]
+                    for k, row in drawn.items():
                         mixed[k] = F.normalize(torch.lerp(said[k], row, weight), dim=0)
-                    return scored(mixed)
+                    return scored(mixed, mean)
 
                 name = f"{count} shown" + ("" if weight == 1 else f", {weight:g} beside words")
                 figures = scores(photographs, model, rows, voc, ignore)

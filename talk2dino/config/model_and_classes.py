@@ -188,9 +188,7 @@ def embed_exemplars(
     """Look at the exemplars of all classes with a progress bar; the model keeps their rows."""
     shown = {} if isinstance(classes, ClassEmbeddings) else exemplars_of(classes)
     with progress("exemplars", visible=bool(shown)) as advance:
-        for done, exemplars in enumerate(shown.values()):
-            model.embed_exemplars(exemplars, short_side)
-            advance(done + 1, len(shown))
+        model.shown_rows(list(shown.values()), short_side, advance)
 
 
 def build_refinement(config: DictConfig) -> Any:

@@ -1,7 +1,7 @@
 """Classes as a file: their unit rows and what they were made with; no text encoder needed.
 
-A safetensors file holds `rows` `[N, D]` float32, one per word, and as metadata a JSON entry
-`talk2dino_classes`:
+A safetensors file holds `rows` `[N, D]` float32, one per word, where classes were shown without a
+calibration also `offsets` `[N]`, and as metadata a JSON entry `talk2dino_classes`:
 
 | key | value |
 | --- | --- |
@@ -57,6 +57,8 @@ class ClassEmbeddings:
         made_with: spec and digest of `vision`, `text` (None without words) and `projection`.
         exemplars: digests of those that show a class, by its name.
         origin: the file.
+        offsets: `[N]` float32, what is subtracted from the cosines of the rows where the checkpoint
+            has no calibration; None for words alone and with one.
 
     Examples:
         >>> import torch
@@ -80,6 +82,7 @@ class ClassEmbeddings:
     made_with: Mapping[str, Any] = field(repr=False)
     exemplars: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     origin: str = "ClassEmbeddings"
+    offsets: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, classes: object) -> ClassEmbeddings | None:
@@ -102,9 +105,10 @@ class ClassEmbeddings:
         try:
             with safe_open(file, framework="pt") as opened:
                 entry = (opened.metadata() or {}).get(KEY)
-                rows = opened.get_tensor("rows") if "rows" in opened.keys() else None  # noqa: SIM118
+                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DataError(f"{where}: not a safetensors file ({error}); {_HOW}") from error
+        rows, offsets = held.get("rows"), held.get("offsets")
         if entry is None or rows is None:
             raise DataError(f"{where}: holds no class embeddings (no {KEY} entry); {_HOW}")
         try:
@@ -120,9 +124,10 @@ class ClassEmbeddings:
                 made_with[part] = dict(content["made_with"][part])
                 made_with[part]["spec"].get("name")  # a mapping
             shown = {k: tuple(map(str, v)) for k, v in content.get("exemplars", {}).items()}
-            _check_rows(rows, words)
+            _check_rows(rows, offsets, words)
             rows = rows.clone()  # aligned as computed ones are: the file's place decides otherwise
-            return cls(words, rows, content["templates"], made_with, shown, str(path))
+            used = content["templates"]
+            return cls(words, rows, used, made_with, shown, str(path), offsets)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise DataError(f"{where}: damaged ({reason}); {_HOW}") from error
@@ -147,9 +152,11 @@ class ClassEmbeddings:
             "made_with": self.made_with,
             **({"exemplars": dict(self.exemplars)} if self.exemplars else {}),
         }
+        content = {"rows": self.rows.contiguous()}
+        content |= {} if self.offsets is None else {"offsets": self.offsets.contiguous()}
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
-            save_file({"rows": self.rows.contiguous()}, temporary, {KEY: json.dumps(entry)})
+            save_file(content, temporary, {KEY: json.dumps(entry)})
         return target
 
     def __iter__(self) -> Iterator[str]:
@@ -178,7 +185,8 @@ class ClassEmbeddings:
             tuple(self.words.row_words[row] for row in chosen),
         )
         shown = {name: self.exemplars[name] for name in names if name in self.exemplars}
-        return replace(self, words=words, rows=self.rows[chosen], exemplars=shown)
+        offsets = None if self.offsets is None else self.offsets[chosen]
+        return replace(self, words=words, rows=self.rows[chosen], exemplars=shown, offsets=offsets)
 
     def _rows_of(self, number: int) -> list[int]:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
@@ -273,10 +281,16 @@ def _read_words(content: Mapping[str, Any]) -> Words:
     return Words(names, rows, numbers, has_negatives, tuple(str(e["word"]) for e in entries))
 
 
-def _check_rows(rows: Tensor, words: Words) -> None:
+def _check_rows(rows: Tensor, offsets: Tensor | None, words: Words) -> None:
     if rows.ndim != 2 or rows.dtype != torch.float32 or len(rows) != len(words.rows):
         raise ValueError(
             f"rows {list(rows.shape)} {rows.dtype} instead of {len(words.rows)} of float32"
         )
     if not ((rows.norm(dim=1) - 1).abs() < 1e-3).all():
         raise ValueError("rows that are not of unit length")
+    if offsets is not None and not (
+        offsets.shape == rows.shape[:1]
+        and offsets.dtype == torch.float32
+        and offsets.isfinite().all()
+    ):
+        raise ValueError(f"offsets {list(offsets.shape)} {offsets.dtype}")

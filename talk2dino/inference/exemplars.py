@@ -1,4 +1,4 @@
-"""`Exemplar`: a class shown in a picture instead of said in words, and the vector that it gives.
+"""`Exemplar`: a class shown in a picture instead of said in words.
 
 A folder of them has a folder per class, and in it pictures, each with its mask beside it:
 `crack/wall.jpg` and `crack/wall_mask.png`.
@@ -19,17 +19,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed, folded
 from talk2dino.datasets.label_files import header, read_values, turned_alone
 from talk2dino.datasets.pictures import HEIF, ImageLike, is_picture, is_plain, to_pixels, unread
 from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import user_path
-from talk2dino.segmentation.segmenter import EncodedImage
 
 WEIGHT = 0.5
-SHRINKAGE = 1.0  # of the covariance, in units of its mean variance; see docs/exemplars.md
 MASK = "_mask"  # ends the name of a mask, before its suffix
 _JPEG = b"\xff\xd8"  # how a file begins
 _ONE_CHANNEL = "save the mask with one channel, 0 outside the class"
@@ -123,32 +121,6 @@ class Exemplar:
     @property
     def _mask_name(self) -> str:
         return f"mask={self.mask}" if isinstance(self.mask, (str, Path)) else "mask of an exemplar"
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """An encoded exemplar.
-
-    Attributes:
-        tokens: `[N, D]` unit patch tokens of all windows.
-        share: `[N]` how much of each patch lies inside the mask, 0..1.
-    """
-
-    tokens: Tensor
-    share: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """How patch tokens lie: mean `[D]` and covariance `[D, D]`."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of(cls, tokens: Tensor) -> Spread:
-        """That of `[N, D]`."""
-        return cls(tokens.mean(0), torch.cov(tokens.T, correction=0))
 
 
 def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[Exemplar, ...]]:
@@ -308,71 +280,7 @@ def _by_color(values: NDArray[Any], picture: Image.Image) -> NDArray[Any]:
     return values != black[0] if len(black) == 1 else values
 
 
-@torch.no_grad()
-def see(encoded: EncodedImage, inside: Tensor, project: nn.Module | None) -> Seen:
-    """What the encoder saw of an exemplar.
-
-    Args:
-        encoded: its picture.
-        inside: `[H, W]` bool, its mask.
-        project: the image side of a projection, see `Segmenter`.
-    """
-    tokens, grid = encoded.features.patch_tokens, encoded.features.grid
-    if project is not None:
-        tokens = project(tokens)
-    size = (encoded.image.shape[-2], encoded.image.shape[-1])
-    mask = F.adaptive_avg_pool2d(inside.float()[None], size)
-    parts = [F.adaptive_avg_pool2d(w.crop(mask), grid).flatten() for w in encoded.windows]
-    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1, eps=1e-6)
-    return Seen(unit, torch.cat(parts).to(unit))
-
-
-def class_row(exemplars: Iterable[Seen], reference: Spread | None) -> Tensor:
-    """The row of a class as its exemplars show it, `[D]` of unit length.
-
-    The mean of the patches inside, less what other patches have in common, along the directions
-    in which patches hardly differ otherwise: Fisher's linear discriminant, with a covariance that
-    is shrunk towards a multiple of the identity. As a row its cosine with raw patch tokens is
-    that of centered and decorrelated ones in the numerator.
-
-    Args:
-        exemplars: at least one; all count the same. They are gone through once.
-        reference: unit patch tokens of unlabeled pictures, of a calibration; without, the
-            exemplars' own pictures take their part.
-
-    Raises:
-        DataError: patches inside do not differ from those that they are compared with.
-    """
-    inside, outside, spread = [], [], []
-    for seen in exemplars:
-        inside.append(_mean(seen.tokens, seen.share))
-        if (1 - seen.share).sum() >= 1:  # a patch
-            outside.append(_mean(seen.tokens, 1 - seen.share))
-        if reference is None:
-            spread.append(Spread.of(seen.tokens).covariance)
-    others = [torch.stack(outside).mean(0)] if outside else []
-    if reference is not None:
-        others.append(reference.mean)
-        spread.append(reference.covariance)
-    if not others:
-        raise DataError(
-            "exemplars: the masks cover their pictures whole, so there is nothing to tell the "
-            "class from; show what is not the class as well, or calibrate the checkpoint"
-        )
-    covariance = torch.stack(spread).mean(0)
-    added = (SHRINKAGE * covariance.diagonal().mean()).clamp(min=1e-8)
-    shrunk = covariance + added * torch.eye(len(covariance)).to(covariance)
-    row = torch.linalg.solve(shrunk, torch.stack(inside).mean(0) - torch.stack(others).mean(0))
-    if not row.norm() > 0:
-        raise DataError("exemplars: the patches inside a mask are like all others; show another")
-    return F.normalize(row, dim=0)
-
-
 def mix(text: Tensor, shown: Tensor, exemplars: Sequence[Exemplar]) -> Tensor:
     """A row `[D]` of words and that of exemplars, by the exemplars' weight, of unit length."""
     weight = sum(exemplar.weight for exemplar in exemplars) / len(exemplars)
     return F.normalize(torch.lerp(text, shown, weight), dim=0)
-
-
-def _mean(tokens: Tensor, share: Tensor) -> Tensor:
-    return share @ tokens / share.sum()

@@ -330,7 +330,7 @@ class Talk2DINO(TextSide):
         (`ResultWarning`) of a single class with nothing to compare it with.
         """
         threshold = background_threshold(background, self.background)
-        words, rows = self._rows(classes, templates, negatives, prompts, short_side)
+        words, rows, offsets = self._rows(classes, templates, negatives, prompts, short_side)
         if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
             raise ConfigError(
                 f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
@@ -343,7 +343,7 @@ class Talk2DINO(TextSide):
             )
         say_equal(words.row_words, words.row_classes, rows)
         segmenter = self.segmenter(threshold, pamr, short_side, refinement)
-        rows = self._calibrated(words, rows)
+        rows = self._calibrated(words, rows, offsets)
         return OpenVocabulary(words, rows, threshold, segmenter, partial(self._encode, segmenter))
 
     def segmenter(

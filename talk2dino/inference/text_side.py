@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from talk2dino.alignment.class_names import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.reference import Advance, require_encoder
+from talk2dino.calibration.shown_classes import Seen, Spread, class_rows, see
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.datasets.pictures import ImageLike
 from talk2dino.encoders.build import build_text, check_spec
@@ -32,7 +34,7 @@ from talk2dino.finding.scan import (
     searched_field,
 )
 from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
-from talk2dino.inference.exemplars import Exemplar, Spread, class_row, mix, say_confused, see
+from talk2dino.inference.exemplars import Exemplar, mix, say_confused
 from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import (
     Sentences,
@@ -43,6 +45,7 @@ from talk2dino.inference.vocabulary import (
     read_words,
     say_equal,
 )
+from talk2dino.segmentation.scores import with_offsets
 from talk2dino.segmentation.segmenter import EncodedImage
 
 EncoderT = TypeVar("EncoderT")
@@ -83,6 +86,7 @@ class TextSide(nn.Module):
             self._text = fitting("text", text, projection.text_dim)
         self.projection = projection.eval()
         self._cache = TextCache()
+        self._looked = TextCache(32)  # at exemplars; 258 rows each
         self._turn = RLock()  # hooks that read the attention belong to one forward pass at a time
 
     @property
@@ -162,7 +166,7 @@ class TextSide(nn.Module):
         """
         given = ClassEmbeddings.of(classes)
         if given is None:
-            words, rows = self._rows(classes, templates, negatives, prompts, short_side)
+            words, rows, offsets = self._rows(classes, templates, negatives, prompts, short_side)
             say_equal(words.row_words, words.row_classes, rows)
             texts, used = None, templates or ""
             if any(words.rows):
@@ -172,7 +176,8 @@ class TextSide(nn.Module):
             used = used if isinstance(used, str) else list(used)
             named: Any = classes
             shown = {k: tuple(e.digest for e in v) for k, v in exemplars_of(named).items()}
-            return ClassEmbeddings(words, rows.cpu(), used, made_with, shown)
+            offsets = None if offsets is None else offsets.cpu()
+            return ClassEmbeddings(words, rows.cpu(), used, made_with, shown, offsets=offsets)
         if templates or negatives or prompts:
             raise ConfigError(
                 f"classes={given.origin}: holds embeddings, so templates, negatives and prompts "
@@ -218,19 +223,18 @@ class TextSide(nn.Module):
         searched = searched_field(opened)
         require_encoder(opened, self.vision, "extract with that")
         given = [queries] if isinstance(queries, str) and not is_file(queries) else queries
-        words, rows = self._rows(given, templates, (), None)
+        words, rows, offsets = self._rows(given, templates, (), None)
         if words.has_negatives:
             raise ConfigError("query: these class embeddings hold negatives, which nothing is")
         if searched == PATCHES:  # a calibration is made of patches
-            rows = self._calibrated(words, rows)
+            rows = self._calibrated(words, rows, offsets)
         scan = Scan(opened, rows, torch.tensor(words.row_classes), self.projection)
         return found_pictures(scan, words.names, top, best, advance)
 
-    @torch.no_grad()
     def embed_exemplars(
         self, exemplars: Exemplar | Sequence[Exemplar], short_side: int | None = None
     ) -> Tensor:
-        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_row`.
+        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_rows`.
 
         Rows of earlier calls are not computed again.
 
@@ -248,20 +252,53 @@ class TextSide(nn.Module):
         if not listed or not all(isinstance(one, Exemplar) for one in exemplars):
             given = type(exemplars).__name__
             raise ConfigError(f"exemplars={given}: give at least one Exemplar(image, mask)")
+        return self.shown_rows([exemplars], short_side)[0][0]
+
+    @torch.no_grad()
+    def shown_rows(
+        self,
+        classes: Sequence[Sequence[Exemplar]],
+        short_side: int | None = None,
+        advance: Advance = lambda done, total: None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of classes that are shown and, without a calibration, the mean patch of them all.
+
+        Arguments and errors as `embed_exemplars`, results as `exemplars.class_rows`. With a
+        calibration a row does not depend on the other classes.
+
+        Args:
+            classes: the exemplars of each.
+            short_side: working size in pixels, as for `segment`.
+            advance: gets (exemplars looked at, all).
+        """
+        if not classes:
+            return torch.empty(0), None
         psi, calibration = self.projection, self.calibration
+        state = (self.vision, short_side, self.dtype, *projection_state(psi))
+        order = {id(one): n for n, one in enumerate(one for each in classes for one in each)}
 
-        def look(_: object) -> Tensor:
-            views = (exemplar.read() for exemplar in exemplars)
-            seen = (
-                see(self._look(pixels, short_side), inside, visual_side(psi))
-                for pixels, inside in views
-            )
+        def looked(exemplar: Exemplar) -> Seen:
+            def look(_: object) -> Tensor:
+                pixels, inside = exemplar.read()
+                return see(self._look(pixels, short_side), inside, visual_side(psi)).packed[None]
+
+            seen = Seen.unpacked(self._looked.get([(exemplar.digest,)], state, look)[0])
+            advance(order[id(exemplar)] + 1, len(order))
+            return seen
+
+        def rows(group: Sequence[Sequence[Exemplar]], _: object) -> Tensor:
+            seen = [[looked(one) for one in exemplars] for exemplars in group]
             known = None if calibration is None else calibration.reference(psi, self.device)
-            return class_row(seen, None if known is None else Spread.of(known.tokens))[None]
+            made, mean = class_rows(seen, None if known is None else Spread.of(known.tokens))
+            return (made if mean is None else torch.cat([made, mean[None]]))[None]
 
-        kind = (self.vision, short_side, calibration and calibration.digest, self.dtype)
-        names = tuple(exemplar.digest for exemplar in exemplars)
-        return self._cache.get([names], (*kind, *projection_state(psi)), look)[0]
+        found = []
+        for group in [classes] if calibration is None else [[one] for one in classes]:
+            key = tuple(",".join(one.digest for one in exemplars) for exemplars in group)
+            kind = (calibration and calibration.digest, *state)
+            found.append(self._cache.get([key], kind, partial(rows, group))[0])
+        every = torch.cat(found)
+        return every[: len(classes)], every[-1] if calibration is None else None
 
     def _look(self, image: ImageLike, short_side: int | None) -> EncodedImage:
         """The windows of a picture, encoded; `Talk2DINO` does it."""
@@ -274,12 +311,20 @@ class TextSide(nn.Module):
         negatives: Sequence[str],
         prompts: Mapping[str, str | Sequence[str]] | None,
         short_side: int | None = None,
-    ) -> tuple[Words, Tensor]:
-        """Words and their unit rows `[N, D]`, given as class embeddings or computed where new."""
+    ) -> tuple[Words, Tensor, Tensor | None]:
+        """Words, their unit rows `[N, D]`, and offsets `[N]` where these do without a calibration.
+
+        They are given as class embeddings, or computed where new.
+        """
         given = ClassEmbeddings.of(classes)
         if given is not None:
             kept = self.embed_classes(given, templates, negatives=negatives, prompts=prompts)
-            return kept.words, kept.rows.to(self.device)
+            own = kept.offsets
+            return (
+                kept.words,
+                kept.rows.to(self.device),
+                own if own is None else own.to(self.device),
+            )
         if templates is not None and not templates:
             raise ConfigError(f"templates={templates!r}: give sentences with {{}} for the name")
         named: Any = classes
@@ -296,7 +341,8 @@ class TextSide(nn.Module):
                 "talk2dino.calibrate, or show all classes",
                 stacklevel=3,
             )
-        seen = {name: self.embed_exemplars(e, short_side) for name, e in shown.items()}
+        made, mean = self.shown_rows(list(shown.values()), short_side)
+        seen = dict(zip(shown, made, strict=True))
         rows = []
         for name, sentences in zip(words.row_names, words.rows, strict=True):
             if not sentences:
@@ -305,13 +351,14 @@ class TextSide(nn.Module):
                 rows.append(mix(next(said), seen[name], shown[name]))
             else:
                 rows.append(next(said))
-        return words, torch.stack(rows)
+        found = torch.stack(rows)
+        return words, found, None if mean is None else found @ mean
 
-    def _calibrated(self, words: Words, rows: Tensor) -> Tensor:
-        """Rows `[N, D]` as the segmenter takes them: with offsets, if there is a calibration."""
-        if self.calibration is None:
-            return rows
-        return self.calibration.score_rows(rows, words.row_names, self.projection)
+    def _calibrated(self, words: Words, rows: Tensor, offsets: Tensor | None) -> Tensor:
+        """Rows `[N, D]` as the segmenter takes them: with offsets, a calibration's or their own."""
+        if self.calibration is not None:
+            return self.calibration.score_rows(rows, words.row_names, self.projection)
+        return rows if offsets is None else with_offsets(rows, offsets)
 
     def _embed(self, rows: Sequence[Sentences]) -> Tensor:
         """`[N, D]` unit rows; those of earlier calls are not computed again."""

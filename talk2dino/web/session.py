@@ -188,7 +188,7 @@ def add_example(
         kept: the examples to go on with; the view's others are dropped.
 
     Raises:
-        DataError: see `painted`, `new_example` and `Talk2DINO.embed_exemplars`.
+        DataError: see `painted`, `new_example` and `Talk2DINO.shown_rows`.
     """
     assert view.picture is not None
     pixels = view.picture.pixels
@@ -196,8 +196,10 @@ def add_example(
     patch = model.vision.patch_size * min(height, width) / view.short_side
     example = new_example(name, pixels, painted(layers, (height, width)), kept, patch)
     every = (*kept, example)
-    of_class = [one.exemplar for one in every if one.name == example.name]
-    model.embed_exemplars(of_class, view.short_side)
+    names = dict.fromkeys(one.name for one in every)
+    model.shown_rows(
+        [[one.exemplar for one in every if one.name == name] for name in names], view.short_side
+    )
     return replace(view, examples=every)
 
 

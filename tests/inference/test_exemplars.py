@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from talk2dino import ClassEmbeddings, Exemplar, Talk2DINO
@@ -22,11 +23,13 @@ from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import DoubleMLP, ProjectionLayer
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.rules import MeanOffset
+from talk2dino.calibration.shown_classes import PATCHES, Seen, Spread, class_rows, see
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import CheckpointError, ConfigError, DataError, ResultWarning
 from talk2dino.inference.class_embeddings import KEY
-from talk2dino.inference.exemplars import Seen, Spread, class_row, read_folder, see
+from talk2dino.inference.exemplars import read_folder
+from talk2dino.segmentation.scores import with_offsets
 from tests.helpers.encoders import HashText, hash_model, noise_pixels
 from tests.helpers.pipeline import fails, need, run
 from tests.helpers.stores import CLIP
@@ -84,9 +87,10 @@ def test_a_patch_counts_by_its_share_inside(model: Talk2DINO) -> None:
         for x in range(0, SIDE, patch)
     ]
     seen = see(encoded, inside, None)
-    np.testing.assert_allclose(seen.share, want, atol=1e-6)
-    tokens = encoded.features.patch_tokens.flatten(0, 1)
-    torch.testing.assert_close(seen.tokens, F.normalize(tokens, dim=-1))
+    tokens = F.normalize(encoded.features.patch_tokens.flatten(0, 1), dim=-1)
+    for mean, share in ((seen.inside, want), (seen.outside, 1 - np.array(want))):
+        np.testing.assert_allclose(mean, np.average(tokens, 0, share), atol=1e-6)
+    torch.testing.assert_close(seen.patches, tokens)
     one = torch.zeros_like(inside)
     one[3, 40] = True  # a single pixel of many
     shown = Exemplar(pixels, one)
@@ -100,23 +104,38 @@ def test_a_patch_counts_by_its_share_inside(model: Talk2DINO) -> None:
 
 @pytest.mark.parametrize("pictures", [1, 3])
 @pytest.mark.parametrize("reference", [False, True])
-def test_the_row_is_numpys(pictures: int, reference: bool) -> None:
+def test_the_rows_are_numpys(pictures: int, reference: bool) -> None:
+    """Two classes; without a reference all pictures are it, and their mean gives offsets."""
     random = np.random.default_rng(0)
-    tokens = [random.standard_normal((20, 6)) + 1 for _ in range(pictures)]
-    shares = [random.random(20) for _ in tokens]
-    others = random.standard_normal((50, 6)) + 0.3
-    inside = np.mean([np.average(t, 0, s) for t, s in zip(tokens, shares, strict=True)], 0)
-    outside = np.mean([np.average(t, 0, 1 - s) for t, s in zip(tokens, shares, strict=True)], 0)
-    if reference:
-        covariance, mean = np.cov(others.T, bias=True), (outside + others.mean(0)) / 2
-    else:
-        covariance = np.mean([np.cov(t.T, bias=True) for t in tokens], 0)
-        mean = outside
+    tokens = random.standard_normal((2, pictures, 20, 6)) + 1
+    shares = random.random((2, pictures, 20))
+    shares[1] = 1  # whole pictures: nothing is outside
+    others = random.standard_normal((50, 6)) + 0.3 if reference else tokens.reshape(-1, 6)
+    covariance = np.cov(others.T, bias=True)
     covariance += np.trace(covariance) / 6 * np.eye(6)
-    want = np.linalg.inv(covariance) @ (inside - mean)
-    seen = [Seen(torch.tensor(t), torch.tensor(s)) for t, s in zip(tokens, shares, strict=True)]
-    got = class_row(seen, Spread.of(torch.tensor(others)) if reference else None)
-    np.testing.assert_allclose(got, want / np.linalg.norm(want), atol=1e-8)
+    inside = np.einsum("kpn,kpnd->kd", shares / shares.sum(-1, keepdims=True), tokens) / pictures
+    rest = (1 - shares[0]) / (1 - shares[0]).sum(-1, keepdims=True)
+    outside = np.einsum("pn,pnd->d", rest, tokens[0]) / pictures
+    mean = others.mean(0)
+    want = np.linalg.solve(covariance, (inside - [(outside + mean) / 2, mean]).T).T
+    pairs = zip(torch.tensor(tokens), torch.tensor(shares), strict=True)
+    seen = [[Seen.of(t, s) for t, s in zip(*pair, strict=True)] for pair in pairs]
+    got, center = class_rows(seen, Spread.of(torch.tensor(others)) if reference else None)
+    np.testing.assert_allclose(got, want / np.linalg.norm(want, axis=1)[:, None], atol=1e-8)
+    if reference:
+        assert center is None
+    else:
+        np.testing.assert_allclose(center, mean, atol=1e-8)
+
+
+def test_a_large_picture_counts_by_some_of_its_patches() -> None:
+    tokens, share = torch.randn(5 * PATCHES, 3), torch.rand(5 * PATCHES)
+    seen = Seen.of(tokens, share)
+    assert len(seen.patches) == PATCHES
+    assert torch.equal(seen.patches[[0, -1]], tokens[[0, -1]])
+    again = Seen.unpacked(seen.packed)
+    assert torch.equal(again.packed, seen.packed)
+    assert Seen.of(tokens, torch.ones_like(share)).outside.isnan().all()
 
 
 def test_the_direction_is_that_of_a_discriminant_analysis() -> None:
@@ -127,10 +146,10 @@ def test_the_direction_is_that_of_a_discriminant_analysis() -> None:
     labels = np.repeat([0, 1], 200)
     within = np.concatenate([patches[labels == k] - patches[labels == k].mean(0) for k in (0, 1)])
     by = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.5).fit(patches, labels)
-    seen = Seen(torch.tensor(patches), torch.tensor(labels).double())
+    seen = Seen.of(torch.tensor(patches), torch.tensor(labels).double())
     # (cov + trace/D) / 2 is half of each; a reference of the spread within, around the mean outside
     reference = torch.tensor(within + patches[labels == 0].mean(0))
-    got = class_row([seen], Spread.of(reference)).numpy()
+    got = class_rows([[seen]], Spread.of(reference))[0][0].numpy()
     want = by.coef_[0] / np.linalg.norm(by.coef_[0])
     assert got @ want == pytest.approx(1, abs=1e-4)
 
@@ -193,10 +212,59 @@ def test_a_calibration_is_compared_with_and_gives_offsets(model: Talk2DINO) -> N
     with pytest.raises(DataError, match="masks cover their pictures whole"):
         model.embed_exemplars([whole], SIDE)
     flat = torch.full((3, 40, 40), 7, dtype=torch.uint8)
-    same = Seen(F.normalize(torch.ones(4, 3), dim=1), torch.tensor([1.0, 0, 0, 1]))
+    same = Seen.of(F.normalize(torch.ones(4, 3), dim=1), torch.tensor([1.0, 0, 0, 1]))
     with pytest.raises(DataError, match="like all others"):
-        class_row([same], None)
+        class_rows([[same]], None)
     assert Exemplar(flat, flat[0]).read()[1].all()
+
+
+def test_without_a_calibration_the_pictures_give_offsets(model: Talk2DINO, tmp_path: Path) -> None:
+    """Words and shown classes less what they score there on average; a calibration's win."""
+    pixels = [halves(seed) for seed in (0, 1)]
+    classes: dict[str, Any] = {
+        "dark": [Exemplar(one, half(one)) for one in pixels],
+        "bright": ["bright", Exemplar(pixels[0], half(pixels[0], right=True))],
+        "cat": "cat",
+    }
+    made = model.embed_classes(classes, short_side=48)
+    every = [pixels[0], pixels[1], pixels[0]]  # a picture counts as often as it shows a class
+    tokens = torch.cat([model.encode(one, 48).windows.features.patch_tokens for one in every])
+    mean = F.normalize(tokens.flatten(0, 1), dim=-1).mean(0)
+    assert made.offsets is not None
+    torch.testing.assert_close(made.offsets, made.rows @ mean, atol=1e-6, rtol=0)
+    vocabulary = model.open_vocabulary(classes, short_side=48)
+    assert torch.equal(vocabulary.rows, with_offsets(made.rows, made.offsets))
+    file = made.save(tmp_path / "shown.safetensors")
+    assert torch.equal(model.open_vocabulary(file, short_side=48).rows, vocabulary.rows)
+    chosen = ClassEmbeddings.load(file).select(["cat", "dark"]).offsets
+    assert chosen is not None and torch.equal(chosen, made.offsets[[2, 0]])
+    assert model.embed_classes(["cat"]).offsets is None
+    other = calibrated(model)
+    assert other.embed_classes(classes, short_side=48).offsets is None
+    given = other.open_vocabulary(file, short_side=48).rows
+    assert other.calibration is not None
+    assert torch.equal(given, other.calibration.score_rows(made.rows, made.words.row_names))
+    parts = load_file(file)
+    for wrong in (parts["offsets"][:2], parts["offsets"].double(), parts["offsets"] / 0):
+        save_file(parts | {"offsets": wrong}, tmp_path / "bad.safetensors", metadata(file))
+        with pytest.raises(DataError, match=r"damaged \(offsets"):
+            ClassEmbeddings.load(tmp_path / "bad.safetensors")
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata())
+
+
+def test_whole_pictures_are_told_from_each_other(wordless: Talk2DINO) -> None:
+    """Swatches: nothing lies outside a mask, but there is another class."""
+    dark, bright = halves()[:, :, :48], halves()[:, :, 48:]
+    classes = {"dark": Exemplar(dark, dark[0] >= 0), "bright": Exemplar(bright, bright[0] >= 0)}
+    seg = wordless.segment(halves(2), classes, short_side=48)
+    truth = half(seg.image, right=True).long()
+    assert (seg.labels == truth).float().mean() > 0.9
+    with pytest.raises(DataError, match="masks cover their pictures whole"):
+        wordless.segment(halves(2), {"dark": classes["dark"]}, short_side=48)
 
 
 def test_an_image_side_is_passed(model: Talk2DINO) -> None:
@@ -207,9 +275,9 @@ def test_an_image_side_is_passed(model: Talk2DINO) -> None:
     with torch.no_grad():
         tokens = both.projection.project_visual(encoded.features.patch_tokens)
     seen = see(encoded, half(pixels), both.segmenter(None, False, SIDE).project_patches)
-    torch.testing.assert_close(seen.tokens, F.normalize(tokens.flatten(0, 1), dim=-1))
+    torch.testing.assert_close(seen.patches, F.normalize(tokens.flatten(0, 1), dim=-1))
     row = both.embed_exemplars([Exemplar(pixels, half(pixels))], SIDE)
-    torch.testing.assert_close(row, class_row([seen], None))
+    torch.testing.assert_close(row, class_rows([[seen]], None)[0][0])
 
 
 def test_exemplars_are_looked_at_once(model: Talk2DINO, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +290,8 @@ def test_exemplars_are_looked_at_once(model: Talk2DINO, monkeypatch: pytest.Monk
     first = made.embed_exemplars([exemplar], SIDE)
     seen = len(calls)
     assert torch.equal(made.embed_exemplars([exemplar], SIDE), first) and len(calls) == seen
+    made.shown_rows([[exemplar], [exemplar]], SIDE)  # other company, the same look
+    assert len(calls) == seen
     array[:, ::5] = 255  # another picture in the same place
     assert not torch.equal(made.embed_exemplars([exemplar], SIDE), first) and len(calls) > seen
 
@@ -415,7 +485,8 @@ def test_a_name_in_both_is_one_class(
     (place / "shown" / "dark").rename(place / "shown" / "cafe\u0301")  # as macOS writes it
     run("embed", *GIVEN, "classes=[café]", "exemplars=shown", "output=y.safetensors")
     assert ClassEmbeddings.load("y.safetensors").words.synonyms == {"café": ("café",), "bright": ()}
-    shown = model.embed_exemplars(read_folder("shown")["café"], 48)
+    folder = read_folder("shown")
+    shown = model.shown_rows([folder["café"], folder["bright"]], 48)[0][0]
     torch.testing.assert_close(made.rows[0], text[0])
     torch.testing.assert_close(made.rows[1:3], F.normalize(text[1:] + shown, dim=1))
 
