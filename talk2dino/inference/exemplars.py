@@ -22,8 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed, folded
-from talk2dino.datasets.label_files import header, read_values, turned_alone
-from talk2dino.datasets.pictures import HEIF, ImageLike, is_picture, is_plain, to_pixels, unread
+from talk2dino.datasets.label_files import Header, header, read_values, turned_alone
+from talk2dino.datasets.pictures import (
+    HEIF,
+    ImageLike,
+    is_picture,
+    is_plain,
+    orientation,
+    to_pixels,
+    unread,
+    upright,
+)
 from talk2dino.errors import DataError, check_number, say
 from talk2dino.files import user_path
 
@@ -88,14 +97,14 @@ class Exemplar:
         """
         pixels, inside = to_pixels(self.image), _read_mask(self.mask)
         size, wanted = tuple(inside.shape), tuple(pixels.shape[-2:])
-        files = [_file(self.image), _file(self.mask)]
         if size != wanted:
             turned = size == wanted[::-1] and "; an EXIF tag turns one of them upright"
             raise DataError(
                 f"{self._mask_name}: {size[0]}x{size[1]} pixels (rows x columns), but its picture "
                 f"has {wanted[0]}x{wanted[1]}; give a mask of the same size{turned or ''}"
             )
-        if None not in files and turned_alone(*map(header, files)):  # type: ignore[arg-type]
+        picture, drawn = _header(self.image, wanted), _header(self.mask, size)
+        if turned_alone(picture, drawn):
             say(
                 f"{self._mask_name}: an EXIF tag turns its picture, and not the mask, which is "
                 "taken as drawn on the upright picture",
@@ -175,7 +184,10 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
         if not is_picture(path) and path.suffix.lower() in HEIF:
             raise DataError(f"{where}/{path.name}: {unread([path.suffix.lower()])}")
     files = [path for path in sorted(folder.iterdir()) if is_picture(path)]
-    masks = {p.stem[: -len(MASK)]: p for p in files if p.stem.lower().endswith(MASK)}
+    masks: dict[str, Path] = {}
+    for path in sorted(files, key=lambda path: -len(path.stem)):  # X_mask may have X_mask_mask
+        if path.stem.lower().endswith(MASK) and path.stem not in masks:
+            masks[path.stem[: -len(MASK)]] = path
     pictures = [path for path in files if path not in masks.values()]
     if not pictures or not masks:
         raise DataError(f"{where} holds no {'masks' if pictures else 'pictures'}; {_LAYOUT}")
@@ -235,6 +247,7 @@ def _read_mask(mask: ImageLike) -> Tensor:
         with Image.open(BytesIO(mask)) as opened:
             values = _by_color(values, opened)
     elif isinstance(mask, Image.Image):
+        mask = upright(mask)
         values = _by_color(np.asarray(mask), mask)
     elif isinstance(mask, Tensor) and is_plain(mask):
         whole = mask.detach().cpu()
@@ -259,11 +272,16 @@ def _read_mask(mask: ImageLike) -> Tensor:
     return torch.from_numpy(values != 0)
 
 
-def _file(image: ImageLike) -> Path | BinaryIO | None:
-    """What Pillow can open, if it is a file or its bytes."""
+def _header(image: ImageLike, size: tuple[int, ...]) -> Header:
+    """How it is stored; arrays and tensors, `size` rows and columns, have no EXIF tag."""
     if isinstance(image, (str, Path)):
-        return user_path(image)
-    return BytesIO(image) if isinstance(image, bytes) else None
+        return header(user_path(image))
+    if isinstance(image, bytes):
+        return header(BytesIO(image))
+    if isinstance(image, Image.Image):
+        turned = orientation(image) is not None
+        return Header(image.format, (size[0], size[1]), image.size, turned)
+    return Header(None, (size[0], size[1]), (size[1], size[0]), False)
 
 
 def _refuse_jpeg(file: BinaryIO, name: str) -> None:

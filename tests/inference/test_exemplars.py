@@ -344,6 +344,34 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
     assert Exemplar(pixels.flip(0), inside).digest not in digests
 
 
+def test_masks_stand_as_their_pictures_do(tmp_path: Path) -> None:
+    """A mask that Pillow opened is turned by its tag; one without a tag beside a turned picture."""
+    tag = Image.Exif()
+    tag[0x0112] = 3  # upside down
+    pixels = Image.fromarray(halves().permute(1, 2, 0).numpy())
+    pixels.save(tmp_path / "turned.jpg", exif=tag)
+    mask = Image.fromarray(half(halves()).numpy())
+    mask.save(tmp_path / "turned.png", exif=tag)
+    by_path = Exemplar(pixels, tmp_path / "turned.png").read()[1]
+    assert torch.equal(by_path, half(halves(), right=True))
+    assert torch.equal(Exemplar(pixels, Image.open(tmp_path / "turned.png")).read()[1], by_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Exemplar(tmp_path / "turned.jpg", tmp_path / "turned.png").read()
+        Exemplar(pixels, mask).read()
+    for picture in (tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")):
+        for alone in (mask, np.asarray(mask)):
+            with pytest.warns(ResultWarning, match="an EXIF tag turns its picture, and not"):
+                Exemplar(picture, alone).read()
+
+
+def test_a_picture_may_be_called_like_a_mask(tmp_path: Path) -> None:
+    save_pair(tmp_path / "face", "face_mask", halves(), half(halves()))
+    save_pair(tmp_path / "face", "b", halves(1), half(halves()))
+    found = read_folder(tmp_path)["face"]
+    assert [Path(str(one.mask)).name for one in found] == ["b_mask.png", "face_mask_mask.png"]
+
+
 def test_exemplars_that_are_refused(model: Talk2DINO, tmp_path: Path) -> None:
     pixels = halves()
     inside = half(pixels)
