@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import ConfigError
+from talk2dino.errors import Advance, ConfigError
 from talk2dino.files import (
     foreign,
     read_json,
@@ -32,7 +32,6 @@ from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.map_files import (
     SOFTWARE,
-    Advance,
     Labels,
     write_labels,
     write_polygons,

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 import talk2dino
-from talk2dino.errors import StoreError
+from talk2dino.errors import Advance, StoreError
 from talk2dino.files import replacing
 from talk2dino.maps.geotiff import MapImage, reading
 from talk2dino.segmentation.overlay import ignored_label, legend_colors
 
 Labels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-Advance: TypeAlias = Callable[[int, int], None]
 
 SOFTWARE = "talk2dino.map"
 TILE = 512  # pixels, of the label map

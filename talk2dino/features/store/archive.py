@@ -11,7 +11,7 @@ from typing import Any
 
 import h5py
 
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import Advance, ConfigError, StoreError
 from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.shard_writer import write_hdf5
@@ -20,8 +20,6 @@ from talk2dino.files import file_digest, replacing
 
 _CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9
-
-Advance = Callable[[int, int], None]
 
 
 def archive_store(
