@@ -31,6 +31,11 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for unknown names)
 
 
+def cache_dir() -> Path:
+    """`$TALK2DINO_CACHE`, else `~/.cache/talk2dino`: weights, embeddings and lists of tars."""
+    return user_path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino"))
+
+
 @contextmanager
 def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed to `target`.
