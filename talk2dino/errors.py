@@ -59,6 +59,10 @@ class StoreError(UserError):
     """A feature store is missing, incomplete, damaged, or lacks a field."""
 
 
+class WriteError(UserError):
+    """A file or folder is not written: a full disk, permissions, or something else in its place."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be read, or belongs to other encoders."""
 

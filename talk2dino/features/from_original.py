@@ -88,7 +88,8 @@ def convert_features(
         The manifest.
 
     Raises:
-        StoreError: `store` holds a store, was begun with other settings, or cannot be written.
+        StoreError: `store` holds a store, or was begun with other settings.
+        WriteError: it cannot be written.
         DataError: no features, or an annotation without them.
     """
     if (store / MANIFEST).exists():

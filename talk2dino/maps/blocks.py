@@ -129,7 +129,7 @@ def segment_map(
     Raises:
         ConfigError: a file of other origin in the way, or a name that is no GeoTIFF's.
         DataError: the map cannot be read.
-        StoreError: the disk is full, or the results cannot be written.
+        WriteError: the disk is full, or the results cannot be written.
     """
     target, *others = output_files(user_path(output), polygons)
     refuse_foreign_maps([target, *others], image.path, overwrite)

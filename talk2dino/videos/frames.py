@@ -119,7 +119,7 @@ def segment_video(
 
     Raises:
         DataError: no video, or no frame that can be decoded.
-        StoreError: the disk is full, or the folder cannot be written.
+        WriteError: the disk is full, or the folder cannot be written.
     """
     import av
 

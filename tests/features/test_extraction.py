@@ -26,7 +26,7 @@ from talk2dino.datasets.captions.base import crop_square
 from talk2dino.encoders.devices import process_rank
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import ConfigError, StoreError, WriteError
 from talk2dino.extract import Counter, report, say_left_out
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
@@ -378,7 +378,7 @@ def test_what_the_source_leaves_out_is_counted_and_listed(
     extraction.run()  # over its own list
     assert len((store / "train-left-out.jsonl").read_text().splitlines()) == 3
     (store / "train-left-out.jsonl").write_text("mine")
-    with pytest.raises(StoreError, match=r"train-left-out\.jsonl: is there and is not what"):
+    with pytest.raises(WriteError, match=r"train-left-out\.jsonl: is there and is not what"):
         extraction.run()
     assert (store / "train-left-out.jsonl").read_text() == "mine"
 

@@ -128,8 +128,8 @@ class Extraction:
             The manifest, or None while other ranks still write.
 
         Raises:
-            StoreError: the folder was begun with other settings, holds files of other origin under
-                a store's names, or cannot be written.
+            StoreError: the folder was begun with other settings.
+            WriteError: it holds files of other origin under a store's names, or cannot be written.
             ConfigError: `compiled` where torch finds no compiler.
         """
         vision, text = self.vision.describe(), self.text.describe()

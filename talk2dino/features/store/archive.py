@@ -42,8 +42,8 @@ def archive_store(
         The copy's manifest.
 
     Raises:
-        StoreError: `store` is damaged; `output` holds a store or one of another kind, or cannot be
-            written.
+        StoreError: `store` is damaged; `output` holds a store or one of another kind.
+        WriteError: `output` cannot be written.
         ConfigError: compression without the package hdf5plugin.
     """
     manifest = Manifest.read(store)
