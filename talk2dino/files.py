@@ -20,6 +20,7 @@ from talk2dino.errors import ConfigError, DataError, WriteError
 if sys.platform != "win32":
     import fcntl
 
+PARTS = ".parts"  # folder of the records of what is done, within that of the results
 T = TypeVar("T")
 
 
@@ -123,6 +124,16 @@ def sole_writer(folder: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def in_turn(folder: Path, number: int = 0) -> Iterator[None]:
+    """Wait until no other process is in such a context, with the same folder and number."""
+    with (folder / "lock").open("ab") as file:
+        if sys.platform != "win32":
+            with suppress(OSError):  # the file system has no locks
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, number)  # a byte of the file for each number
+        yield  # closing the file releases the lock
 
 
 @contextmanager

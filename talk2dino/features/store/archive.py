@@ -15,8 +15,8 @@ from talk2dino.errors import Advance, ConfigError, StoreError
 from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.shard_writer import write_hdf5
-from talk2dino.features.store.writer import PARTS, finish_manifest, open_for_append, put_shard
-from talk2dino.files import file_digest, replacing
+from talk2dino.features.store.writer import finish_manifest, open_for_append, put_shard
+from talk2dino.files import PARTS, file_digest, replacing
 
 _CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9

@@ -37,6 +37,7 @@ from talk2dino.features.store.shard_writer import (
     write_hdf5,
 )
 from talk2dino.files import (
+    PARTS,
     check_known,
     create_json,
     file_digest,
@@ -50,7 +51,6 @@ from talk2dino.files import (
 )
 from talk2dino.renamed import first_difference
 
-PARTS = ".parts"
 IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
 
 
