@@ -14,7 +14,6 @@ from talk2dino.calibration.labeled import cross_fit, label_patches
 from talk2dino.calibration.mentions import closeness, unmentioned, why_unknown
 from talk2dino.calibration.reference import (
     FIELD,
-    Advance,
     Drawn,
     draw_from_pictures,
     draw_from_store,
@@ -24,7 +23,7 @@ from talk2dino.config import command
 from talk2dino.config.model_and_classes import load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
-from talk2dino.errors import ConfigError
+from talk2dino.errors import Advance, ConfigError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO

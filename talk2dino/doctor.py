@@ -20,9 +20,9 @@ from rich.table import Table
 import talk2dino
 from talk2dino.config.checks import config_folder
 from talk2dino.encoders.build import find_weights
-from talk2dino.encoders.hub import cache_dir, cached_names
+from talk2dino.encoders.hub import cached_names
 from talk2dino.errors import absent_modules
-from talk2dino.files import user_path
+from talk2dino.files import cache_dir, user_path
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics"),

@@ -1,13 +1,16 @@
-"""Errors that are the user's to mend: one clear line each, never a traceback."""
+"""What the user is told: errors to mend, one clear line each, warnings, how far long work is."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
+from typing import TypeAlias
+
+Advance: TypeAlias = Callable[[int, int], None]  # is told what is done, and of how much
 
 
 class UserError(Exception):
@@ -54,6 +57,10 @@ class DataError(UserError):
 
 class StoreError(UserError):
     """A feature store is missing, incomplete, damaged, or lacks a field."""
+
+
+class WriteError(UserError):
+    """A file or folder is not written: a full disk, permissions, or something else in its place."""
 
 
 class CheckpointError(UserError):

@@ -21,7 +21,6 @@ from talk2dino.calibration.calibration import Calibration
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import build_refinement, load_model
 from talk2dino.datasets.benchmarks.base import Benchmark
-from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
 from talk2dino.errors import ConfigError, DataError, say
@@ -36,7 +35,7 @@ from talk2dino.evaluation.settings import (
     describe_run,
 )
 from talk2dino.evaluation.tables import class_table, published
-from talk2dino.files import read_json, refuse_foreign_run, write_json
+from talk2dino.files import cache_dir, read_json, refuse_foreign_run, write_json
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.vocabulary import say_equal
 from talk2dino.segmentation import PAMR, Segmenter

@@ -15,11 +15,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from talk2dino.errors import ConfigError, DataError, StoreError
+from talk2dino.errors import ConfigError, DataError, WriteError
 
 if sys.platform != "win32":
     import fcntl
 
+PARTS = ".parts"  # folder of the records of what is done, within that of the results
 T = TypeVar("T")
 
 
@@ -31,6 +32,11 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for unknown names)
 
 
+def cache_dir() -> Path:
+    """`$TALK2DINO_CACHE`, else `~/.cache/talk2dino`: weights, embeddings and lists of tars."""
+    return user_path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino"))
+
+
 @contextmanager
 def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is synced and renamed to `target`.
@@ -39,7 +45,7 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
     left. While another process writes the same target it is another name: both write a whole file,
     and the later one stays. With `shared` it is always unique, for processes of several machines.
     On any exception it is removed. The file gets the permissions that the umask says. A failed
-    write (disk full, quota, permissions) raises StoreError with one line, whichever library failed;
+    write (disk full, quota, permissions) raises WriteError with one line, whichever library failed;
     give `torch.save` an open file for that.
     """
     unique = temporary_name(target).with_suffix(f".{uuid.uuid4().hex}.tmp")
@@ -104,7 +110,7 @@ def sole_writer(folder: Path, target: Path) -> Iterator[None]:
     """Hold a folder of temporary files, which is there, for as long as its files are used.
 
     Raises:
-        StoreError: another process does, for the same `target`.
+        WriteError: another process does, for the same `target`.
     """
     if sys.platform == "win32":
         yield
@@ -112,12 +118,22 @@ def sole_writer(folder: Path, target: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         if not _held(handle):
-            raise StoreError(
+            raise WriteError(
                 f"{target}: another process is writing it; wait for it, or use another output"
             )
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def in_turn(folder: Path, number: int = 0) -> Iterator[None]:
+    """Wait until no other process is in such a context, with the same folder and number."""
+    with (folder / "lock").open("ab") as file:
+        if sys.platform != "win32":
+            with suppress(OSError):  # the file system has no locks
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, number)  # a byte of the file for each number
+        yield  # closing the file releases the lock
 
 
 @contextmanager
@@ -132,7 +148,7 @@ def replacing_folder(target: Path, whole: bool) -> Iterator[Path]:
         whole: take the place of all that is there; else of files of the same names only.
 
     Raises:
-        StoreError: the disk is full, or the folder cannot be written.
+        WriteError: the disk is full, or the folder cannot be written.
     """
     temporary, old = temporary_name(target), target.with_name(f".{target.name}.old")
     with ExitStack() as stack:
@@ -175,14 +191,16 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _said_in_one_line(target: Path) -> Iterator[None]:
-    """A failed write (disk full, quota, permissions) becomes a StoreError."""
+    """A failed write (disk full, quota, permissions) becomes a WriteError."""
     try:
         yield
     except BaseException as error:
         code = _error_code(error)
         if code is None:
             raise
-        raise StoreError(f"{target}: not written ({os.strerror(code)}); {_fix(code)}") from error
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some space and start again" if full else "check the folder and its permissions"
+        raise WriteError(f"{target}: not written ({os.strerror(code)}); {fix}") from error
 
 
 def temporary_name(target: Path) -> Path:
@@ -275,9 +293,9 @@ def refuse_foreign(
             )
 
 
-def foreign(file: Path) -> StoreError:
+def foreign(file: Path) -> WriteError:
     """The refusal to replace a file of other origin."""
-    return StoreError(
+    return WriteError(
         f"{file}: is there and is not what this program wrote; move it away and start again"
     )
 
@@ -293,7 +311,7 @@ def put_known(target: Path, records: Path, text: str) -> None:
         text: its content.
 
     Raises:
-        StoreError: a file of other origin has that name, or the disk is full.
+        WriteError: a file of other origin has that name, or the disk is full.
     """
     check_known(target, records, text)
     content = text.encode()
@@ -376,9 +394,3 @@ def _error_code(error: BaseException) -> int | None:
         if isinstance(error, RuntimeError) and error.__context__ is not None:
             return _error_code(error.__context__)
     return None
-
-
-def _fix(code: int) -> str:
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free some space and start again: finished shards are kept"
-    return "check the folder and its permissions"

@@ -1,4 +1,4 @@
-"""Classes under the dotted names that they had in earlier versions.
+"""Classes under the dotted names that they had in earlier versions, and settings that name them.
 
 Configs, feature stores, checkpoints and records of evaluations name classes as `_target_`. Names
 are translated where such a file is read, and on both sides where one is compared with a present

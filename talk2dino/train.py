@@ -20,6 +20,7 @@ from talk2dino.alignment.projection import Projection
 from talk2dino.config import command
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureDataModule, FeatureStore
+from talk2dino.features.store.schema import IMAGE_FIELDS
 from talk2dino.files import replacing
 from talk2dino.sweeps.study import PRUNED, PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
@@ -86,18 +87,22 @@ def fill_widths(config: DictConfig) -> None:
     """Set the projection's widths and heads that the config leaves open to those of the store.
 
     Raises:
-        ConfigError: the config's widths are not those of the store.
+        ConfigError: the config's widths are not those of the store, or those of the store differ.
     """
     store = FeatureStore(config.store)
-    # What is not of the vision width.
-    other = ("id", "file_name", "patch_index", "self_attn_maps", "second_last_out")
-    visual = next((name for name in store.images.fields if name not in other), None)
+    visual = next((name for name in store.images.fields if "D" in IMAGE_FIELDS[name]), None)
     if visual is None:
         raise ConfigError(
             f"store={config.store}: holds no features of images to compare with texts, only "
             f"{', '.join(store.images.fields)}; extract again, for instance with features=pooled"
         )
     found = {"text_dim": text_width(store), "vision_dim": store.images[visual].shape[-1]}
+    compared = config.similarity.get("field")
+    if compared in store.images and store.images[compared].shape[-1] != found["vision_dim"]:
+        raise ConfigError(
+            f"similarity.field={compared}: has width {store.images[compared].shape[-1]}, the patch "
+            f"tokens of {config.store} have {found['vision_dim']}; compare avg_self_attn_out, say"
+        )
     for key, width in found.items():
         wanted = config.projection.get(key)
         if wanted is None:

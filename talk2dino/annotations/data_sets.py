@@ -86,7 +86,7 @@ def write_data_sets(
 
     Raises:
         ConfigError: as `check_formats` and `refuse_changed` raise it.
-        StoreError: the disk is full, or a folder cannot be written.
+        WriteError: the disk is full, or a folder cannot be written.
     """
     check_formats(formats)
     if not overwrite:

@@ -280,9 +280,9 @@ class Calibration:
                 str(path),
                 said,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise CheckpointError(f"{where}: damaged ({reason}); {_HOW}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as e:
+            reason = f"no {e}" if isinstance(e, KeyError) else e
+            raise CheckpointError(f"{where}: damaged ({reason}); {_HOW}") from e
 
 
 def check_writable(path: str | Path) -> Path:

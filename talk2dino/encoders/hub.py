@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -29,11 +28,6 @@ from talk2dino.files import user_path
 
 WEIGHTS = "projection.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
-
-
-def cache_dir() -> Path:
-    """Folder for converted weights: `$TALK2DINO_CACHE`, else `~/.cache/talk2dino`."""
-    return user_path(os.environ.get("TALK2DINO_CACHE", "~/.cache/talk2dino"))
 
 
 def resolve_checkpoint(location: str | Path) -> Path:

@@ -147,7 +147,7 @@ class VisionFeatures:
             softmax. Without a CLS token the first token is the query.
         cls_token: [B, D] of the same layers; zeros for a model without CLS token.
         grid: patch rows and columns, P = rows x columns.
-        second_last_out: [B, D] CLS token that leaves the block before the last, without norm
+        second_last_out: [B, V] CLS token that leaves the block before the last, without norm
             (original `second_last_out`); zeros for a model without CLS token.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from talk2dino.datasets.captions import Entry
 from talk2dino.datasets.tars import Member, read_member, tar_members
 from talk2dino.encoders.weights import load_tensors
-from talk2dino.errors import ConfigError, DataError, StoreError
+from talk2dino.errors import Advance, ConfigError, DataError, StoreError
 from talk2dino.features.store.schema import (
     FIXED_DTYPES,
     MANIFEST,
@@ -66,7 +66,7 @@ def convert_features(
     embedding: str | None = None,
     vision: Spec | None = None,
     text: Spec | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> Manifest:
     """Write the original's features into `store`; started again, it continues.
 
@@ -88,7 +88,8 @@ def convert_features(
         The manifest.
 
     Raises:
-        StoreError: `store` holds a store, was begun with other settings, or cannot be written.
+        StoreError: `store` holds a store, or was begun with other settings.
+        WriteError: it cannot be written.
         DataError: no features, or an annotation without them.
     """
     if (store / MANIFEST).exists():

@@ -19,7 +19,7 @@ from talk2dino.alignment.inputs import (
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.retrieval import retrieval_from_scores
 from talk2dino.alignment.similarity.base import Similarity
-from talk2dino.calibration.reference import Advance
+from talk2dino.errors import Advance
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.finding.scan import PATCHES, Scan, picture_scores, searched_field
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talk2dino.alignment.projection import Projection, visual_side
-from talk2dino.calibration.reference import Advance
-from talk2dino.errors import StoreError, check_number
+from talk2dino.errors import Advance, StoreError, check_number
 from talk2dino.features.store.reader import FeatureStore, Field
 from talk2dino.segmentation.scores import merge_synonyms, split_offsets
 

@@ -15,11 +15,8 @@ from pathlib import Path
 
 from talk2dino.encoders.devices import ProcessRank, process_rank
 from talk2dino.errors import DataError
-from talk2dino.features.store.shard_writer import shard_lock
-from talk2dino.files import read_json, write_json
+from talk2dino.files import PARTS, in_turn, read_json, write_json
 from talk2dino.inference.result_files import Job
-
-PARTS = ".parts"
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Share:
         parts.mkdir(exist_ok=True)
         named = {job.overlay.name: reason for job, reason in broken.items()}
         write_json(self._record(self.place.rank), named)
-        with shard_lock(parts, 0):
+        with in_turn(parts):
             found = self._all_broken()
             if found is None or not all(is_done(job) for job in self.jobs if job not in found):
                 yield None

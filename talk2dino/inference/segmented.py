@@ -225,7 +225,7 @@ class SegmentedImage:
 
         Raises:
             ConfigError: a name that does not end in `.png`.
-            StoreError: it cannot be written there.
+            WriteError: it cannot be written there.
         """
         if Path(path).suffix.lower() != ".png":
             raise ConfigError(f"labels={str(path)!r}: they are a PNG; give a name such as seg.png")

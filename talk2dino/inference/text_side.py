@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from talk2dino.alignment.class_names import embed_prompts, embed_texts
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import Calibration
-from talk2dino.calibration.reference import Advance, require_encoder
+from talk2dino.calibration.reference import require_encoder
 from talk2dino.calibration.shown_classes import Seen, Spread, class_rows, see
 from talk2dino.datasets.benchmarks.base import Protocol
 from talk2dino.datasets.pictures import ImageLike
@@ -22,7 +22,7 @@ from talk2dino.encoders.build import build_text, check_spec
 from talk2dino.encoders.devices import devices_here
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import CheckpointError, ConfigError, say
+from talk2dino.errors import Advance, CheckpointError, ConfigError, say
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.finding.scan import (
     BEST,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import ConfigError
+from talk2dino.errors import Advance, ConfigError
 from talk2dino.files import (
     foreign,
     read_json,
@@ -32,7 +32,6 @@ from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.map_files import (
     SOFTWARE,
-    Advance,
     Labels,
     write_labels,
     write_polygons,
@@ -130,7 +129,7 @@ def segment_map(
     Raises:
         ConfigError: a file of other origin in the way, or a name that is no GeoTIFF's.
         DataError: the map cannot be read.
-        StoreError: the disk is full, or the results cannot be written.
+        WriteError: the disk is full, or the results cannot be written.
     """
     target, *others = output_files(user_path(output), polygons)
     refuse_foreign_maps([target, *others], image.path, overwrite)

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 import talk2dino
-from talk2dino.errors import StoreError
+from talk2dino.errors import Advance, WriteError
 from talk2dino.files import replacing
 from talk2dino.maps.geotiff import MapImage, reading
 from talk2dino.segmentation.overlay import ignored_label, legend_colors
 
 Labels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-Advance: TypeAlias = Callable[[int, int], None]
 
 SOFTWARE = "talk2dino.map"
 TILE = 512  # pixels, of the label map
@@ -77,7 +76,7 @@ def write_labels(
         **{"blockxsize": TILE, "blockysize": TILE, "compress": "deflate", "BIGTIFF": "IF_SAFER"},
         **image.profile(),
     }
-    writing = reading(target, StoreError, "written")
+    writing = reading(target, WriteError, "written")
     with replacing(target) as temporary, writing, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(temporary, "w", **profile) as file:
@@ -101,7 +100,7 @@ def write_labels(
             with rasterio.open(temporary, "r+") as file:
                 file.build_overviews(levels, Resampling.nearest)
         if not np.array_equal(_counted(temporary, nodata), counts):
-            raise StoreError(f"{target}: not written whole; free some space and start again")
+            raise WriteError(f"{target}: not written whole; free some space and start again")
     return counts
 
 

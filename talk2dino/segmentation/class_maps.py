@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from talk2dino.segmentation.portions import TOGETHER
+
 WORKING_MEMORY = 1 << 30  # bytes of scores held at once: 1,000 classes of a photograph at 448
-LANES = 48  # a refinement takes so many classes together
 
 
 class ClassMaps:
@@ -45,7 +46,7 @@ class ClassMaps:
         self.shape = (tokens.shape[1], *size)
         self.memory = memory
         fitting = memory // (4 * size[0] * size[1])
-        self._block = max(1, fitting // LANES * LANES or fitting)
+        self._block = max(1, fitting // TOGETHER * TOGETHER or fitting)
         self._kept = len(self) <= fitting
         self._tokens = enlarge(tokens)[None] if self._kept else tokens
         self._enlarge = _first if self._kept else enlarge

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from talk2dino.errors import DataError
 from talk2dino.segmentation.class_maps import WORKING_MEMORY
+from talk2dino.segmentation.portions import TOGETHER
 from talk2dino.segmentation.segmenter import Segmenter
 from talk2dino.segmentation.windows import short_side_size, sliding_windows
 
@@ -18,7 +19,6 @@ GB = 1_000_000_000
 LARGE = 2 * GB  # is said beforehand
 PIXEL = 40  # bytes for each of the picture: decoding, labels, the largest picture made of them
 TOKEN = 14  # numbers of an encoder's width that a token takes on its way through a block
-REFINED = 48 + 4  # numbers that PAMR keeps for a pixel
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,9 @@ class WorkingMemory:
         refined = 0
         if segmenter.pamr is not None and classes:
             side = (windows[0].y2 - windows[0].y1) * (windows[0].x2 - windows[0].x1)
-            refined = (
-                4 * REFINED * (pixels if segmenter.pamr.whole_image else len(windows) * side)
-                + 2 * 48 * 4 * side
-            )
+            parts, part = (1, pixels) if segmenter.pamr.whole_image else (len(windows), side)
+            kept = 8 * len(segmenter.pamr.dilations) + 4  # numbers a pixel, for all classes
+            refined = 4 * part * (kept * parts + 2 * TOGETHER)
         return cls(
             picture=PIXEL * size[0] * size[1],
             encoder=4 * width * cells * (TOKEN * batch + len(windows)),

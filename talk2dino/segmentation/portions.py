@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+TOGETHER = 48  # classes refined at once; more overflow a CPU's cache, fewer read the weights again
 MAPS = 1 << 25  # scores at the size of the picture that compete at once: 134 MB
 
 
@@ -37,8 +38,9 @@ class Portions:
         return self.together if self.in_turn else max(self.together, MAPS // pixels)
 
 
-CACHES = Portions(strip=1 << 20, classes=16, together=48, few=16, in_turn=True)  # 4 MB
-MEMORY = Portions(strip=1 << 28, classes=512, together=48, few=48, in_turn=False)  # 1 GiB
+# Strips of 4 MB and of 1 GiB.
+CACHES = Portions(strip=1 << 20, classes=16, together=TOGETHER, few=16, in_turn=True)
+MEMORY = Portions(strip=1 << 28, classes=512, together=TOGETHER, few=TOGETHER, in_turn=False)
 
 
 def portions(device: torch.device) -> Portions:

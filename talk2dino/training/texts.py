@@ -13,13 +13,13 @@ from talk2dino.alignment.similarity import Dense, Similarity
 from talk2dino.alignment.similarity.base import check_positive
 from talk2dino.alignment.word_loss import WordLoss, check_cosine
 from talk2dino.encoders.build import build_text
-from talk2dino.encoders.hub import cache_dir
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
 from talk2dino.encoders.text.prompts import prompts
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
 from talk2dino.features.caption_words import caption_words, with_synonyms
+from talk2dino.files import cache_dir
 
 
 def stored_text_encoder(store: FeatureStore, purpose: str) -> TextEncoder:
@@ -133,7 +133,7 @@ def caption_word_loss(
 def embed_words(words: tuple[str, ...], store: FeatureStore, templates: str) -> Tensor:
     """`[V, C]` mean over the prompts of each word, by the store's text encoder or from the cache.
 
-    The cache is the folder `text` of `encoders.hub.cache_dir`, as in an evaluation.
+    The cache is the folder `text` of `files.cache_dir`, as in an evaluation.
     """
     groups = prompts(words, templates)
     encoder = stored_text_encoder(store, "which words=captions needs; extract again")

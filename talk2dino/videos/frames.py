@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
 
-from talk2dino.errors import DataError, check_number, say
+from talk2dino.errors import Advance, DataError, check_number, say
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
 
@@ -102,7 +102,7 @@ def segment_video(
     target: Path,
     vocabulary: OpenVocabulary,
     smoother: Smoother | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> VideoFigures:
     """Write a video with the classes in color over it; one frame is in memory at a time.
 
@@ -119,7 +119,7 @@ def segment_video(
 
     Raises:
         DataError: no video, or no frame that can be decoded.
-        StoreError: the disk is full, or the folder cannot be written.
+        WriteError: the disk is full, or the folder cannot be written.
     """
     import av
 

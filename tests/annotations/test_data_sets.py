@@ -19,7 +19,7 @@ from talk2dino.annotations.data_sets import (
     refuse_changed,
     write_data_sets,
 )
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import ConfigError, WriteError
 from tests.helpers.pipeline import files_below
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
@@ -106,7 +106,7 @@ def test_corrected_annotations_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "cvat").write_text("a file of somebody")
     with pytest.raises(ConfigError, match="cvat: is there"):
         write(tmp_path, ["cvat"])
-    with pytest.raises(StoreError, match="cvat: not written"):
+    with pytest.raises(WriteError, match="cvat: not written"):
         write(tmp_path, ["cvat"], overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"yolo", "cvat"}  # nothing half written
 
@@ -119,7 +119,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         yield PICTURES[0]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(StoreError, match=r"not written \(No space left on device\)"):
+    with pytest.raises(WriteError, match=r"not written \(No space left on device\)"):
         write_data_sets(pictures(), CATEGORIES, tmp_path, list(FORMATS), Options())
     assert files_below(tmp_path) == before
     assert {path.name for path in tmp_path.iterdir()} == set(FORMATS)

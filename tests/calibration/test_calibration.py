@@ -246,8 +246,10 @@ def test_damaged_files_are_one_line(
 
 def test_other_files_are_none(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "z.safetensors", {KEY: "[" * 100_000})
     (tmp_path / "y.safetensors").write_text("no tensors")
-    for name, message in (("x", "holds no calibration"), ("y", "not a safetensors file")):
+    said = {"x": "holds no calibration", "y": "not a safetensors file", "z": "damaged"}
+    for name, message in said.items():
         with pytest.raises(CheckpointError, match=message):
             Calibration.load(tmp_path / f"{name}.safetensors")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
@@ -25,11 +26,12 @@ from talk2dino.datasets.captions.base import crop_square
 from talk2dino.encoders.devices import process_rank
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import ConfigError, StoreError, WriteError
 from talk2dino.extract import Counter, report, say_left_out
 from talk2dino.features import FeatureStore
 from talk2dino.features.extraction.fields import EXTRACTED, patch_subset
 from talk2dino.features.extraction.job import Extraction
+from talk2dino.train import fill_widths
 from tests.helpers.encoders import SMALL_CLIP, HashText
 from tests.helpers.pipeline import TRAIN, files_below, run
 from tests.helpers.ranks import two_ranks
@@ -156,6 +158,21 @@ def test_float32_and_chosen_fields(images: Path, vision: TimmVisionEncoder, tmp_
     assert store.images["cls_token"].dtype == np.float32
     with pytest.raises(ConfigError, match=r"image_fields: 'patches' is unknown; choose of patch_t"):
         job(source, vision, tmp_path, image_fields=["patches"])
+
+
+def test_a_block_is_narrower_than_joined_layers(images: Path, tmp_path: Path) -> None:
+    joined = TimmVisionEncoder("test_vit", "random", image_size=SIZE, layers=[0, 1])
+    names = ("second_last_out", "cls_token")
+    extraction = job(CaptionFolder(str(images), limit=9), joined, tmp_path, image_fields=names)
+    extraction.run()
+    store = FeatureStore(tmp_path)
+    assert [store.images[name].shape for name in names] == [(9, 64), (9, 128)]
+    config = OmegaConf.create({"store": str(tmp_path), "projection": {}, "similarity": {}})
+    fill_widths(config)
+    assert config.projection.vision_dim == 128
+    config.similarity.field = "second_last_out"
+    with pytest.raises(ConfigError, match=r"similarity\.field=second_last_out: has width 64"):
+        fill_widths(config)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -361,7 +378,7 @@ def test_what_the_source_leaves_out_is_counted_and_listed(
     extraction.run()  # over its own list
     assert len((store / "train-left-out.jsonl").read_text().splitlines()) == 3
     (store / "train-left-out.jsonl").write_text("mine")
-    with pytest.raises(StoreError, match=r"train-left-out\.jsonl: is there and is not what"):
+    with pytest.raises(WriteError, match=r"train-left-out\.jsonl: is there and is not what"):
         extraction.run()
     assert (store / "train-left-out.jsonl").read_text() == "mine"
 

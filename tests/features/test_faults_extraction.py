@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import StoreError, WriteError
 from talk2dino.features import FeatureStore
 from talk2dino.features.store.writer import finished_shards, open_for_append
 from tests.helpers.faults import (
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_keeps_the_others(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (second - 1, before[1]))
     try:
-        with pytest.raises(StoreError) as error:
+        with pytest.raises(WriteError) as error:
             extraction(images, tmp_path).run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -152,7 +152,7 @@ def small_disk(whole: Path, tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(
     images: Path, whole: Path, small_disk: Path
 ) -> None:
-    with pytest.raises(StoreError) as error:
+    with pytest.raises(WriteError) as error:
         extraction(images, small_disk).run()
     _one_line(error, "not written (No space left on device); free some space and start again")
     kept = finished_shards(small_disk, "train")
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(
     assert files_below(small_disk) == files_below(whole)
 
 
-def _one_line(error: pytest.ExceptionInfo[StoreError], part: str) -> None:
+def _one_line(error: pytest.ExceptionInfo[WriteError], part: str) -> None:
     assert part in str(error.value)
     assert "\n" not in str(error.value)
 

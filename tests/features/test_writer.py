@@ -17,7 +17,7 @@ from PIL import Image
 from talk2dino import files
 from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
-from talk2dino.errors import StoreError
+from talk2dino.errors import StoreError, UserError, WriteError
 from talk2dino.features import FeatureStore, write_store
 from talk2dino.features.store import shard_writer
 from talk2dino.features.store.schema import Manifest
@@ -33,7 +33,7 @@ from tests.helpers.ranks import forked
 from tests.helpers.stores import Arrays, shard_arrays
 
 
-def one_line(error: pytest.ExceptionInfo[StoreError], *parts: str) -> None:
+def one_line(error: pytest.ExceptionInfo[UserError], *parts: str) -> None:
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -84,7 +84,7 @@ def test_resume_lists_finished_shards(tmp_path: Path) -> None:
     assert open_for_append(tmp_path, settings, "train") == infos
     with (tmp_path / "train-00002.h5").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(StoreError, match=r"train-00002\.h5: is there and is not what this program"):
+    with pytest.raises(WriteError, match=r"train-00002\.h5: is there and is not what this program"):
         open_for_append(tmp_path, settings, "train")
     (tmp_path / "train-00002.h5").unlink()
     assert list(open_for_append(tmp_path, settings, "train")) == [0]
@@ -137,7 +137,7 @@ def test_files_of_other_origin_are_not_replaced(tmp_path: Path, begun: bool) -> 
     if begun:  # a run that was killed before its last shard and its manifest
         write_shard(tmp_path, 0, {"id": [0], "file_name": ["0"], "cls_token": np.eye(3)[:1]}, {})
     (tmp_path / "train-00002.h5").write_bytes(b"mine")
-    with pytest.raises(StoreError, match=r"train-00002\.h5: is there and is not") as error:
+    with pytest.raises(WriteError, match=r"train-00002\.h5: is there and is not") as error:
         write_store(tmp_path, images, {}, images_per_shard=1)
     one_line(error, "move it away")
     assert (tmp_path / "train-00002.h5").read_bytes() == b"mine"
@@ -153,7 +153,7 @@ def test_own_shards_under_other_bytes_are_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "train-00000.h5"
     changed = file.read_bytes()[:-1] + b"!"
     file.write_bytes(changed)
-    with pytest.raises(StoreError, match=r"train-00000\.h5: is there and is not"):
+    with pytest.raises(WriteError, match=r"train-00000\.h5: is there and is not"):
         write_shard(tmp_path, 0, *shard_arrays(seed=2))
     assert file.read_bytes() == changed
 
@@ -165,11 +165,11 @@ def test_lists_of_other_origin_are_not_replaced(tmp_path: Path) -> None:
     put_known(target, records, "2\n")
     assert target.read_text() == "2\n"
     target.write_text("mine\n")
-    with pytest.raises(StoreError, match=r"list\.jsonl: is there and is not"):
+    with pytest.raises(WriteError, match=r"list\.jsonl: is there and is not"):
         put_known(target, records, "3\n")
     assert target.read_text() == "mine\n"
     (tmp_path / "train-skipped.jsonl").write_text("mine\n")
-    with pytest.raises(StoreError, match=r"train-skipped\.jsonl: is there and is not"):
+    with pytest.raises(WriteError, match=r"train-skipped\.jsonl: is there and is not"):
         open_for_append(tmp_path, {}, "train")
 
 
@@ -181,7 +181,7 @@ def test_disk_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, "Can't write data\n(file write failed)")
 
     monkeypatch.setattr("talk2dino.features.store.writer.write_hdf5", full)
-    with pytest.raises(StoreError) as error:
+    with pytest.raises(WriteError) as error:
         write_shard(tmp_path, 1, *shard_arrays())
     one_line(error, "train-00001.h5", "No space left", "free some space")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".parts", "train-00000.h5"]
@@ -193,7 +193,7 @@ def write_below_a_limit(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         write_store(folder / "s", {"cls_token": np.zeros((99, 2000), "f4")}, {})
-    except StoreError as error:
+    except WriteError as error:
         (folder / "said.txt").write_text(str(error))
 
 

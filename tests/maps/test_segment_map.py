@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from talk2dino import Talk2DINO
-from talk2dino.errors import ConfigError, DataError, ResultWarning, StoreError
+from talk2dino.errors import ConfigError, DataError, ResultWarning, WriteError
 from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.maps import blocks as blocks_module
 from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
@@ -225,7 +225,7 @@ def test_other_settings_start_anew(
     def again(done: int, total: int) -> None:
         segment(other.open_vocabulary(CLASSES[:2], short_side=SIDE), source, target)
 
-    with pytest.raises(StoreError, match=r"out\.tif: another process is writing it"):
+    with pytest.raises(WriteError, match=r"out\.tif: another process is writing it"):
         segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=again)
 
 
@@ -446,7 +446,7 @@ def test_files_of_other_origin_stay(vocabulary: OpenVocabulary, tmp_path: Path) 
         segment(vocabulary, source, source, overwrite=True)
     (tmp_path / ".third.tif.parts").mkdir()
     (tmp_path / ".third.tif.parts" / "mine.txt").write_text("mine")
-    with pytest.raises(StoreError, match=r"third.tif.parts"):
+    with pytest.raises(WriteError, match=r"third.tif.parts"):
         segment(vocabulary, source, tmp_path / "third.tif")
     assert other.read_bytes() == before
     segment(vocabulary, source, other, overwrite=True)

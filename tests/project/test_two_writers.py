@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import WriteError
 from talk2dino.files import replacing, replacing_folder, sole_writer, temporary_name
 
 
@@ -52,7 +52,7 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     with replacing_folder(target, whole=True) as one:
         (one / "a.txt").write_text("first")
         with (
-            pytest.raises(StoreError, match=f"{target}: another process is writing it"),
+            pytest.raises(WriteError, match=f"{target}: another process is writing it"),
             replacing_folder(target, whole=True),
         ):
             pass
@@ -63,5 +63,5 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
         assert names(other) == []
         (other / "b.txt").write_text("second")
     assert names(target) == ["b.txt"] and names(tmp_path) == ["set"]
-    with sole_writer(target, target), pytest.raises(StoreError), sole_writer(target, target):
+    with sole_writer(target, target), pytest.raises(WriteError), sole_writer(target, target):
         pass

@@ -30,6 +30,11 @@ def test_the_estimate_grows_with_what_it_is_made_of() -> None:
     assert WorkingMemory.of(plain, (480, 640), 10_000).scores - many.scores < 0.5e9
     assert WorkingMemory.of(refined, (480, 640), 21).scores - small.scores > 2 * 48 * 4 * 448**2
     assert WorkingMemory.of(plain, (480, 640), 0).scores == 0
+    one, three = (
+        WorkingMemory.of(Segmenter(MeanColorEncoder(), pamr=PAMR(2, far)), (448, 448), 3)
+        for far in ((1,), (1, 2, 4))
+    )
+    assert three.scores - one.scores == 4 * 448**2 * 8 * 2  # weights of one window
 
 
 def test_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_compiled_chunks_threads_and_callers_do_not_show(
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(got, whole) for got in pool.map(refine, [image] * 8, [mask] * 8))
     for widest in (8, 16, 24, 32, 64):
-        monkeypatch.setattr("talk2dino.segmentation.refinement.pamr_numba.WIDEST", widest)
+        monkeypatch.setattr("talk2dino.segmentation.refinement.pamr_numba.TOGETHER", widest)
         assert torch.equal(refine(image, mask), whole)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import ClassList
 from talk2dino.datasets.captions import check_limit
-from talk2dino.errors import ConfigError
+from talk2dino.errors import Advance, ConfigError
 
 MODEL_SIZES = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}  # by width of the vision encoder
 
@@ -159,7 +159,7 @@ class Benchmark(Protocol):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def check(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def check(self, advance: Advance = lambda done, total: None) -> None:
         """Look for bad files before the work starts; `advance` gets (files checked, all).
 
         Raises:

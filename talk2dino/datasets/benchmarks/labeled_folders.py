@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from talk2dino.datasets.benchmarks.label_values import (
 from talk2dino.datasets.benchmarks.pairs import Layout, check_pairs, check_size, find_pairs
 from talk2dino.datasets.label_files import read_colors, read_values, say_palettes
 from talk2dino.datasets.pictures import read_image
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import Advance, ConfigError, DataError
 from talk2dino.files import user_path
 
 
@@ -122,7 +122,7 @@ class FolderBenchmark(Benchmark):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def check(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def check(self, advance: Advance = lambda done, total: None) -> None:
         """Compare the sizes of all images and label maps, see `check_pairs`.
 
         Masks of 0 and 255 only are refused where 255 is ignored: as good as always it stands for

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from talk2dino.datasets.benchmarks.classes import folded
 from talk2dino.datasets.label_files import header, turned_alone
 from talk2dino.datasets.pictures import is_picture, is_there
-from talk2dino.errors import DataError, say
+from talk2dino.errors import Advance, DataError, say
 from talk2dino.files import read_text
 
 
@@ -98,7 +98,7 @@ def _masks(layout: Layout, names: Sequence[str]) -> dict[str, Path]:
 def check_pairs(
     pairs: Sequence[Pair],
     max_pixels: int,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> None:
     """Compare all sizes by the files' headers, some thousand files a second.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
-from talk2dino.errors import ConfigError, DataError
+from talk2dino.errors import Advance, ConfigError, DataError
 from talk2dino.files import file_digest, replacing
 
 
@@ -81,7 +81,7 @@ def convert_coco_object(
     masks: Path,
     output: Path,
     num_workers: int = 1,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> int:
     """Write `X_instanceTrainIds.png` for every COCO-Stuff label map `X.png`.
 

@@ -18,9 +18,8 @@ from rich.progress import track
 from talk2dino.datasets.captions.base import Entry, Source, caption_text, check_limit
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.datasets.tars import Member, expand_tars, read_member, tar_members
-from talk2dino.encoders.hub import cache_dir
-from talk2dino.errors import DataError, StoreError
-from talk2dino.files import replacing
+from talk2dino.errors import DataError, WriteError
+from talk2dino.files import cache_dir, replacing
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is taken
 ABSENT = -1  # the offset of what a sample lacks
@@ -172,7 +171,7 @@ def _write_cached(file: Path, state: NDArray[Any], samples: NDArray[Any]) -> Non
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, shared=True) as temporary, temporary.open("wb") as opened:
             np.savez(opened, state=state, samples=samples)
-    except (OSError, StoreError):
+    except (OSError, WriteError):
         return
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import ConfigError, WriteError
 from talk2dino.files import replacing, user_path
 
 
@@ -265,7 +265,7 @@ class CachedTextEncoder(nn.Module):
         if stored is not None:
             return stored
         embeddings = self.encoder.encode(texts)
-        with suppress(OSError, StoreError):
+        with suppress(OSError, WriteError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path, shared=True) as temporary:
                 save_file({"embedding": embeddings.contiguous()}, temporary)

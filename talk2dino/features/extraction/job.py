@@ -28,17 +28,16 @@ from talk2dino.features.extraction.fields import (
     stored_patches,
 )
 from talk2dino.features.store.schema import EncoderInfo, Manifest, VisionInfo, shard_name
-from talk2dino.features.store.shard_writer import ShardRows, shard_lock
+from talk2dino.features.store.shard_writer import ShardRows
 from talk2dino.features.store.writer import (
     IMAGES_PER_SHARD,
-    PARTS,
     finish_manifest,
     finished_shards,
     is_finished,
     open_for_append,
     write_rows,
 )
-from talk2dino.files import json_lines, put_known
+from talk2dino.files import PARTS, in_turn, json_lines, put_known
 
 
 @dataclass
@@ -128,8 +127,8 @@ class Extraction:
             The manifest, or None while other ranks still write.
 
         Raises:
-            StoreError: the folder was begun with other settings, holds files of other origin under
-                a store's names, or cannot be written.
+            StoreError: the folder was begun with other settings.
+            WriteError: it holds files of other origin under a store's names, or cannot be written.
             ConfigError: `compiled` where torch finds no compiler.
         """
         vision, text = self.vision.describe(), self.text.describe()
@@ -215,7 +214,7 @@ class Extraction:
 
     def _finish_shard(self, shard: int, rows: ShardRows) -> None:
         self.skipped += rows.skipped
-        with shard_lock(self.store / PARTS, shard):
+        with in_turn(self.store / PARTS, shard):
             if is_finished(
                 self.store, shard_name(self.split, shard)
             ):  # by a rank of an earlier start

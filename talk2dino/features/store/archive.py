@@ -11,17 +11,15 @@ from typing import Any
 
 import h5py
 
-from talk2dino.errors import ConfigError, StoreError
+from talk2dino.errors import Advance, ConfigError, StoreError
 from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.shard_writer import write_hdf5
-from talk2dino.features.store.writer import PARTS, finish_manifest, open_for_append, put_shard
-from talk2dino.files import file_digest, replacing
+from talk2dino.features.store.writer import finish_manifest, open_for_append, put_shard
+from talk2dino.files import PARTS, file_digest, replacing
 
 _CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9
-
-Advance = Callable[[int, int], None]
 
 
 def archive_store(
@@ -44,8 +42,8 @@ def archive_store(
         The copy's manifest.
 
     Raises:
-        StoreError: `store` is damaged; `output` holds a store or one of another kind, or cannot be
-            written.
+        StoreError: `store` is damaged; `output` holds a store or one of another kind.
+        WriteError: `output` cannot be written.
         ConfigError: compression without the package hdf5plugin.
     """
     manifest = Manifest.read(store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import Advance, StoreError
 from talk2dino.features.store.schema import EncoderInfo, FieldInfo, Manifest, VisionInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.verify import verify_store
@@ -105,7 +105,7 @@ class FeatureStore:
             for name in names:
                 table[name]
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    def verify(self, progress: Advance | None = None) -> list[str]:
         """Read everything; problems by shard name, empty if sound. See `verify.verify_store`."""
         return verify_store(self.path, progress)
 

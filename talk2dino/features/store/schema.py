@@ -1,7 +1,8 @@
 """What a feature store holds, as data: field names, shapes, and the manifest.
 
 Format 1. A store is a folder with `manifest.json` and shards `{split}-{k:05d}.h5`.
-Letters: P patches, D vision width, H heads, C text width, L tokens, W text tower width.
+Letters: P patches, D vision width, V width of a vision block (D unless several blocks are joined),
+H heads, C text width, L tokens, W text tower width.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ IMAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "cls_token": ("D",),
     "avg_self_attn_out": ("D",),
     "disentangled_self_attn": ("H", "D"),
-    "second_last_out": ("D",),
+    "second_last_out": ("V",),
     "patch_index": ("P",),
 }
 CAPTION_FIELDS: dict[str, tuple[str, ...]] = {

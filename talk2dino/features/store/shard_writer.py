@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,21 +21,6 @@ from talk2dino.features.store.schema import (
     check_shapes,
 )
 from talk2dino.features.store.verify import nonfinite_rows
-
-if sys.platform != "win32":  # on Windows, as on some file systems, without locks
-    import fcntl
-
-
-@contextmanager
-def shard_lock(parts: Path, index: int) -> Iterator[None]:
-    """Wait until no other process holds shard `index`; `parts` is the store's hidden folder."""
-    if sys.platform == "win32":
-        yield
-        return
-    with (parts / "lock").open("ab") as file:
-        with suppress(OSError):  # the file system has no locks
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, index)  # byte k of the file stands for shard k
-        yield  # closing the file releases the lock
 
 
 class GuardedFile(FileIO):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from talk2dino.errors import StoreError
+from talk2dino.errors import Advance, StoreError
 from talk2dino.features.store.schema import FEATURE_DTYPES, Manifest, ShardInfo
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.files import file_digest
@@ -35,9 +35,7 @@ def nonfinite_rows(array: NDArray[Any]) -> NDArray[np.int64]:
     return np.flatnonzero(largest == exponent)
 
 
-def verify_store(
-    folder: str | Path, progress: Callable[[int, int], None] | None = None
-) -> list[str]:
+def verify_store(folder: str | Path, progress: Advance | None = None) -> list[str]:
     """Problems of the store in `folder`, one line each, beginning with the shard's name.
 
     Checks per shard: present, size, SHA-256, fields with shape and dtype, row counts, image rows of

@@ -37,6 +37,7 @@ from talk2dino.features.store.shard_writer import (
     write_hdf5,
 )
 from talk2dino.files import (
+    PARTS,
     check_known,
     create_json,
     file_digest,
@@ -50,7 +51,6 @@ from talk2dino.files import (
 )
 from talk2dino.renamed import first_difference
 
-PARTS = ".parts"
 IMAGES_PER_SHARD = 1024  # a stopped extraction loses at most one shard
 
 
@@ -74,9 +74,9 @@ def open_for_append(folder: Path, settings: Mapping[str, Any], split: str) -> di
     """Create or resume a store in `folder`; returns the finished shards by number.
 
     `settings` (plain values) is everything that decides the bytes of a shard: source, encoders,
-    size, dtype, images per shard. A folder begun with other settings, or holding files of unknown
-    origin under a store's names, raises StoreError. The number of ranks is no setting. Safe to call
-    from every rank.
+    size, dtype, images per shard. A folder begun with other settings, or holding shards without
+    any, raises StoreError, files of other origin under a store's names WriteError. The number of
+    ranks is no setting. Safe to call from every rank.
     """
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def write_shard(
     """Write shard `index` from arrays in memory; the same arrays give the same bytes.
 
     Raises StoreError for an unknown field, a wrong shape or dtype, a value that is not finite or
-    does not fit in float16, a caption without image, a full disk.
+    does not fit in float16, a caption without image; WriteError for a full disk.
 
     Args:
         folder: the store; must exist.
@@ -179,7 +179,7 @@ def put_shard(
         skipped: number of images of this shard that could not be read.
 
     Raises:
-        StoreError: such a file, or a full disk.
+        WriteError: such a file, or a full disk.
     """
     target, record = folder / name, (folder / PARTS / name).with_suffix(".json")
     refuse_foreign_shards(folder, [name])
@@ -194,7 +194,7 @@ def put_shard(
 
 
 def refuse_foreign_shards(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace files that are not, byte for byte, what the records say (StoreError)."""
+    """Refuse to replace files that are not, byte for byte, what the records say (WriteError)."""
     for target in (folder / name for name in names):
         record = (folder / PARTS / target.name).with_suffix(".json")
         if target.exists() and not (
@@ -299,8 +299,8 @@ def write_store(
 ) -> Manifest:
     """Write a whole store from arrays.
 
-    Raises StoreError as `write_shard` does; also for no images, or a folder that holds a store or
-    files of other origin under its names.
+    Raises StoreError and WriteError as `write_shard` does; also for no images, a folder that holds
+    a store, or files of other origin under its names.
 
     Args:
         folder: created if needed; must not hold a store yet.

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
-WIDEST = 48  # classes refined together; more overflow the cache, fewer read the weights again
+from talk2dino.segmentation.portions import TOGETHER
+
 LINE = 16  # float32 in a line of the cache
 LANES, FEWEST = 8, 16  # classes are filled up to whole vectors; below 16 LLVM takes none
 
@@ -255,8 +256,8 @@ def _empty(*shape: int) -> Any:
 
 
 def _equal_lanes(classes: int) -> int:
-    """Classes of a part: as few parts as hold at most `WIDEST`, whole vectors in all but one."""
-    parts = -(-classes // WIDEST)
+    """Classes of a part: as few parts as hold at most `TOGETHER`, whole vectors in all but one."""
+    parts = -(-classes // TOGETHER)
     return -(-classes // (parts * LANES)) * LANES
 
 
