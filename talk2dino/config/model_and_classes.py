@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from talk2dino.calibration.calibration import AUTO, find_calibration
 from talk2dino.config.command import build, progress
-from talk2dino.config.typed import parse_words
+from talk2dino.config.quoting import parse_words
 from talk2dino.datasets.benchmarks.classes import (
     BACKGROUND,
     composed,
