@@ -216,8 +216,7 @@ def answer(
         kept: class embeddings, of which the words are names.
 
     Raises:
-        DataError: no class to look for.
-        ConfigError: a word that `kept` does not have.
+        ConfigError: no class to look for, or a word that `kept` does not have.
     """
     old, result = view.request, view.result
     moved = old is not None and replace(old, threshold=request.threshold) == request
