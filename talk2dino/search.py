@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -88,29 +87,20 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
     """Queries as `Talk2DINO.search` takes them; a text is one query, whatever commas it has.
 
     Raises:
-        ConfigError: no query, or an empty one.
+        ConfigError: no query, an empty one, or one twice.
         DataError: a file that cannot be read.
     """
-    text = given.strip() if isinstance(given, str) else None
-    listed = isinstance(given, (ListConfig, list)) or text is None or text[:1] in ("[", "{")
-    named = text is not None and (is_file(text) or Path(text).suffix.lower() in (".txt", ".json"))
-    try:
-        if text and text.lower().endswith(".txt") and user_path(text).is_file():
-            return _lines(user_path(text))
-        return class_words(given if listed or named else [given])
-    except (ConfigError, DataError) as error:
-        raise type(error)(re.sub(r"^(benchmark\.)?classes\b", "query", str(error))) from error
-
-
-def _lines(file: Path) -> Mapping[str, tuple[str, ...]]:
-    """The queries of a text file, one on each line, which have no colors and no background."""
-    lines = [line.strip() for line in read_text(file).split("\n") if line.strip()]
-    if not lines:
-        raise DataError(f"query={file}: is empty; write a query on each line")
-    try:
-        return typed_classes(lines)
-    except DataError as error:
-        raise DataError(str(error).replace("classes", f"query={file}", 1)) from error
+    text = given.strip() if isinstance(given, str) else ""
+    suffix = Path(text).suffix.lower()
+    if suffix == ".txt" and user_path(text).is_file():  # has no colors and no background
+        lines = [line for line in read_text(user_path(text)).split("\n") if line.strip()]
+        if not lines:
+            raise DataError(f"query={text}: is empty; write a query on each line")
+        return typed_classes(lines, f"query={text}")
+    single = isinstance(given, str) and text[:1] not in ("[", "{")
+    if single and suffix not in (".txt", ".json") and not is_file(text):
+        given = [given]
+    return class_words(given, key="query")
 
 
 def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:

@@ -35,8 +35,8 @@ from talk2dino.config.checks import (
     explain,
     use_current_names,
 )
+from talk2dino.config.quoting import quote_overrides
 from talk2dino.config.schemas import SCHEMAS, register_schema
-from talk2dino.config.typed import as_typed
 from talk2dino.encoders.devices import process_rank
 from talk2dino.errors import Advance, ConfigError, ResultWarning, UserError
 from talk2dino.files import refuse_foreign_run, write_json
@@ -66,7 +66,7 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        sys.argv[1:] = as_typed(sys.argv[1:], SCHEMAS.get(command))
+        sys.argv[1:] = quote_overrides(sys.argv[1:], SCHEMAS.get(command))
     except UserError as error:
         stop(str(error))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from talk2dino.calibration.calibration import AUTO, find_calibration
 from talk2dino.config.command import build, progress
-from talk2dino.config.typed import parse_words
+from talk2dino.config.quoting import parse_words
 from talk2dino.datasets.benchmarks.classes import (
     BACKGROUND,
     composed,
@@ -20,13 +19,12 @@ from talk2dino.datasets.benchmarks.classes import (
     typed_classes,
 )
 from talk2dino.encoders.devices import choose_device
-from talk2dino.errors import ConfigError, DataError, say
+from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of
 
-NO_CLASS = "classes: the list is empty; name what to look for: [cat,sofa]"
 CHECKPOINTS = (
     "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
     "org/name; `make quickstart` trains one in minutes: checkpoint=outputs/quickstart/dense"
@@ -71,7 +69,7 @@ def load_model(config: DictConfig, device: str | None = None, classes: object = 
 
 
 def class_words(
-    given: object, background: bool | float | None = None
+    given: object, background: bool | float | None = None, key: str = "classes"
 ) -> dict[str, tuple[str, ...]] | ClassEmbeddings:
     """Class names and the words that stand for them, from the command line or a file.
 
@@ -82,56 +80,34 @@ def class_words(
             embeddings. A background of a file is not prompted; among words it is one like any
             other.
         background: what is asked for; without, it is said that a file's own is left out.
+        key: of the config, for errors.
 
     Raises:
-        ConfigError: no class, or a word that is a file.
-        DataError: a class file that cannot be read, or names a class twice.
+        ConfigError: no class, one that is named twice, or a word that is a file.
+        DataError: a class file that cannot be read, or what `check_word` refuses.
     """
     if is_file(given):
-        return ClassEmbeddings.load(given)
+        return ClassEmbeddings.load(given, key)
     if isinstance(given, str) and _is_file(given):
-        try:
-            found = read_classes(given)
-        except DataError as error:  # there is no benchmark here
-            raise DataError(str(error).removeprefix("benchmark.")) from error
+        found = read_classes(given, key)
         if found.has_background and (background is None or background is False):
             say(
-                f"classes={given}: its {BACKGROUND} is left out, for it is no word; "
+                f"{key}={given}: its {BACKGROUND} is left out, for it is no word; "
                 "background=true, where the classes are used, labels what no class fits"
             )
         return {spec.name: spec.synonyms for spec in found.prompted}
-    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
-        given = parse_words(given, "classes")
-    if isinstance(given, Mapping):
-        if not given:
-            raise ConfigError(NO_CLASS)
-        return typed_classes({str(name): _texts(words) for name, words in given.items()})
-    if not isinstance(given, (str, Sequence, ListConfig)):
-        raise ConfigError(f"classes={given!r:.60}: give names, as in [cat,sofa]")
-    parts = given.split(",") if isinstance(given, str) else listed(given)
-    named = [part if isinstance(part, str) else _texts(part) for part in parts]
-    named = [part for part in named if part and (not isinstance(part, str) or part.strip())]
-    if not named:
-        raise ConfigError(NO_CLASS)
-    for word in named:
-        if isinstance(word, str) and Path(word).suffix and os.path.isfile(word):  # noqa: PTH113
+    if OmegaConf.is_config(given):
+        given = OmegaConf.to_container(given, resolve=True)
+    elif isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+        given = parse_words(given, key)
+    typed = typed_classes(given, key)
+    for name, words in typed.items():
+        if words == (name,) and Path(name).suffix and os.path.isfile(name):  # noqa: PTH113
             raise ConfigError(
-                f"classes: {word!r:.200} is a file; a list is a .txt or .json file, alone and "
+                f"{key}: {name!r:.200} is a file; a list is a .txt or .json file, alone and "
                 "without brackets"
             )
-    return typed_classes(named)
-
-
-def _texts(words: object) -> tuple[str, ...]:
-    """A word, or the words of a list, which hold nothing deeper."""
-    found = listed(words) if isinstance(words, (list, ListConfig)) else [words]
-    if not all(isinstance(word, str) for word in found):
-        shown = f"{found!r:.60}"
-        raise ConfigError(
-            f"classes: {shown} is no list of words; a list inside the list is a name and its "
-            "synonyms: [cat,[sofa,couch]]"
-        )
-    return tuple(found)
+    return typed
 
 
 def _is_file(given: str) -> bool:

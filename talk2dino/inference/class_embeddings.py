@@ -92,13 +92,13 @@ class ClassEmbeddings:
         return cls.load(classes) if is_file(classes) else None
 
     @classmethod
-    def load(cls, path: str | Path) -> ClassEmbeddings:
-        """Read a file of `save`.
+    def load(cls, path: str | Path, key: str = "classes") -> ClassEmbeddings:
+        """Read a file of `save`; `key` is for errors.
 
         Raises:
             DataError: no such file, or not one of class embeddings.
         """
-        where = f"classes={path}"
+        where = f"{key}={path}"
         file = user_path(path)
         if not file.is_file():
             raise DataError(f"{where}: no such file; {_HOW}")

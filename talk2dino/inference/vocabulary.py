@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeAlias, overload
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from talk2dino.datasets.benchmarks.classes import BACKGROUND, check_word, composed
+from talk2dino.datasets.benchmarks.classes import (
+    BACKGROUND,
+    composed,
+    grouped_words,
+    is_list,
+    words_of,
+)
 from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError, say
@@ -87,11 +93,13 @@ def read_words(
     names = list(groups)
     if not isinstance(prompts or {}, Mapping):
         raise ConfigError(f"prompts={prompts!r:.60}: give sentences by class name")
-    own = {name: _words(texts, "prompts") for name, texts in (prompts or {}).items()}
-    for name in own:
+    own = {name: words_of(texts, "prompts") for name, texts in (prompts or {}).items()}
+    for name, texts in own.items():
         if name not in groups:
             raise ConfigError(f"prompts: {name!r} is none of the classes {names}")
-    negative = _words(negatives, "negatives")
+        if not texts:
+            raise ConfigError("prompts: the list is empty; give a sentence")
+    negative = words_of(negatives, "negatives")
     _refuse_shut(groups, negative)
     if negative and BACKGROUND in groups:
         raise ConfigError(
@@ -126,59 +134,7 @@ def exemplars_of(classes: ClassWords) -> dict[str, tuple[Exemplar, ...]]:
 
 def named_groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
     """Names and what stands for them, in order."""
-    if isinstance(classes, str) or not _is_list(classes) or _is_unordered(classes):
-        raise ConfigError(
-            f"classes={classes!r}: give a list of names, [{classes!r}], or a .safetensors file of "
-            "class embeddings"
-        )
-    if isinstance(classes, Mapping):
-        pairs = [(name, _shown(words)) for name, words in classes.items()]
-    else:
-        pairs = [(words[0] if words else "", words) for words in map(_shown, classes)]
-    if any(isinstance(name, Exemplar) for name, _ in pairs):
-        raise ConfigError("classes: an exemplar has no name; use {'crack': Exemplar(…)}")
-    if not pairs or not all(isinstance(n, str) and n.strip() and words for n, words in pairs):
-        raise ConfigError("classes: the list is empty or has an empty name; use ['cat', 'sofa']")
-    names = [name for name, _ in pairs]
-    for name in names:
-        check_word(name, "classes")
-    same = [composed(name) for name in names]
-    twice = next((name for name in same if same.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"classes: {twice!r} is named twice; leave one out")
-    return dict(pairs)
-
-
-def _shown(given: WordOrExemplar | Sequence[WordOrExemplar]) -> tuple[Any, ...]:
-    return _words(given, "classes", Exemplar)
-
-
-def _is_list(given: object) -> bool:
-    """Whether it can be gone through more than once, in parts that may be texts."""
-    return isinstance(given, Iterable) and not isinstance(given, (Iterator, bytes, Tensor))
-
-
-def _is_unordered(given: object) -> bool:
-    """Whether it is a set, which begins with another word in every process."""
-    return isinstance(given, Set) and not isinstance(given, KeysView)
-
-
-def _words(given: Any, key: str, *also: type) -> tuple[Any, ...]:
-    """Words as a tuple; entries of the classes `also` are none, but may stand there."""
-    if isinstance(given, Mapping) or _is_unordered(given):
-        raise ConfigError(f"{key}={given!r:.60}: give a list, whose order counts: ['cat', 'sofa']")
-    single = isinstance(given, str) or not _is_list(given)
-    words: tuple[Any, ...] = (given,) if single else tuple(given)
-    for word in words:
-        if not isinstance(word, (str, *also)) or (isinstance(word, str) and not word.strip()):
-            raise ConfigError(
-                f"{key}: the list is empty or has an empty name; use ['cat', 'sofa'], not {word!r}"
-            )
-        if isinstance(word, str):
-            check_word(word, key)
-    if key == "prompts" and not words:
-        raise ConfigError("prompts: the list is empty; give a sentence")
-    return words
+    return grouped_words(classes, "classes", Exemplar)
 
 
 def _refuse_shut(groups: Mapping[str, Sequence[WordOrExemplar]], negatives: Sequence[str]) -> None:
@@ -219,7 +175,7 @@ def say_equal(
 def _sentences(names: Sequence[str], templates: str | Sequence[str]) -> list[Sentences]:
     if isinstance(templates, str):
         return [tuple(group) for group in named_prompts(names, templates)]
-    if not _is_list(templates):
+    if not is_list(templates):
         raise ConfigError(f"templates={templates!r:.60}: give sentences with {{}} for the name")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:

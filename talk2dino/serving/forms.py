@@ -165,34 +165,26 @@ def what_is_wrong(request: Request, errors: Sequence[Mapping[str, Any]]) -> str:
     return f"{name}={given!r:.60}: give {' or '.join(dict.fromkeys(hints))}"
 
 
-def requested_words(text: str) -> dict[str, tuple[str, ...]]:
-    """Names and the words that stand for them, see `Service.words`.
+def requested_words(text: str, key: str = "classes") -> dict[str, tuple[str, ...]]:
+    """Names and the words that stand for them, see `Service.words`; `key` is the field's.
 
     Raises:
-        DataError: no class, one that is named twice, or JSON that cannot be read.
+        ConfigError: no class, or one that is named twice.
+        DataError: JSON that cannot be read.
     """
-    given: Any = [part for part in text.split(",") if part.strip()]
+    given: Any = text
     if text.lstrip().startswith(("[", "{", '"')):
         try:
             given = json.loads(text, object_pairs_hook=read_object)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"classes: not JSON ({error})") from error
-    given = [given] if isinstance(given, str) else given
-    if isinstance(given, Mapping):
-        found = typed_classes({name: _texts(words) for name, words in given.items()})
-    else:
-        found = typed_classes(["; ".join(_texts(part)) for part in given])
-    if not found or not all(name.strip() and words for name, words in found.items()):
-        raise DataError("classes: name at least one, for instance: cat, sofa; couch")
-    return found
+            raise DataError(f"{key}: not JSON ({error})") from error
+        given = [given] if isinstance(given, str) else given
+    return typed_classes(given, key)
 
 
 def read_negatives(text: str) -> tuple[str, ...]:
     """The words of a request that count as background, synonyms among them."""
-    try:
-        found = requested_words(text)
-    except DataError as error:
-        raise DataError(str(error).replace("classes", "negatives", 1)) from error
+    found = requested_words(text, "negatives")
     return tuple(dict.fromkeys(word for words in found.values() for word in words))
 
 
@@ -205,15 +197,8 @@ def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise DataError(f"classes: the name {twice!r:.60} stands twice; leave one out")
+        raise DataError(f"JSON: the name {twice!r:.60} stands twice; leave one out")
     return found
-
-
-def _texts(given: Any) -> tuple[str, ...]:
-    words = given if isinstance(given, list) else [given]
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise DataError(f"classes: {given!r:.60} is neither a word nor a list of words")
-    return tuple(words)
 
 
 def brought_exemplars(

@@ -20,7 +20,7 @@ from defusedxml.ElementTree import fromstring
 
 from talk2dino.annotations.base import Options
 from talk2dino.annotations.labelstudio import prediction
-from talk2dino.datasets.benchmarks.classes import BACKGROUND, composed, refuse_typo
+from talk2dino.datasets.benchmarks.classes import BACKGROUND, composed, parted, refuse_typo
 from talk2dino.errors import ConfigError, DataError, UserError
 from talk2dino.files import user_path
 from talk2dino.inference.segmented import background_threshold
@@ -97,8 +97,7 @@ def _control(tag: Element, value: str) -> Control:
         refuse_typo(label.attrib, ("predicted_values",), f"{where} <Label value={name!r:.60}>")
         if composed(name) in map(composed, words):
             raise DataError(f"{where} has the label {name!r:.60} twice; leave one out")
-        given = [word.strip() for word in re.split("[,;]", label.get("predicted_values", ""))]
-        words[name] = tuple(word for word in given if word) or (name,)
+        words[name] = tuple(parted(label.get("predicted_values", ""), ",;")) or (name,)
     if not words or not all(name.strip() for name in words):
         raise DataError(f"{where} has no labels, or one without a value")
     background = tag.get("model_background", "false" if BACKGROUND in words else "true").lower()

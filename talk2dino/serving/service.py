@@ -281,16 +281,15 @@ class Service:
             shown: the request brings exemplars, so there may be no words.
 
         Raises:
-            DataError: no class, one that is named twice, or JSON that cannot be read.
-            ConfigError: a name that the class embeddings do not have.
+            ConfigError: no class, one that is named twice, or a name that the class embeddings
+                do not have.
+            DataError: JSON that cannot be read.
         """
-        if text is None:
-            if self.classes is None and shown:
-                return {}
-            if self.classes is None:
-                raise DataError("classes: name at least one, for instance: cat, sofa; couch")
+        if text is None and self.classes is not None:
             return self.classes
-        named = requested_words(text)
+        if text is None and shown:
+            return {}
+        named = requested_words(text or "")
         if not isinstance(self.classes, ClassEmbeddings):
             return self.shown(named)
         every = [word for words in named.values() for word in words]

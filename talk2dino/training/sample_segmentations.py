@@ -60,7 +60,7 @@ class SampleSegmentations(L.Callback):
         key = "sample_segmentations"
         if not classes:
             raise ConfigError(f"{key}.classes: name what to look for: {key}.classes='[cat,sofa]'")
-        typed_classes(classes)
+        self.classes = typed_classes(classes, f"{key}.classes")
         if every_n_epochs < 1:
             raise ConfigError(f"{key}.every_n_epochs={every_n_epochs}: use 1 or more")
         for kind in (store.vision, store.text):
@@ -70,8 +70,7 @@ class SampleSegmentations(L.Callback):
                 )
         self.folder, self.store = folder / FOLDER, store
         self.files = picture_files(images)
-        self.classes, self.every_n_epochs = list(classes), every_n_epochs
-        self.short_side, self.pamr = short_side, pamr
+        self.every_n_epochs, self.short_side, self.pamr = every_n_epochs, short_side, pamr
         self._drawn = -1
         self._encoders: tuple[TimmVisionEncoder, TextEncoder] | None = None
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from talk2dino.annotations.data_sets import FORMATS, MARK
 from talk2dino.calibration.calibration import AUTO
-from talk2dino.datasets.benchmarks.classes import typed_classes
+from talk2dino.datasets.benchmarks.classes import parted, typed_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
@@ -54,12 +54,11 @@ class Request:
         """Names, and the words and exemplars of each; never read from a file of the server.
 
         Raises:
-            DataError: no class, or a word that is named twice.
+            ConfigError: no class, or one that is named twice.
         """
-        parts = [part.strip() for part in self.words.split(",") if part.strip()]
-        if not parts and not self.examples:
-            raise DataError("Name at least one class, for instance: cat, sofa")
-        found: dict[str, tuple[WordOrExemplar, ...]] = {**typed_classes(parts)}
+        found: dict[str, tuple[WordOrExemplar, ...]] = {}
+        if parted(self.words, ",") or not self.examples:
+            found |= typed_classes(self.words)
         for example in self.examples:
             found[example.name] = (*found.get(example.name, ()), example.exemplar)
         return found
@@ -217,8 +216,7 @@ def answer(
         kept: class embeddings, of which the words are names.
 
     Raises:
-        DataError: no class to look for.
-        ConfigError: a word that `kept` does not have.
+        ConfigError: no class to look for, or a word that `kept` does not have.
     """
     old, result = view.request, view.result
     moved = old is not None and replace(old, threshold=request.threshold) == request

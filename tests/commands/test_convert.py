@@ -24,8 +24,8 @@ from talk2dino.alignment.projection import (
     ProjectionLayer,
     VisualProjectionLayer,
 )
+from talk2dino.config.quoting import quote_overrides
 from talk2dino.config.schemas import ConvertConfig
-from talk2dino.config.typed import as_typed
 from talk2dino.convert import TASKS, task_first
 from tests.helpers.pipeline import fails, run
 from tests.helpers.shared import shared_path
@@ -258,8 +258,9 @@ def test_the_task_stands_first() -> None:
 
 def test_brace_ranges_need_no_second_quotes() -> None:
     tars = "cc3m/{00000..00331}.tar"
-    assert as_typed([f"source.tars={tars}", "-m"], None) == [f"source.tars='{tars}'", "-m"]
-    assert as_typed(["input={0..2}.tar"], ConvertConfig) == ["input='{0..2}.tar'"]
-    assert as_typed([f"source.tars=[a.tar,{tars}]"], None) == [f"source.tars=['a.tar','{tars}']"]
+    assert quote_overrides([f"source.tars={tars}", "-m"], None) == [f"source.tars='{tars}'", "-m"]
+    assert quote_overrides(["input={0..2}.tar"], ConvertConfig) == ["input='{0..2}.tar'"]
+    listed = f"source.tars=[a.tar,{tars}]"
+    assert quote_overrides([listed], None) == [f"source.tars=['a.tar','{tars}']"]
     for same in (f"source.tars='{tars}'", f'a="{tars}"', f"a=['{tars}']", "a={b:1}", "a=${b}", "x"):
-        assert as_typed([same], None) == [same]
+        assert quote_overrides([same], None) == [same]

@@ -371,7 +371,7 @@ def test_class_words(tmp_path: Path) -> None:
     both = {"background": ("background",), "cat": ("cat",)}  # a word, wherever it stands
     assert class_words("[background,cat]") == both == class_words("[cat,background]")
     assert class_words(OmegaConf.create(["cat", "background"])) == both
-    with pytest.raises(DataError, match="'cat' is named twice"):
+    with pytest.raises(ConfigError, match="'cat' is named twice"):
         class_words("cat, dog, cat")
     (tmp_path / "words.txt").write_text("cat\nsofa; couch\n")
     assert class_words(str(tmp_path / "words.txt")) == want

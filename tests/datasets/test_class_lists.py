@@ -23,6 +23,8 @@ from talk2dino.datasets.benchmarks.classes import (
 from talk2dino.datasets.benchmarks.label_values import LabelColors, LabelValues
 from talk2dino.errors import UserError
 from talk2dino.inference.vocabulary import read_words
+from talk2dino.web.session import Request
+from tests.helpers.pipeline import need
 
 few = settings(max_examples=60, deadline=None)
 
@@ -70,6 +72,27 @@ def test_typed_words_come_out_as_they_are(typed: list[list[str]]) -> None:
     assert read_words(typed).synonyms == want
     pairs = (f"{spelled(g[:1])[1:-1]}: {spelled(g)}" for g in typed)
     assert class_words(f"{{{','.join(pairs)}}}") == want
+
+
+@few
+@given(st.text("ab,; \t") | st.lists(st.text("ab;,") | st.lists(st.text("a,;"), max_size=2)))
+@example([["a; b", "a"]])
+@example(["a", ""])
+def test_commands_services_and_pages_part_words_alike(typed: Any) -> None:
+    need("fastapi")
+    from talk2dino.serving.forms import requested_words
+
+    readers: dict[str, Any] = {"command": class_words, "service": requested_words}
+    if isinstance(typed, str):
+        readers["page"] = lambda text: Request(text).classes
+    found: list[Any] = []
+    for name, reader in readers.items():
+        as_json = name == "service" and not isinstance(typed, str)
+        try:
+            found.append(reader(json.dumps(typed) if as_json else typed))
+        except UserError as error:
+            found.append(str(error))
+    assert found.count(found[0]) == len(found)
 
 
 @few

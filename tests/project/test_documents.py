@@ -17,8 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from talk2dino.config.checks import check_targets, config_folder
+from talk2dino.config.quoting import quote_overrides
 from talk2dino.config.schemas import SCHEMAS, register_schema
-from talk2dino.config.typed import as_typed
 from tests.helpers.hub import Hub
 from tests.helpers.pipeline import COMMAND, run_line, run_script
 
@@ -107,7 +107,7 @@ def test_command_composes(block: Block) -> None:
         python, flag, module, *overrides = shlex.split(command, comments=True)
         assert (python, flag) == ("python", "-m")
         name = module.removeprefix("talk2dino.")
-        overrides = as_typed(overrides, SCHEMAS.get(name))
+        overrides = quote_overrides(overrides, SCHEMAS.get(name))
         register_schema(name)
         if name == "convert":  # its first word is the task
             overrides[0] = f"task={overrides[0]}"

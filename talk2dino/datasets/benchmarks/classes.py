@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from talk2dino.errors import DataError, say
+from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_json, read_text, user_path
 
 BACKGROUND = "background"
@@ -76,7 +77,7 @@ def shipped_lists() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.txt"))
 
 
-def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
+def read_classes(source: str | Path | Sequence[Any], key: str = "benchmark.classes") -> ClassList:
     """Read a class list.
 
     Args:
@@ -89,6 +90,7 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
               `{"classes": […], "unlabeled": 0}`.
 
             Without `id` a class's label value is its position in the list, from 0.
+        key: of the config, for errors.
 
     Raises:
         DataError: missing file, no class, an entry without name, a name or value used twice, a
@@ -96,9 +98,9 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     """
     if isinstance(source, (str, Path)):
         origin = str(source)
-        entries, unlabeled = _read(origin)
+        entries, unlabeled = _read(origin, key)
     else:
-        origin, entries, unlabeled = "benchmark.classes", list(source), ()
+        origin, entries, unlabeled = key, list(source), ()
     if not entries:
         raise DataError(f"{origin}: the class list is empty; name at least one class")
     classes = ClassList(
@@ -108,36 +110,98 @@ def read_classes(source: str | Path | Sequence[Any]) -> ClassList:
     return classes
 
 
-def typed_classes(
-    given: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str]],
-) -> dict[str, tuple[str, ...]]:
-    """Names and synonyms that somebody typed, in their order.
+def typed_classes(given: object, key: str = "classes") -> dict[str, tuple[str, ...]]:
+    """Names and the words that stand for them, as somebody typed them, in their order.
 
     Unlike in the list of a benchmark, `background` is a word, and `#` begins no color.
 
     Args:
-        given: `"sofa; couch"`, or a list of a name and its synonyms; or each name's words.
+        given: `"cat, sofa; couch"`; a list `["cat", "sofa; couch"]` or
+            `["cat", ["sofa", "couch"]]`; or a mapping `{"sofa": ["sofa", "couch"]}`. Elsewhere a
+            comma or semicolon is a part of its word.
+        key: of the config or the form, for errors.
 
     Raises:
-        DataError: a name is missing or stands twice, or what `check_word` refuses.
+        ConfigError: none of these, no class, an empty word, or a class that is named twice.
+        DataError: what `check_word` refuses.
+
+    Examples:
+        >>> from talk2dino.datasets.benchmarks.classes import typed_classes
+        >>> typed_classes("cat, sofa; couch")
+        {'cat': ('cat',), 'sofa': ('sofa', 'couch')}
     """
-    found: dict[str, tuple[str, ...]] = {}
-    taken: set[str] = set()
-    for number, entry in enumerate(given):
-        typed = entry.split(";") if isinstance(entry, str) else entry
-        if isinstance(given, Mapping):
-            typed = given[str(entry)]
-        words = tuple(word.strip() for word in typed if word.strip())
-        name = str(entry).strip() if isinstance(given, Mapping) else words[0] if words else ""
-        for word in (name, *words):
-            check_word(word, f"classes: class {number}")
-        if not words:
-            raise DataError(f"classes: class {number} is {entry!r:.60}; give it a name")
-        if composed(name) in taken:
-            raise DataError(f"classes: {name!r} is named twice; leave one out")
-        taken.add(composed(name))
-        found[name] = words
-    return found
+    if isinstance(given, str):
+        given = parted(given, ",")
+    if is_list(given):
+        given = [parted(entry, ";") if isinstance(entry, str) else entry for entry in given]
+    found = grouped_words(given, key)
+    return {name.strip(): tuple(map(str.strip, words)) for name, words in found.items()}
+
+
+def grouped_words(given: object, key: str, *also: type) -> dict[str, tuple[Any, ...]]:
+    """Classes in order: their names, and what stands for each.
+
+    Args:
+        given: a list of names, and of lists that begin with one; or a mapping from names.
+        key: for errors.
+        also: types of what may stand beside words but is no name: exemplars.
+
+    Raises:
+        ConfigError: none of these, no class, an empty word, or a class that is named twice.
+        DataError: what `check_word` refuses.
+    """
+    if isinstance(given, Mapping):
+        pairs = [(name, words_of(words, key, *also)) for name, words in given.items()]
+    elif is_list(given):
+        groups = [words_of(entry, key, *also) for entry in given]
+        pairs = [(words[0] if words else "", words) for words in groups]
+    else:
+        raise ConfigError(
+            f"{key}={given!r:.60}: give a list of names, as ['cat', 'sofa'], or a .safetensors "
+            "file of class embeddings"
+        )
+    if not pairs or not all(words for _, words in pairs):
+        raise ConfigError(
+            f"{key}: the list is empty or has an empty name; name at least one, for instance: "
+            "cat, sofa"
+        )
+    if any(isinstance(name, also) for name, _ in pairs):
+        raise ConfigError(f"{key}: an exemplar has no name; use {{'crack': Exemplar(…)}}")
+    same = Counter(composed(name) for name in words_of([name for name, _ in pairs], key))
+    [(name, times)] = same.most_common(1)
+    if times > 1:
+        raise ConfigError(f"{key}: {name!r} is named twice; leave one out")
+    return dict(pairs)
+
+
+def words_of(given: object, key: str, *also: type) -> tuple[Any, ...]:
+    """A word, or the words of a list, which may be none; errors as `grouped_words`."""
+    words = tuple(given) if is_list(given) else (given,)
+    for word in words:
+        if not isinstance(word, (str, *also)) or (isinstance(word, str) and not word.strip()):
+            raise ConfigError(
+                f"{key}: {word!r:.60} is neither a word nor a list of words; give a list, as "
+                "['cat', 'sofa']"
+            )
+        if isinstance(word, str):
+            check_word(word, key)
+    return words
+
+
+def is_list(given: object) -> TypeGuard[Iterable[Any]]:
+    """Whether it can be gone through more than once, in parts and in the same order."""
+    unordered = isinstance(given, Set) and not isinstance(given, KeysView)
+    if isinstance(given, (str, bytes, Mapping)) or unordered:
+        return False
+    try:
+        return iter(given) is not given  # type: ignore[call-overload]
+    except TypeError:
+        return False
+
+
+def parted(text: str, marks: str) -> list[str]:
+    """The words between any of the marks, without spaces around them; an empty one is none."""
+    return [word.strip() for word in re.split(f"[{marks}]", text) if word.strip()]
 
 
 def composed(word: str) -> str:
@@ -215,14 +279,14 @@ def _check(classes: ClassList, origin: str) -> None:
         raise DataError(f"{origin}: background is the only class; name what to look for")
 
 
-def _read(source: str) -> tuple[list[Any], tuple[int, ...]]:
+def _read(source: str, key: str) -> tuple[list[Any], tuple[int, ...]]:
     parts = source.split("+")
     if all(part in shipped_lists() for part in parts):
         return [line for part in parts for line in _lines(_SHIPPED / f"{part}.txt")], ()
     path = user_path(source)
     if not path.is_file():
         raise DataError(
-            f"benchmark.classes={source}: no such file; give a .txt or .json file, names as "
+            f"{key}={source}: no such file; give a .txt or .json file, names as "
             f"[cat,dog], or a list that comes with the package: {', '.join(shipped_lists())}"
         )
     return _read_json(path) if path.suffix.lower() == ".json" else (_lines(path), ())
@@ -270,7 +334,7 @@ def _label_value(value: Any, where: str) -> int:
 
 def _spec(entry: Any, number: int, origin: str) -> ClassSpec:
     if isinstance(entry, str):
-        parts = [part.strip() for part in entry.split(";") if part.strip()]
+        parts = parted(entry, ";")
         colors = [part for part in parts if part.startswith("#")]
         names = tuple(part for part in parts if not part.startswith("#"))
         if names and len(colors) < 2:

@@ -9,15 +9,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from talk2dino.config.quoting import parse_words, quote_overrides, quoted, text_keys
 from talk2dino.config.schemas import SCHEMAS, SegmentConfig
-from talk2dino.config.typed import as_typed, parse_words, quoted, text_keys
 from talk2dino.errors import ConfigError
 
 
 def through_hydra(*arguments: str) -> list[Any]:
     """The values that Hydra reads from a `segment` command line."""
     parser = OverridesParser.create()
-    return [parser.parse_override(one).value() for one in as_typed(arguments, SegmentConfig)]
+    return [parser.parse_override(one).value() for one in quote_overrides(arguments, SegmentConfig)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_words_arrive_as_typed(argument: str, want: Any, monkeypatch: pytest.Mon
 def test_sweeps_keep_their_commas() -> None:
     arguments = ["-m", "image=a.jpg,b.jpg", "output=choice(x,y)", "classes=[1_0,x]", "image=1_0"]
     arguments += ["formats=coco", "negatives=a,b"]
-    assert as_typed(arguments, SegmentConfig) == [
+    assert quote_overrides(arguments, SegmentConfig) == [
         *("-m", "image=a.jpg,b.jpg", "output=choice(x,y)"),
         *("classes=['1_0','x']", "image='1_0'"),
         *("formats=['coco']", "negatives=a,b"),
@@ -72,10 +72,10 @@ def test_sweeps_keep_their_commas() -> None:
 
 def test_other_arguments_are_left_alone() -> None:
     classes = "benchmark.classes=[{name: cat, id: 1}, dog]"
-    assert as_typed([classes], SegmentConfig) == [classes]
+    assert quote_overrides([classes], SegmentConfig) == [classes]
     arguments = ["--cfg", "job", "~text", "+new=1_0", "pamr=true", "image=${output}", "image="]
-    assert as_typed(arguments, SegmentConfig) == arguments
-    assert as_typed(["image=1_0"], None) == ["image=1_0"]
+    assert quote_overrides(arguments, SegmentConfig) == arguments
+    assert quote_overrides(["image=1_0"], None) == ["image=1_0"]
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_other_arguments_are_left_alone() -> None:
 )
 def test_bad_lists_are_one_line_with_advice(value: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        as_typed([f"classes={value}"], SegmentConfig)
+        quote_overrides([f"classes={value}"], SegmentConfig)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["[[]]", "[a,[b]]", "[[[a]]]"])
 def test_lists_of_plain_words(value: str) -> None:
     with pytest.raises(ConfigError, match=r"formats=.*: a list within the list; write formats="):
-        as_typed([f"formats={value}"], SegmentConfig)
+        quote_overrides([f"formats={value}"], SegmentConfig)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def text_keys(schema: type, lists: bool = False) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in inside)
 
 
-def as_typed(arguments: Sequence[str], schema: type | None) -> list[str]:
+def quote_overrides(arguments: Sequence[str], schema: type | None) -> list[str]:
     """The arguments for Hydra, with quotes around texts and around the texts of lists.
 
     What stands in quotes already, `null` for a single text, interpolations (`${…}`), and in a
@@ -124,7 +124,7 @@ def parse_words(text: str, key: str) -> TypedWords:
         ConfigError: a bracket or quote that does not close, a comma too many, or a name twice.
 
     Examples:
-        >>> from talk2dino.config.typed import parse_words
+        >>> from talk2dino.config.quoting import parse_words
         >>> parse_words("[café, null, 1_000, farmer's market, 'a, b', [sofa, couch]]", "classes")
         ['café', 'null', '1_000', "farmer's market", 'a, b', ['sofa', 'couch']]
         >>> parse_words("{cat: [kitty, kitten]}", "classes")
