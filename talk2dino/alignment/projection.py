@@ -351,6 +351,13 @@ def visual_side(projection: Projection) -> VisualSide | None:
     return VisualSide(projection) if projection.projects_visual else None
 
 
+def projection_state(projection: Projection) -> tuple[object, ...]:
+    """Changes with the projection, when it moves to another device or is written to."""
+    parameters = list(projection.parameters())
+    versions = (0 if p.is_inference() else p._version for p in parameters)
+    return (projection, parameters[0].device, *versions)  # held, so its id is no other's
+
+
 def check_width(x: Tensor, width: int, what: str, key: str) -> None:
     """Raise a ConfigError that names `key` when the last dimension of `x` is not `width`."""
     if x.shape[-1] != width:

@@ -9,7 +9,8 @@ calibration also `offsets` `[N]`, and as metadata a JSON entry `talk2dino_classe
 | `classes` | names in order |
 | `rows` | `{"class": index or null for a negative word, "word": …, "sentences": […]}` each |
 | `templates` | name of the prompt templates, or sentences with `{}` |
-| `made_with` | `vision`, `text`, `projection`: `spec` and `weights_sha256` each |
+| `made_with` | `vision`, `text`, `projection`: `spec` and `weights_sha256` each; `calibration`: its
+digest, or an empty text, where classes were shown |
 | `exemplars` | digests by class name, where classes were shown |
 
 A class that exemplars alone stand for has one row, without word and sentences; where there are no
@@ -33,7 +34,7 @@ from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
-from talk2dino.errors import CheckpointError, ConfigError, DataError
+from talk2dino.errors import CheckpointError, ConfigError, DataError, say
 from talk2dino.files import replacing, user_path
 from talk2dino.inference.vocabulary import ClassWords, WordOrExemplar, Words
 from talk2dino.renamed import TARGET, current
@@ -41,6 +42,7 @@ from talk2dino.renamed import TARGET, current
 KEY = "talk2dino_classes"
 VERSION = 1
 SUFFIX = ".safetensors"
+CALIBRATION = "calibration"
 # of an encoder's spec, what changes no row, or what its name or digest says better
 _IRRELEVANT = ("weights", "batch_size", "templates", "image_size", "rope_in_attention")
 _HOW = "make it with: python -m talk2dino.embed checkpoint=… classes=… output=FILE.safetensors"
@@ -54,7 +56,8 @@ class ClassEmbeddings:
         words: names, sentences and the class of every row.
         rows: `[N, D]` float32 of unit length, on the CPU.
         templates: of the prompts.
-        made_with: spec and digest of `vision`, `text` (None without words) and `projection`.
+        made_with: spec and digest of `vision`, `text` (None without words) and `projection`, and
+            the digest of the `calibration` that exemplars were compared with, empty for none.
         exemplars: digests of those that show a class, by its name.
         origin: the file.
         offsets: `[N]` float32, what is subtracted from the cosines of the rows where the checkpoint
@@ -123,6 +126,7 @@ class ClassEmbeddings:
                     continue
                 made_with[part] = dict(content["made_with"][part])
                 made_with[part]["spec"].get("name")  # a mapping
+            made_with |= {k: str(v) for k, v in content["made_with"].items() if k == CALIBRATION}
             shown = {k: tuple(map(str, v)) for k, v in content.get("exemplars", {}).items()}
             _check_rows(rows, offsets, words)
             rows = rows.clone()  # aligned as computed ones are: the file's place decides otherwise
@@ -192,14 +196,19 @@ class ClassEmbeddings:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
 
     def check(
-        self, vision: TimmVisionEncoder, text: Mapping[str, Any] | None, projection: Projection
-    ) -> None:
-        """Refuse a model whose rows these are not.
+        self,
+        vision: TimmVisionEncoder,
+        text: Mapping[str, Any] | None,
+        projection: Projection,
+        calibration: str,
+    ) -> ClassEmbeddings:
+        """Refuse a model whose rows these are not; say that exemplars had another calibration.
 
         Args:
             vision: the model's encoder; where there are exemplars, its weights count as well.
             text: spec of its text encoder, which need not exist; None if the checkpoint names none.
             projection: ψ.
+            calibration: its digest, or an empty text.
 
         Raises:
             CheckpointError: another projection or other encoders.
@@ -219,6 +228,13 @@ class ClassEmbeddings:
                 f"classes={self.origin}: made with another {wrong} than this checkpoint has; embed "
                 "the classes again with it"
             )
+        if self.made_with.get(CALIBRATION, calibration) != calibration:
+            say(
+                f"classes={self.origin}: what is shown was compared with another calibration than "
+                "this one, or with none; embed the classes again with it",
+                stacklevel=4,
+            )
+        return self
 
 
 Classes: TypeAlias = ClassWords | ClassEmbeddings | str | Path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from talk2dino.alignment.class_names import embed_prompts, embed_texts
-from talk2dino.alignment.projection import Projection, visual_side
+from talk2dino.alignment.projection import Projection, projection_state, visual_side
 from talk2dino.calibration.calibration import Calibration
 from talk2dino.calibration.reference import require_encoder
 from talk2dino.calibration.shown_classes import Seen, Spread, class_rows, see
@@ -33,7 +33,13 @@ from talk2dino.finding.scan import (
     found_pictures,
     searched_field,
 )
-from talk2dino.inference.class_embeddings import ClassEmbeddings, Classes, describe_model, is_file
+from talk2dino.inference.class_embeddings import (
+    CALIBRATION,
+    ClassEmbeddings,
+    Classes,
+    describe_model,
+    is_file,
+)
 from talk2dino.inference.exemplars import Exemplar, mix, say_confused
 from talk2dino.inference.segmented import BACKGROUND_SCORE
 from talk2dino.inference.vocabulary import (
@@ -143,6 +149,10 @@ class TextSide(nn.Module):
         chosen = self.calibration.background_score(True, Protocol.lambda_bg)
         return BACKGROUND_SCORE if chosen is None else chosen
 
+    @property
+    def _compared_with(self) -> str:
+        return "" if self.calibration is None else self.calibration.digest
+
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """ψ of texts, `[N, D]` float32, not normalized; a single text is a list of one."""
@@ -176,6 +186,7 @@ class TextSide(nn.Module):
             used = used if isinstance(used, str) else list(used)
             named: Any = classes
             shown = {k: tuple(e.digest for e in v) for k, v in exemplars_of(named).items()}
+            made_with |= {CALIBRATION: self._compared_with} if shown else {}
             offsets = None if offsets is None else offsets.cpu()
             return ClassEmbeddings(words, rows.cpu(), used, made_with, shown, offsets=offsets)
         if templates or negatives or prompts:
@@ -183,8 +194,7 @@ class TextSide(nn.Module):
                 f"classes={given.origin}: holds embeddings, so templates, negatives and prompts "
                 "are settled; leave them out, or embed the classes with them"
             )
-        given.check(self.vision, self.text_spec, self.projection)
-        return given
+        return given.check(self.vision, self.text_spec, self.projection, self._compared_with)
 
     def search(
         self,
@@ -295,14 +305,13 @@ class TextSide(nn.Module):
         found = []
         for group in [classes] if calibration is None else [[one] for one in classes]:
             key = tuple(",".join(one.digest for one in exemplars) for exemplars in group)
-            kind = (calibration and calibration.digest, *state)
+            kind = (self._compared_with, *state)
             found.append(self._cache.get([key], kind, partial(rows, group))[0])
         every = torch.cat(found)
         return every[: len(classes)], every[-1] if calibration is None else None
 
     def _look(self, image: ImageLike, short_side: int | None) -> EncodedImage:
-        """The windows of a picture, encoded; `Talk2DINO` does it."""
-        raise NotImplementedError
+        raise NotImplementedError  # `Talk2DINO` encodes the windows of a picture
 
     def _rows(
         self,
@@ -389,10 +398,3 @@ def fitting(key: str, encoder: EncoderT, wanted: int) -> EncoderT:
             f"{getattr(encoder, 'name', key)} has {width}; choose its encoder with {key}=…"
         )
     return encoder
-
-
-def projection_state(projection: Projection) -> tuple[object, ...]:
-    """Changes with the projection, when it moves to another device or is written to."""
-    parameters = list(projection.parameters())
-    versions = (0 if p.is_inference() else p._version for p in parameters)
-    return (projection, parameters[0].device, *versions)  # held, so its id is no other's
