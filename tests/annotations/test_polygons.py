@@ -96,3 +96,20 @@ def test_thinned_polygons_stay_apart() -> None:
         for tolerance in (1.5, 3):
             whole = shapely.MultiPolygon(polygons(mask, tolerance))
             assert whole.is_valid, shapely.is_valid_reason(whole)
+
+
+def test_polygons_of_noise() -> None:
+    """No shape is too odd: half the pixels at random, holes that touch corners, single pixels."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        height, width = random.integers(1, 25, 2)
+        mask = (random.random((height, width)) < random.choice([0.2, 0.5, 0.8])).astype(np.uint8)
+        found = polygons(mask, 0)
+        assert all(one.is_valid for one in found)
+        assert sum(one.area for one in found) == mask.sum()
+        if mask.any():
+            flat = [outline(one).ravel().tolist() for one in found]
+            np.testing.assert_array_equal(decoded(flat, mask.shape), mask)
+        for tolerance in (1, 3):
+            assert all(shapely.is_valid(one) for one in polygons(mask, tolerance))
+            assert all(len(one) for one in rings(mask, tolerance))
