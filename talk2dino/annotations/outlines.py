@@ -65,9 +65,9 @@ def rings(mask: Mask, tolerance: float) -> list[Ring]:
     found = []
     for shell, holes in _traced(mask):
         box = cv2.boundingRect(shell)
-        exact = _filled(_ring(shell, holes, 0), box)
+        exact = _filled([shell, *holes], box)
         ring, allowed = _ring(shell, holes, tolerance), tolerance
-        while allowed and _overlap(exact, _filled(ring, box)) < CLOSE:
+        while allowed and _overlap(exact, _filled([ring], box)) < CLOSE:
             allowed = _smaller(allowed)
             ring = _ring(shell, holes, allowed)
         found.append(ring)
@@ -83,13 +83,13 @@ def _ring(shell: Contour, holes: Sequence[Contour], tolerance: float) -> Ring:
     return ring
 
 
-def _filled(ring: Ring, box: Sequence[int]) -> Mask:
-    """What OpenCV fills within a box of left, top, width and height."""
+def _filled(outlines: Sequence[Ring | Contour], box: Sequence[int]) -> Mask:
+    """What OpenCV fills within a box of left, top, width and height; holes are left out."""
     import cv2
 
     left, top, width, height = box
-    points = (ring - (left, top)).astype(np.int32)
-    drawn: Mask = cv2.fillPoly(np.zeros((height, width), np.uint8), [points], 1)
+    points = [(one - (left, top)).astype(np.int32) for one in outlines]
+    drawn: Mask = cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1)
     return drawn
 
 
