@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,24 @@ from talk2dino.errors import ConfigError, check_number
 
 Mask: TypeAlias = npt.NDArray[np.uint8]
 WRITTEN_BY = "talk2dino"
+# Half a UTF-16 pair is how Python shows a byte that is no UTF-8; XML has none of the others.
+_NO_TEXT = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def check_file_name(name: str, key: str) -> None:
+    """Refuse a picture's name that no address and no XML can hold.
+
+    Args:
+        name: in a data set.
+        key: that named the picture, for the message.
+
+    Raises:
+        ConfigError: bytes that are no UTF-8, or control characters.
+    """
+    if found := _NO_TEXT.search(name):
+        raise ConfigError(
+            f"{key}={name!r:.200}: {found[0]!r} is no character of a text; rename the picture"
+        )
 
 
 @dataclass(frozen=True)
@@ -23,13 +42,15 @@ class Options:
     Attributes:
         instances: an annotation per connected area (pixels that touch at a corner are connected),
             not one per class.
-        minimum_area: pixels; smaller annotations are left out.
-        tolerance: pixels by which a polygon may stray from the outline; 0 keeps every corner.
+        minimum_area: pixels; smaller connected areas are left out, of masks per class, too.
+        tolerance: pixels by which a polygon may stray from the outline, less where it would be
+            read with an IoU below 0.98; 0 keeps every corner.
         polygons: COCO holds polygons in place of masks.
-        image_root_url: Label Studio fetches `image_root_url` + name of the picture, quoted.
+        image_root_url: Label Studio fetches `image_root_url` + name of the picture, which is
+            quoted behind `http(s)://` and `/data/`.
 
     Raises:
-        ConfigError: a negative area or tolerance.
+        ConfigError: a negative area or tolerance, or a value of another type.
     """
 
     instances: bool = False
@@ -41,6 +62,20 @@ class Options:
     def __post_init__(self) -> None:
         check_number("minimum_area", self.minimum_area, 0, 10**12)
         check_number("tolerance", self.tolerance, 0.0, 1e6)
+        for key in ("instances", "polygons"):
+            if not isinstance(value := getattr(self, key), (bool, np.bool_)):
+                raise ConfigError(f"{key}={value!r:.60}: use true or false")
+        if not isinstance(self.image_root_url, str):
+            raise ConfigError(f"image_root_url={self.image_root_url!r:.60}: use a text")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Options by name (ConfigError for a name that none has)."""
+        names = [item.name for item in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ConfigError(f"{name}: no such option; choose among {', '.join(names)}")
+        return cls(**given)
 
     def refuse_idle(self, formats: Collection[str]) -> None:
         """Refuse a setting, not at its default, that no format takes (ConfigError)."""
@@ -178,6 +213,8 @@ def annotate(
     found = []
     for label, category in classes.items():
         inside = labels == label
+        if options.minimum_area > 1 and not options.instances:
+            inside = _large(inside, options.minimum_area)
         if not inside.any():
             continue
         parts = _connected(inside) if options.instances else inside.astype(np.int32)
@@ -197,6 +234,13 @@ def _connected(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
 
     _, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)
     return parts  # type: ignore[no-any-return]
+
+
+def _large(mask: npt.NDArray[np.bool_], least: int) -> npt.NDArray[np.bool_]:
+    """A mask without its connected areas of fewer pixels."""
+    parts = _connected(mask)
+    large = np.bincount(parts.ravel()) >= least
+    return mask & large[parts]
 
 
 def _compressed(parts: npt.NDArray[np.int32]) -> dict[int, str]:

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from talk2dino.annotations.base import WRITTEN_BY, AnnotatedPicture, Annotation, Category, Options
-from talk2dino.annotations.outlines import joined, polygons
+from talk2dino.annotations.outlines import outline, polygons
 
 
 class CocoInstances:
@@ -98,9 +96,5 @@ def _segmentation(picture: AnnotatedPicture, annotation: Annotation, options: Op
     if not options.polygons:
         return picture.rle(annotation)
     mask, corner = picture.cropped(annotation)
-    found = []
-    for one in polygons(mask, options.tolerance):
-        outlines = [ring.coords[:-1] for ring in (one.exterior, *one.interiors)]
-        shell, *holes = (np.asarray(ring) + corner for ring in outlines)
-        found.append(joined(shell, holes).round(2).ravel().tolist())
-    return found
+    found = [outline(one) + corner for one in polygons(mask, options.tolerance)]
+    return [ring.round(2).ravel().tolist() for ring in found]

@@ -8,7 +8,14 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from talk2dino.annotations.base import WRITTEN_BY, AnnotatedPicture, Category, Mask, Options
+from talk2dino.annotations.base import (
+    WRITTEN_BY,
+    AnnotatedPicture,
+    Category,
+    Mask,
+    Options,
+    check_file_name,
+)
 
 
 class CvatImages:
@@ -37,7 +44,8 @@ class CvatImages:
         )
 
     def add(self, picture: AnnotatedPicture) -> None:
-        """Write its masks, each within its box."""
+        """Write its masks, each within its box (ConfigError: its name is no text)."""
+        check_file_name(picture.file_name, "image")
         self.file.write(
             f'<image id="{self.pictures}" name={quoteattr(picture.file_name)} '
             f'width="{picture.width}" height="{picture.height}">\n'

@@ -31,8 +31,8 @@ def check_formats(formats: Sequence[str]) -> None:
     """Refuse what cannot be written, before anything long starts.
 
     Raises:
-        ConfigError: an unknown format, a text in place of a list, or a library that is not
-            installed.
+        ConfigError: an unknown format or one named twice, a text in place of a list, or a library
+            that is not installed.
     """
     if isinstance(formats, str):
         raise ConfigError(f"formats={formats!r}: give a list, ['{formats}']")
@@ -41,6 +41,8 @@ def check_formats(formats: Sequence[str]) -> None:
             raise ConfigError(
                 f"formats=[{name}]: no such format; choose among {', '.join(FORMATS)}"
             )
+        if list(formats).count(name) > 1:
+            raise ConfigError(f"formats=[{','.join(formats)}]: {name} is there twice; name it once")
     if formats:
         require_extra("annotations", f"formats=[{','.join(formats)}]")
 
@@ -105,6 +107,9 @@ def write_data_sets(
         for built, writer in made.items():
             writer.close()
             write_json(built / MARK, {"written_by": WRITTEN_BY, "sha256": _digest(built)})
+    for name in formats:
+        for stale in [*(folder / name).rglob("*.cache")]:  # a trainer's, of older labels
+            stale.unlink()
     return [folder / name for name in formats]
 
 
@@ -117,12 +122,15 @@ def _is_as_written(folder: Path) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over names and contents, hex; of links only where they lead."""
+    """SHA-256 over names and contents, hex; of links only where they lead.
+
+    Trainers add caches, and file managers hidden files: those do not count.
+    """
     total = hashlib.sha256()
     for where, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
         for path in (Path(where, name) for name in sorted(names)):
-            if path != folder / MARK:
+            if path != folder / MARK and not path.name.startswith(".") and path.suffix != ".cache":
                 content = str(path.readlink()) if path.is_symlink() else file_digest(path)
                 line = f"{path.relative_to(folder).as_posix()}\0{content}\n"
                 total.update(line.encode(errors="surrogateescape"))

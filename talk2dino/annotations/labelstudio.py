@@ -12,7 +12,14 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.annotations.base import WRITTEN_BY, AnnotatedPicture, Category, Mask, Options
+from talk2dino.annotations.base import (
+    WRITTEN_BY,
+    AnnotatedPicture,
+    Category,
+    Mask,
+    Options,
+    check_file_name,
+)
 
 LENGTHS = (3, 4, 8, 16)  # bits that a run's length may take
 
@@ -44,12 +51,16 @@ class LabelStudio:
         self.first = True
 
     def add(self, picture: AnnotatedPicture) -> None:
-        """Write its task."""
+        """Write its task (ConfigError: its name is no text)."""
+        check_file_name(picture.file_name, "image")
         self.file.write(("" if self.first else ",") + "\n" + json.dumps(self._task(picture)))
         self.first = False
 
     def _task(self, picture: AnnotatedPicture) -> dict[str, Any]:
-        address = self.options.image_root_url + quote(picture.file_name)
+        root = self.options.image_root_url
+        # Label Studio unquotes these, and takes the keys of a cloud storage as they are.
+        quoted = root.startswith(("http://", "https://", "/data/"))
+        address = root + (quote(picture.file_name) if quoted else picture.file_name)
         names = [one.name for one in self.categories]
         return {"data": {"image": address}, "predictions": [prediction(picture, names)]}
 
@@ -75,9 +86,10 @@ def prediction(
         to_name: of its `Image`.
         version: of the model.
     """
-    result = []
+    result: list[dict[str, Any]] = []
+    shape = picture.height, picture.width
     for number, one in enumerate(picture.annotations, 1):
-        value = {"format": "rle", "rle": list(brush(picture.mask(one)))}
+        value = {"format": "rle", "rle": list(brush(*picture.cropped(one), shape))}
         result.append(
             {
                 "id": f"a{number}",
@@ -99,7 +111,9 @@ def prediction(
     return made
 
 
-def brush(mask: Mask) -> bytes:
+def brush(
+    mask: Mask, corner: tuple[int, int] = (0, 0), shape: tuple[int, int] | None = None
+) -> bytes:
     """A mask as Label Studio's brush has it: RGBA pixels of 0 or 255, row by row, in packed runs.
 
     Bits, most significant first: 32 for the number of values, 5 for the bits of a value less one,
@@ -107,12 +121,20 @@ def brush(mask: Mask) -> bytes:
     size, the length less one, and the value.
 
     Args:
-        mask: `[H, W]` of 0 and 1.
+        mask: `[h, w]` of 0 and 1, a part of the picture; the rest is 0.
+        corner: column and row of the picture where it begins.
+        shape: height and width of the picture; None: the mask is as large.
     """
-    flat = mask.ravel()
-    starts = np.flatnonzero(np.diff(flat.astype(np.int16), prepend=-1))
-    lengths = 4 * np.diff(starts, append=flat.size)
-    values = flat[starts].astype(np.int64) * 255
+    height, width = shape or mask.shape
+    pixels = height * width
+    rows, columns = np.nonzero(np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0))
+    places = (rows + corner[1]) * width + columns + corner[0]
+    edges, times = np.unique(places, return_counts=True)
+    edges = edges[(times == 1) & (edges < pixels)]  # twice: it runs on from a row's end
+    first = int(len(edges) > 0 and edges[0] == 0)  # value of the first pixel
+    starts = edges if first else np.insert(edges, 0, 0)
+    lengths = 4 * np.diff(starts, append=pixels)
+    values = (np.arange(len(starts)) + first) % 2 * 255
     longest = 1 << LENGTHS[-1]
     pieces = -(-lengths // longest)
     values = values.repeat(pieces)
@@ -123,7 +145,7 @@ def brush(mask: Mask) -> bytes:
     size = np.array(LENGTHS)[choice]
     # flag, choice, length and value of a run as one number of 3 + size + 8 bits
     codes = (((4 + choice) << size) + lengths - 1 << 8) + values
-    head = [_bits(np.array([4 * flat.size]), 32), _bits(np.array([7]), 5)]
+    head = [_bits(np.array([4 * pixels]), 32), _bits(np.array([7]), 5)]
     head += [_bits(np.array([one - 1]), 4) for one in LENGTHS]
     return np.packbits(np.concatenate([*head, _bits(codes, size + 11)])).tobytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -42,7 +43,7 @@ class YoloLabels:
 
     def add(self, picture: AnnotatedPicture) -> None:
         """Write its file, and link the picture: trainers look for both side by side."""
-        name = PurePosixPath(picture.file_name)
+        name = named(picture.file_name)
         target = self.folder / "labels" / name.with_suffix(".txt")
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = [line for one in picture.annotations for line in self._lines(picture, one)]
@@ -67,3 +68,13 @@ class YoloLabels:
 
     def close(self) -> None:
         """Nothing is left to write."""
+
+
+def named(file_name: str) -> PurePosixPath:
+    """A picture's name in this data set: its folder `images` is `images_`, `images_` `images__`.
+
+    Ultralytics finds a label by putting `labels` for the last folder called `images`, which has to
+    be the data set's own.
+    """
+    *folders, last = PurePosixPath(file_name).parts
+    return PurePosixPath(*(re.sub("^images_*$", r"\g<0>_", one) for one in folders), last)

@@ -17,7 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options, annotate
+from talk2dino.annotations.base import (
+    AnnotatedPicture,
+    Annotation,
+    Category,
+    Options,
+    annotate,
+    check_file_name,
+)
 from talk2dino.annotations.data_sets import check_formats, write_data_sets
 from talk2dino.datasets.benchmarks.classes import BACKGROUND, Color
 from talk2dino.datasets.pictures import to_picture
@@ -250,7 +257,7 @@ class SegmentedImage:
         self,
         folder: str | Path,
         formats: Sequence[str],
-        file_name: str = "image.png",
+        file_name: str | Path = "image.png",
         **options: Any,
     ) -> list[Path]:
         """Write one data set of this picture per format.
@@ -268,9 +275,9 @@ class SegmentedImage:
             ConfigError: an unknown format or a wrong option, a library that is missing, or files
                 in the way that were not written by this program.
         """
-        chosen = Options(**options)
+        chosen = Options.of(options)
         check_formats(formats)
-        _named(file_name)
+        file_name = _named(file_name)
         picture, categories = self.annotated(file_name, chosen)
         return write_data_sets([picture], categories, user_path(folder), formats, chosen)
 
@@ -283,33 +290,33 @@ class SegmentedImage:
         categories = [Category(n, self.synonyms.get(n, (n,)), colors[n]) for n in self.names]
         return AnnotatedPicture(file_name, height, width, self.annotations(options)), categories
 
-    def to_coco(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+    def to_coco(self, file_name: str | Path = "image.png", **options: Any) -> dict[str, Any]:
         """A COCO data set of this picture; `polygons=True` in place of run lengths.
 
         Args and errors as in `save_annotations`.
         """
         return dict(json.loads(self._written("coco/instances.json", file_name, options)))
 
-    def to_yolo(self, file_name: str = "image.png", **options: Any) -> str:
+    def to_yolo(self, file_name: str | Path = "image.png", **options: Any) -> str:
         """The label file of this picture, a line per connected area: class and polygon."""
-        name = _named(file_name).with_suffix(".txt")
-        return self._written(f"yolo/labels/{name}", file_name, options)
+        _named(file_name)
+        return self._written("yolo/labels/image.txt", "image.png", options)
 
-    def to_labelstudio(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+    def to_labelstudio(self, file_name: str | Path = "image.png", **options: Any) -> dict[str, Any]:
         """A Label Studio task with brush masks as its prediction."""
         text = self._written("labelstudio/tasks.json", file_name, options)
         return dict(json.loads(text)[0])
 
-    def to_cvat(self, file_name: str = "image.png", **options: Any) -> str:
+    def to_cvat(self, file_name: str | Path = "image.png", **options: Any) -> str:
         """CVAT's XML for images, 1.1, with masks."""
         return self._written("cvat/annotations.xml", file_name, options)
 
-    def to_geojson(self, file_name: str = "image.png", **options: Any) -> dict[str, Any]:
+    def to_geojson(self, file_name: str | Path = "image.png", **options: Any) -> dict[str, Any]:
         """A GeoJSON FeatureCollection of polygons in pixels, y downward."""
         text = self._written("geojson/annotations.geojson", file_name, options)
         return dict(json.loads(text))
 
-    def _written(self, path: str, file_name: str, options: Mapping[str, Any]) -> str:
+    def _written(self, path: str, file_name: str | Path, options: Mapping[str, Any]) -> str:
         """The text of one file of `save_annotations`."""
         with TemporaryDirectory() as folder:
             self.save_annotations(folder, [path.partition("/")[0]], file_name, **options)
@@ -332,15 +339,19 @@ class SegmentedImage:
         return self.classes.index(name)
 
 
-def _named(file_name: str) -> PurePosixPath:
+def _named(file_name: str | Path) -> str:
     """A picture's name in a data set, which lies below its folder (ConfigError)."""
-    name = PurePosixPath(file_name)
+    text = file_name.as_posix() if isinstance(file_name, Path) else file_name
+    if not isinstance(text, str):
+        raise ConfigError(f"file_name={text!r:.200}: give a text or a path, such as 'image.png'")
+    check_file_name(text, "file_name")
+    name = PurePosixPath(text)
     if not name.name or name.is_absolute() or ".." in name.parts:
         raise ConfigError(
-            f"file_name={file_name!r:.200}: a data set names its pictures from its own folder; "
+            f"file_name={text!r:.200}: a data set names its pictures from its own folder; "
             f"give {name.name or 'image.png'!r}"
         )
-    return name
+    return text
 
 
 BACKGROUND_SCORE = 0.55  # the original's for ViT-B (evaluation configs)

@@ -55,7 +55,7 @@ class SegmentForm(BaseModel):
         None, description="working size in pixels; smaller is faster", json_schema_extra=EMPTY
     )
     instances: bool = Field(False, description="an annotation per connected area, not per class")
-    minimum_area: int = Field(1, ge=0, description="pixels; smaller annotations are left out")
+    minimum_area: int = Field(1, ge=0, description="pixels; smaller connected areas are left out")
     exemplar_classes: Several[str] = Field(
         [],
         description="classes that are shown: the name of each exemplar, in order; separated by "

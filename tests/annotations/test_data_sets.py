@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
+from talk2dino.annotations.base import (
+    AnnotatedPicture,
+    Annotation,
+    Category,
+    Options,
+    check_file_name,
+)
 from talk2dino.annotations.data_sets import (
     FORMATS,
     check_formats,
@@ -79,7 +85,7 @@ def test_corrected_annotations_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / ".yolo.tmp" / "half").touch()
     write(tmp_path, ["yolo"])
     write(tmp_path, ["yolo"])  # its own
-    label, cache = folder / "labels" / "a.txt", folder / "labels.cache"
+    label, cache = folder / "labels" / "a.txt", folder / "labels.old"
     written = files_below(folder)
 
     def refused() -> None:
@@ -102,13 +108,77 @@ def test_corrected_annotations_are_not_replaced(tmp_path: Path) -> None:
     refused()
     cache.write_bytes(b"of a trainer")
     write(tmp_path, ["yolo"], overwrite=True)
-    assert files_below(folder) == written | {"labels.cache": b"of a trainer"}
+    assert files_below(folder) == written | {"labels.old": b"of a trainer"}
     (tmp_path / "cvat").write_text("a file of somebody")
     with pytest.raises(ConfigError, match="cvat: is there"):
         write(tmp_path, ["cvat"])
     with pytest.raises(WriteError, match="cvat: not written"):
         write(tmp_path, ["cvat"], overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"yolo", "cvat"}  # nothing half written
+
+
+def test_what_trainers_and_file_managers_add_is_no_change(tmp_path: Path) -> None:
+    """Their notes are of older labels, so none stays."""
+    write(tmp_path, ["yolo"])
+    written = files_below(tmp_path / "yolo")
+
+    def used() -> None:
+        (tmp_path / "yolo" / "labels.cache").write_bytes(b"of a trainer")
+        (tmp_path / "yolo" / "labels" / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        for hidden in (".DS_Store", "labels/.ipynb_checkpoints/a.txt"):
+            (tmp_path / "yolo" / hidden).write_bytes(b"x")
+
+    used()
+    refuse_changed(tmp_path, ["yolo"])
+    write(tmp_path, ["yolo"])
+    assert files_below(tmp_path / "yolo") == written
+    used()
+    (tmp_path / "yolo" / "labels" / "a.txt").write_bytes(b"corrected")
+    write(tmp_path, ["yolo"], overwrite=True)
+    assert (tmp_path / "yolo" / ".DS_Store").exists()  # it stays, as all of somebody else's
+    assert not (tmp_path / "yolo" / "labels.cache").exists()
+
+
+def test_yolo_labels_lie_where_ultralytics_looks(tmp_path: Path) -> None:
+    """It puts `labels` for the last folder `images` of a path; no two pictures have one label."""
+    names = ["a", "images/a", "images_/a", "images__/a", "train/images/a", "train/images/images/a"]
+    names += ["train/a", "images1/a", "my images/a", "images"]
+    (tmp_path / "photo.png").touch()
+    pictures = [
+        AnnotatedPicture(f"{name}.png", 32, 32, [], tmp_path / "photo.png") for name in names
+    ]
+    out = tmp_path / "images"
+    write_data_sets(pictures, CATEGORIES, out, ["yolo"], Options())
+    found = [path for path in (out / "yolo" / "images").rglob("*") if path.is_file()]
+    labels = {"/labels/".join(str(path).rsplit("/images/", 1))[:-4] + ".txt" for path in found}
+    assert len(labels) == len(found) == len(names)
+    assert labels == {str(path) for path in (out / "yolo").rglob("*.txt")}
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.png", "a\x01b.png", "a\0.png", "a\ufffe.png"])
+@pytest.mark.parametrize("kind", ["labelstudio", "cvat"])
+def test_names_that_are_no_text(tmp_path: Path, name: str, kind: str) -> None:
+    """One line in place of a traceback, or of XML that nobody can read; nothing is left."""
+    pictures = [AnnotatedPicture(name, 32, 32, PICTURES[0].annotations)]
+    with pytest.raises(ConfigError, match=r"^image='.*' is no character of a text; rename"):
+        write_data_sets(pictures, CATEGORIES, tmp_path, [kind], Options())
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_with_odd_characters(tmp_path: Path) -> None:
+    names = [
+        "日本.png",
+        "tab\tname.png",
+        "two\nlines.png",
+        'a&b<c>"q".png',
+        "e\u0301\U0001f600.png",
+    ]
+    for name in names:
+        check_file_name(name, "image")
+    pictures = [AnnotatedPicture(name, 4, 5, []) for name in names]
+    write_data_sets(pictures, CATEGORIES, tmp_path, ["cvat"], Options())
+    tree = ElementTree.parse(tmp_path / "cvat" / "annotations.xml")
+    assert [one.get("name") for one in tree.iter("image")] == names
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
@@ -130,6 +200,8 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_formats(["coco", "x"])
     with pytest.raises(ConfigError, match=r"formats='coco': give a list, \['coco'\]"):
         check_formats("coco")
+    with pytest.raises(ConfigError, match=r"^formats=\[coco,yolo,coco\]: coco is there twice"):
+        check_formats(["coco", "yolo", "coco"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs pycocotools, .*'talk2dino\[annotations\]'"):
         check_formats(["coco"])

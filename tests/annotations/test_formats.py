@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -85,6 +86,47 @@ def test_a_picture_lies_below_its_data_set(
     with pytest.raises(ConfigError, match="file_name="):
         segmented.to_yolo(name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"foo": 1}, "foo: no such option; choose among instances, minimum_area"),
+        ({"instances": "yes"}, "instances='yes': use true or false"),
+        ({"polygons": 1}, "polygons=1: use true or false"),
+        ({"image_root_url": 5}, "image_root_url=5: use a text"),
+        ({"file_name": 5}, "file_name=5: give a text or a path"),
+        ({"file_name": "a\0b.png"}, r"file_name='a\x00b.png': '\x00' is no character"),
+        ({"file_name": "a\udce9.png"}, r"file_name='a\udce9.png': '\udce9' is no character"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(
+    segmented: SegmentedImage, given: dict[str, Any], said: str
+) -> None:
+    for call in (segmented.to_coco, segmented.to_yolo):
+        with pytest.raises(ConfigError) as caught:
+            call(**given)
+        assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_path_names_the_picture(segmented: SegmentedImage) -> None:
+    path = Path("q") / "images" / "z.png"
+    assert segmented.to_coco(path)["images"][0]["file_name"] == "q/images/z.png"
+    assert segmented.to_yolo(path) == segmented.to_yolo()
+
+
+def test_small_areas_are_left_out_of_masks_per_class() -> None:
+    """In every format: YOLO has a line per area, and COCO's polygons are the same areas."""
+    labels = torch.zeros(40, 60, dtype=torch.long)
+    labels[5:20, 5:20] = labels[30, 10:19] = labels[35:38, 40:43] = 1
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    segmented = SegmentedImage(labels, ["sky", "bolt"], image, torch.rand(2, 4, 6))
+    for least, kept in ((1, 225 + 9 + 9), (9, 225 + 9 + 9), (10, 225), (226, 0)):
+        options = {"minimum_area": least}
+        found = segmented.to_coco(**options)["annotations"]
+        assert sum(one["area"] for one in found if one["category_id"] == 2) == kept
+        lines = [one for one in segmented.to_yolo(**options).splitlines() if one[0] == "1"]
+        assert len(lines) == {243: 3, 225: 1, 0: 0}[kept]
 
 
 def test_coco_masks(segmented: SegmentedImage, tmp_path: Path) -> None:
@@ -234,6 +276,46 @@ def test_brushes_of_all_lengths(shape: tuple[int, int], value: int | None) -> No
     np.testing.assert_array_equal(unpacked(list(brush(mask))), 255 * mask.ravel().repeat(4))
 
 
+def test_brushes_of_cut_out_masks() -> None:
+    """A part of the picture and its place give the bytes of the whole."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        whole = np.zeros(random.integers(1, 8, 2), np.uint8)
+        top, left = (int(random.integers(0, side)) for side in whole.shape)
+        part = whole[top:, left:][: random.integers(1, 8), : random.integers(1, 8)]
+        part[:] = random.random(part.shape) < random.choice([0.5, 0.9, 1])
+        assert brush(part, (left, top), whole.shape) == brush(whole)
+        np.testing.assert_array_equal(unpacked(list(brush(whole))), 255 * whole.ravel().repeat(4))
+
+
+def test_a_brush_costs_what_its_mask_has(
+    segmented: SegmentedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of masks of a large photograph are not gone through pixel by pixel."""
+    seen = []
+    monkeypatch.setattr(
+        "talk2dino.annotations.labelstudio.brush", lambda mask, *_: seen.append(mask.size) or b""
+    )
+    found = segmented.to_coco(instances=True)["annotations"]
+    segmented.to_labelstudio(instances=True)
+    assert seen == [one["bbox"][2] * one["bbox"][3] for one in found]
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("/data/local-files/?d=", "a%20b%23.png"),
+        ("https://x.org/", "a%20b%23.png"),
+        ("s3://bucket/", "a b#.png"),
+    ],
+)
+def test_keys_of_a_cloud_storage_are_not_quoted(
+    segmented: SegmentedImage, root: str, name: str
+) -> None:
+    task = segmented.to_labelstudio("a b#.png", image_root_url=root)
+    assert task["data"]["image"] == root + name
+
+
 def test_labelstudio_in_its_sdk(segmented: SegmentedImage, tmp_path: Path) -> None:
     pytest.importorskip("label_studio_sdk")
     from label_studio_sdk.converter.brush import decode_from_annotation
@@ -307,28 +389,3 @@ def test_geojson(segmented: SegmentedImage, tolerance: float, at_least: float) -
             yield given["class"], shapely.contains_xy(shape, columns, rows)
 
     same(united(masks()), truth(segmented), at_least)
-
-
-def test_polygons_of_noise() -> None:
-    """No shape is too odd: half the pixels at random, holes that touch corners, single pixels."""
-    import shapely
-
-    from talk2dino.annotations.outlines import joined, polygons, rings
-
-    random = np.random.default_rng(0)
-    for _ in range(40):
-        height, width = random.integers(1, 25, 2)
-        mask = (random.random((height, width)) < random.choice([0.2, 0.5, 0.8])).astype(np.uint8)
-        found = polygons(mask, 0)
-        assert all(one.is_valid for one in found)
-        assert sum(one.area for one in found) == mask.sum()
-        if mask.any():
-            flat = []
-            for one in found:
-                shell, *holes = (np.asarray(r.coords[:-1]) for r in (one.exterior, *one.interiors))
-                flat.append(joined(shell, holes).ravel().tolist())
-            read = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *mask.shape)))
-            np.testing.assert_array_equal(read, mask)
-        for tolerance in (1, 3):
-            assert all(shapely.is_valid(one) for one in polygons(mask, tolerance))
-            assert all(len(one) for one in rings(mask, tolerance))

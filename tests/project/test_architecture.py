@@ -52,7 +52,7 @@ ONLY_IN = {
     "httpx": {"serving/ml_backend.py"},
     "prometheus_client": {"serving/gate.py", "serving/server.py"},
     "jinja2": {"evaluation/report.py", "inference/model_card.py", "finding/found_files.py"},
-    "pycocotools": {"annotations/base.py"},
+    "pycocotools": {"annotations/base.py", "annotations/outlines.py"},
     "shapely": {"annotations/outlines.py", "annotations/geojson.py"},
     "numba": {source for source in SOURCES if source.startswith("segmentation/")},
     "triton": {"segmentation/refinement/pamr_triton.py"},
