@@ -361,7 +361,8 @@ class TextSide(nn.Module):
             else:
                 rows.append(next(said))
         found = torch.stack(rows)
-        return words, found, None if mean is None else found @ mean
+        share = 1 - any(words.rows) / max(1, sum(map(len, shown.values())))  # docs/exemplars.md
+        return words, found, None if mean is None else share * (found @ mean)
 
     def _calibrated(self, words: Words, rows: Tensor, offsets: Tensor | None) -> Tensor:
         """Rows `[N, D]` as the segmenter takes them: with offsets, a calibration's or their own."""
