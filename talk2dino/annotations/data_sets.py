@@ -109,7 +109,8 @@ def write_data_sets(
             write_json(built / MARK, {"written_by": WRITTEN_BY, "sha256": _digest(built)})
     for name in formats:
         for stale in [*(folder / name).rglob("*.cache")]:  # a trainer's, of older labels
-            stale.unlink()
+            if stale.is_file():
+                stale.unlink()
     return [folder / name for name in formats]
 
 

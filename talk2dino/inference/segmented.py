@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import BytesIO
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -341,7 +341,7 @@ class SegmentedImage:
 
 def _named(file_name: str | Path) -> str:
     """A picture's name in a data set, which lies below its folder (ConfigError)."""
-    text = file_name.as_posix() if isinstance(file_name, Path) else file_name
+    text = file_name.as_posix() if isinstance(file_name, PurePath) else file_name
     if not isinstance(text, str):
         raise ConfigError(f"file_name={text!r:.200}: give a text or a path, such as 'image.png'")
     check_file_name(text, "file_name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -112,6 +112,7 @@ def test_wrong_arguments_are_told_in_one_line(
 def test_a_path_names_the_picture(segmented: SegmentedImage) -> None:
     path = Path("q") / "images" / "z.png"
     assert segmented.to_coco(path)["images"][0]["file_name"] == "q/images/z.png"
+    assert segmented.to_coco(PurePosixPath(path)) == segmented.to_coco(path)
     assert segmented.to_yolo(path) == segmented.to_yolo()
 
 
