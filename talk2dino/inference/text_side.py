@@ -321,10 +321,7 @@ class TextSide(nn.Module):
         prompts: Mapping[str, str | Sequence[str]] | None,
         short_side: int | None = None,
     ) -> tuple[Words, Tensor, Tensor | None]:
-        """Words, their unit rows `[N, D]`, and offsets `[N]` where these do without a calibration.
-
-        They are given as class embeddings, or computed where new.
-        """
+        """Words, their unit rows `[N, D]`, and offsets `[N]` where there is no calibration."""
         given = ClassEmbeddings.of(classes)
         if given is not None:
             kept = self.embed_classes(given, templates, negatives=negatives, prompts=prompts)
