@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from fastapi import Form, Request, UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from starlette.datastructures import UploadFile as Uploaded
 
 from talk2dino.datasets.benchmarks.classes import check_word, composed, typed_classes
@@ -87,12 +87,25 @@ class SegmentForm(BaseModel):
 Filled = Annotated[SegmentForm, Form(media_type="multipart/form-data")]
 
 
+_TEXT: dict[str, Any] = {"type": "string"}
+_WORDS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
+_CLASSES: dict[str, Any] = {
+    "anyOf": [
+        _TEXT,
+        {"type": "array", "items": _WORDS},
+        {"type": "object", "additionalProperties": _WORDS},
+        {"type": "null"},
+    ]
+}
+
+
 class EmbedRequest(BaseModel):
     """Body of `POST /embed`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    classes: str | list[str | list[str]] | dict[str, str | list[str]] | None = Field(
+    # checked by `typed_classes`, which stops at the first fault: pydantic notes every one
+    classes: Annotated[Any, WithJsonSchema(_CLASSES)] = Field(
         None, description="as in `/segment`", examples=[["cat", ["sofa", "couch"]]]
     )
 
@@ -194,10 +207,11 @@ def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         DataError: a name that stands twice, of which JSON's readers keep the last.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise DataError(f"JSON: the name {twice!r:.60} stands twice; leave one out")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DataError(f"JSON: the name {name!r:.60} stands twice; leave one out")
+        found[name] = value
     return found
 
 

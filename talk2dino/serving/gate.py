@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import json
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
@@ -21,7 +22,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)  # needs no token
+OPEN = ("/health",)  # needs no token to be read
+LARGE = ("/predict", "/webhook")  # JSON that may be as large as pictures: tasks, annotations
+JSON = 1 << 20  # bytes of other JSON
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -75,12 +78,12 @@ class Rules:
     """What `Gate` lets through.
 
     Attributes:
-        body: bytes of a request.
+        body: bytes of a request; JSON other than Label Studio's tasks may have a megabyte.
         timeout: seconds from its first byte to its answer.
         queue: POST requests at a time; one whose time is up counts until its thread has ended.
-        token: that every request but `/health` must bring, as a bearer or as the password of basic
-            authentication; None for none. Then only requests to a local name are answered, so that
-            no web page reads answers through a name of its own (DNS rebinding).
+        token: that every request but reading `/health` must bring, as a bearer or as the password
+            of basic authentication; None for none. Then only requests to a local name are answered,
+            so that no web page reads answers through a name of its own (DNS rebinding).
         names: the local names.
     """
 
@@ -128,14 +131,20 @@ class Gate:
             if scope["method"] == "POST":
                 await self._post(scope, receive, counted, started)
             else:
-                await self.app(scope, receive, counted)
+                head = {"method": "GET"} if scope["method"] == "HEAD" else {}  # uvicorn cuts bodies
+                await self.app({**scope, **head}, receive, counted)
         except RefusedError as refused:
             await _refuse(counted, refused)
         except _GoneError:
             pass
-        path = scope["path"] if scope["path"] in self.paths else "other"
-        self.metrics.requests.labels(path, str(status)).inc()
-        self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+        except Exception:
+            if status == 499:  # nothing was answered
+                raise
+            logging.getLogger("uvicorn.error").exception("%s %s", scope["method"], scope["path"])
+        finally:
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
     async def idle(self) -> None:
         """Wait for what goes on behind requests whose time was up."""
@@ -148,7 +157,7 @@ class Gate:
             known = self.rules.names
             if name.rpartition(":")[0] not in known and name not in known:
                 raise RefusedError(421, f"without a token only {', '.join(known)} is answered")
-        elif scope["path"] not in OPEN:
+        elif scope["path"] not in OPEN or scope["method"] not in ("GET", "HEAD"):
             brought = _token(headers.get(b"authorization", ""))
             if not hmac.compare_digest(brought.encode(), self.rules.token.encode()):
                 ways = {"WWW-Authenticate": 'Basic realm="talk2dino"'}  # which browsers ask for
@@ -223,19 +232,22 @@ class Gate:
 
     async def _body(self, scope: Message, receive: Receive) -> bytes:
         """The whole body; RefusedError if it is too large, _GoneError if the client hung up."""
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        form = headers.get(b"content-type", b"").strip().lower().startswith(b"multipart/")
+        most = self.rules.body if form or scope["path"] in LARGE else min(JSON, self.rules.body)
         parts: list[bytes] = []
         size = int(declared[:18]) if declared.isdigit() else 0
         read = 0
         while True:
-            if max(size, read) > self.rules.body:
-                raise RefusedError(413, f"more than {self.rules.body} bytes; send less")
+            if max(size, read) > most:
+                raise RefusedError(413, f"more than {most} bytes; send less")
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError
             parts.append(message.get("body", b""))
             read += len(parts[-1])
-            if not message.get("more_body", False) and read <= self.rules.body:
+            if not message.get("more_body", False) and read <= most:
                 return b"".join(parts)
 
 

@@ -90,13 +90,15 @@ def read_controls(setup: object) -> list[Control]:
 
 def _control(tag: Element, value: str) -> Control:
     words: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
     where = f"label_config: <BrushLabels name={tag.get('name')!r}>"
     refuse_typo(tag.attrib, _SETTINGS, where)
     for label in tag.iter("Label"):
         name = label.get("value", "")
         refuse_typo(label.attrib, ("predicted_values",), f"{where} <Label value={name!r:.60}>")
-        if composed(name) in map(composed, words):
+        if composed(name) in taken:
             raise DataError(f"{where} has the label {name!r:.60} twice; leave one out")
+        taken.add(composed(name))
         words[name] = tuple(parted(label.get("predicted_values", ""), ",;")) or (name,)
     if not words or not all(name.strip() for name in words):
         raise DataError(f"{where} has no labels, or one without a value")

@@ -6,12 +6,13 @@ import json
 import math
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -87,7 +88,7 @@ class Routes:
                 name = form.image.filename or "image"
                 given = (result, form.output, name, options, said)
                 made, kind = await self.service.call(_answer, *given)
-        told = {"Talk2DINO-Warnings": json.dumps(said)} if said and kind == PNG else None
+        told = {"Talk2DINO-Warnings": in_header(said)} if said and kind == PNG else None
         return Response(made, media_type=kind, headers=told)
 
     async def embed(self, body: EmbedRequest, request: Request) -> Response:
@@ -163,13 +164,26 @@ def _answer(
     return json.dumps(made).encode(), "application/json"
 
 
+def in_header(said: Sequence[str]) -> str:
+    """Warnings as JSON that proxies let through: at most `HEADER` bytes."""
+    for count in range(len(said), -1, -1):
+        left = [f"and {len(said) - count} more"] if count < len(said) else []
+        made = json.dumps([*said[:count], *left])
+        if len(made) <= HEADER:
+            break
+    return made
+
+
 PNG = "image/png"
+HEADER = 2000  # nginx takes four to eight kilobytes for all headers together
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "the token is missing or another"},
     408: {"description": "not complete, or not answered, in time"},
     413: {"description": "too many bytes, pixels, words or exemplars"},
     422: {"description": "a picture, words or options that cannot be used; `detail` says why"},
     429: {"description": "the queue is full"},
+    500: {"description": "a fault of the service, which its log tells"},
+    503: {"description": "not enough memory"},
 }
 
 
@@ -224,6 +238,12 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
         )
         return _error(error.status_code, f"{error.detail}{more}", error.headers)
 
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return _error(503, "not enough memory for this request; send smaller pictures")
+        return _error(500, "the service failed; its log tells why")
+
+    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(UserError, said)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from talk2dino.serving.batching import Batcher, Budget, in_thread
 from talk2dino.serving.forms import requested_words
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
+LETTERS = 200  # of a word on average, with quotes and commas
+PICTURES = 4  # of exemplars of a request, each as large as may be: their pixels together
 FORMATS = frozenset(
     (*("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF"), *("JPEG2000", "PPM"))
 )
@@ -193,9 +196,16 @@ class Service:
             self.check_picture(exemplar.mask, f"mask of {name}")
         looking = self.model.segmenter(None, False, side)
         sizes = [size_of(exemplar.image) or (0, 0) for _, exemplar in brought]
+        pixels, together = sum(map(math.prod, sizes)), PICTURES * self.limits.max_megapixels
+        if pixels > together * 1_000_000:
+            raise TooLargeError(
+                f"exemplar_images: {pixels / 1e6:.0f} million pixels together; give at most "
+                f"{together:g} million"
+            )
         memory = [WorkingMemory.of(looking, size, 0).total for size in sizes if all(size)]
         async with self._budget.take(max(memory, default=0)):
-            await self.call(read_all, brought)
+            for one in brought:  # a request whose time is up ends between them
+                await self.call(read_one, *one)
             vocabulary = await self.call(self._vocabulary, wanted, classes)
         needed = vocabulary.memory(content)
         async with self._budget.take(0 if needed is None else needed.total):
@@ -284,11 +294,15 @@ class Service:
             ConfigError: no class, one that is named twice, or a name that the class embeddings
                 do not have.
             DataError: JSON that cannot be read.
+            TooLargeError: a text that is longer than so many words are.
         """
         if text is None and self.classes is not None:
             return self.classes
         if text is None and shown:
             return {}
+        most = LETTERS * self.limits.max_words
+        if text and len(text) > most:
+            raise TooLargeError(f"classes: {len(text)} letters; give at most {most}")
         named = requested_words(text or "")
         if not isinstance(self.classes, ClassEmbeddings):
             return self.shown(named)
@@ -319,10 +333,9 @@ def numbered(exemplars: Mapping[str, tuple[Exemplar, ...]]) -> Iterator[tuple[st
             yield f"exemplar {number} of {name!r:.60}", one
 
 
-def read_all(brought: Sequence[tuple[str, Exemplar]]) -> None:
-    """Read them once, so that what is wrong names the exemplar."""
-    for name, exemplar in brought:
-        try:
-            exemplar.digest  # noqa: B018  # reads picture and mask, and is kept
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+def read_one(name: str, exemplar: Exemplar) -> None:
+    """Read it once, so that what is wrong names the exemplar."""
+    try:
+        exemplar.digest  # noqa: B018  # reads picture and mask, and is kept
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error

@@ -35,7 +35,7 @@ need("fastapi_offline", "uvicorn", "prometheus_client", "defusedxml")
 
 from talk2dino.serving.gate import Gate, Metrics, Rules  # noqa: E402
 from talk2dino.serving.ml_backend import MLBackend, TaskPictures, read_controls  # noqa: E402
-from talk2dino.serving.server import Routes, Server, bind, build_app  # noqa: E402
+from talk2dino.serving.server import Routes, Server, bind, build_app, in_header  # noqa: E402
 from talk2dino.serving.service import Limits, Service  # noqa: E402
 
 TOKEN = "a token of 22 letters!"
@@ -381,7 +381,10 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "neither a word", lambda c: segment(c, picture(), [1, None])),
         (422, "stands twice", lambda c: segment(c, picture(), '{"a": "b", "a": "c"}')),
         (422, "not JSON", lambda c: segment(c, picture(), "[cat")),
-        (422, "not JSON", lambda c: segment(c, picture(), "[" * 100_000)),
+        (422, "not JSON", lambda c: segment(c, picture(), "[" * 1_599)),
+        (413, "1601 letters; give at most 1600", lambda c: segment(c, picture(), "[" * 1_601)),
+        (413, "more than 1048576 bytes", lambda c: c.post("/embed", json={"classes": "a" * 2**20})),
+        (422, "1 is neither a word", lambda c: c.post("/embed", json={"classes": [1] * 300})),
         (422, "half a character", lambda c: segment(c, picture(), ["a\u0000b"])),
         (422, "half a character", lambda c: segment(c, picture(), '["\\ud800"]')),
         (422, "longer than", lambda c: segment(c, picture(), ["x" * 201])),
@@ -602,6 +605,64 @@ def test_the_token(model: Talk2DINO) -> None:
         client.headers["Authorization"] = f"Bearer {TOKEN}"
         assert segment(client, picture()).status_code == 200
         assert client.get("/health", headers={"Host": "a.example"}).status_code == 200
+
+
+def test_what_waits_in_the_queue_has_brought_the_token(model: Talk2DINO) -> None:
+    """Reading `/health` needs none, sending to it does."""
+    with serving(model, token=TOKEN) as client:
+        assert client.head("/health").status_code == 200 and not client.head("/health").content
+        assert client.post("/health", content=b"x").status_code == 401
+        right = {"Authorization": f"Bearer {TOKEN}"}
+        assert client.post("/health", content=b"x", headers=right).status_code == 405
+
+
+SHORT = "not enough memory for this request; send smaller pictures"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        (RuntimeError("CUDA error"), 500, "the service failed; its log tells why"),
+        (MemoryError(), 503, "not enough memory for this request; send smaller pictures"),
+        (
+            torch.OutOfMemoryError(),
+            503,
+            "not enough memory for this request; send smaller pictures",
+        ),
+    ],
+)
+def test_faults_of_the_service_are_counted_and_told(
+    model: Talk2DINO, monkeypatch: pytest.MonkeyPatch, fault: Exception, status: int, said: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise fault
+
+    with serving(model) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_encode", broken)
+            answer = segment(client, picture())
+        assert (answer.status_code, answer.json()) == (status, {"detail": said})
+        counted = f'talk2dino_requests_total{{path="/segment",status="{status}"}}'
+        assert metric(client, counted) == 1
+        assert segment(client, picture()).status_code == 200
+        assert metric(client, "talk2dino_open_requests") == 0
+
+
+def test_exemplars_have_pixels_together(model: Talk2DINO) -> None:
+    flat, inside = picture(size=(500, 400)), mask((500, 400))
+    with serving(model, max_megapixels=0.21) as client:
+        answer = shown(client, ["rust"] * 5, [inside] * 5, [flat] * 5)
+        assert answer.status_code == 413
+        assert "1 million pixels together; give at most 0.84 million" in answer.json()["detail"]
+        assert shown(client, ["rust"] * 2, [inside] * 2, [flat] * 2).status_code == 200
+
+
+def test_warnings_fit_into_a_header() -> None:
+    said = [f"classes: {n} \u0441\u043b\u043e\u0432\u043e" for n in range(250)]
+    made = in_header(said)
+    assert len(made) <= 2000 and json.loads(made)[-1].startswith("and 2")
+    assert json.loads(in_header(said[:3])) == said[:3]
+    assert json.loads(in_header(["x" * 3000])) == ["and 1 more"]
 
 
 def test_ending_finishes_what_is_running(model: Talk2DINO) -> None:
