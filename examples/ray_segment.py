@@ -6,7 +6,7 @@
 
 Every actor loads the model once and takes batches of paths; all machines must see the pictures, the
 checkpoint and the output. Each picture becomes a label map PNG and a line of `segmented.jsonl` with
-sizes and shares of the classes, or with what is wrong with it.
+sizes and shares of the classes, or with what is wrong with it; then the status is 1.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 import ray
 
 from talk2dino import Talk2DINO
+from talk2dino.alignment.checkpoint import read_checkpoint
 from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.datasets.pictures import is_picture
-from talk2dino.errors import DataError
-from talk2dino.files import replacing
+from talk2dino.errors import ConfigError, DataError, UserError
+from talk2dino.files import refuse_foreign, replacing
+from talk2dino.segmentation.overlay import is_our_picture
 
 RESULT = "segmented.jsonl"
 
@@ -49,12 +51,45 @@ class Worker:
             seg = self.vocabulary(self.images / name)
         except DataError as error:
             return {"image": name, "error": str(error)}
-        labels = (self.output / "labels" / name).with_name(f"{Path(name).name}.png")
+        labels = label_map_of(self.output, name)
         labels.parent.mkdir(parents=True, exist_ok=True)
         seg.save_labels(labels)
         label_map = labels.relative_to(self.output).as_posix()
         size = list(seg.labels.shape)
         return {"image": name, "size": size, "shares": seg.areas(), "label_map": label_map}
+
+
+def label_map_of(output: Path, name: str) -> Path:
+    """Where the label map of a picture goes."""
+    return output / "labels" / f"{name}.png"
+
+
+def pictures_of(options: argparse.Namespace) -> list[str]:
+    """Names of the pictures, after a look at all options, so that no actor starts in vain.
+
+    Raises:
+        UserError: no such checkpoint, classes that are none, no pictures, or files in the way.
+    """
+    typed_classes(options.classes, "--classes")
+    checkpoint = read_checkpoint(options.checkpoint)
+    if checkpoint.vision is None or checkpoint.text is None:
+        raise ConfigError(
+            f"--checkpoint {options.checkpoint}: does not name its encoders; write a folder that "
+            "does: python -m talk2dino.convert weights input=… output=… vision=… text=…"
+        )
+    if (options.output / RESULT).exists():
+        raise ConfigError(f"{options.output / RESULT}: is there already; use another --output")
+    made = options.output / "labels"  # of a run that was killed, if it lies within the folder
+    names = [
+        path.relative_to(options.images).as_posix()
+        for path in sorted(options.images.rglob("*"))
+        if is_picture(path) and not (path.is_relative_to(made) and is_our_picture(path))
+    ]
+    if not names:
+        raise DataError(f"--images {options.images}: no pictures in this folder")
+    maps = (label_map_of(options.output, name) for name in names)
+    refuse_foreign(maps, is_our_picture, "this script", overwrite=None)
+    return names
 
 
 def main() -> None:
@@ -71,13 +106,11 @@ def main() -> None:
     parser.add_argument("--pamr", action="store_true", help="refine the edges")
     options = parser.parse_args()
     options.images, options.output = options.images.resolve(), options.output.resolve()
-    if (options.output / RESULT).exists():
-        sys.exit(f"{options.output / RESULT}: is there already; use another --output")
-    found = sorted(path for path in options.images.rglob("*") if is_picture(path))
-    if not found:
-        sys.exit(f"--images {options.images}: no pictures in this folder")
+    try:
+        names = pictures_of(options)
+    except UserError as error:
+        sys.exit(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    names = [path.relative_to(options.images).as_posix() for path in found]
     blocks = max(options.actors, -(-len(names) // options.batch))
     lines = ray.data.from_items([{"image": name} for name in names], override_num_blocks=blocks)
     lines = lines.map_batches(
@@ -94,6 +127,7 @@ def main() -> None:
             written += 1
             broken += "error" in json.loads(row["line"])
     print(f"{options.output / RESULT}: {written} of {len(names)} pictures, {broken} broken")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def segment(config: DictConfig) -> None:
     maps = list(classes) if config.heatmaps else []
     refuse_heatmap_collisions(jobs, maps, str(config.image))
     cut = options.cut if formats else None
-    share = Share.of(jobs)
+    share = Share.of(jobs, settings, maps, formats, options)
     left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]
     folder = annotations_folder(jobs, str(config.image))
     if not config.overwrite:
@@ -145,7 +145,8 @@ def _segment(
                 highlight=False,
             )
         try:
-            result = vocabulary(job.image)
+            with share.reading(job):
+                result = vocabulary(job.image)
         except DataError as error:
             if single:
                 raise

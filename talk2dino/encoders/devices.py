@@ -14,31 +14,39 @@ from talk2dino.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """Number of this process, of all processes, and its number on its machine."""
+    """Number of this process, and of all processes."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
 
 def process_rank() -> ProcessRank:
     """Read which of several processes this is: from torchrun's variables, else from srun's.
 
-    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID, SLURM_LOCALID and
-    SLURM_STEP_NUM_TASKS (older ones SLURM_NTASKS). Without any of them there is one process.
+    torchrun sets RANK and WORLD_SIZE; srun sets SLURM_PROCID and SLURM_STEP_NUM_TASKS. Without any
+    of them, and in a shell of srun, there is one process.
 
     Raises:
-        ConfigError: a variable that is no number, or a rank beyond the number of processes.
+        ConfigError: a variable that is no number, a rank beyond the number of processes, or a
+            batch script of several tasks that starts this one without srun.
     """
     if "RANK" in os.environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
-        # SLURM_NTASKS is that of the whole job, of which srun may start a part.
-        step = "SLURM_STEP_NUM_TASKS" in os.environ
-        tasks = "SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
+        names = ("RANK", "WORLD_SIZE")
+    elif (
+        "SLURM_PROCID" in os.environ
+        and "WORLD_SIZE" not in os.environ
+        and (shell := os.environ.get("SLURM_JOB_NAME")) != "bash"  # `srun --pty bash`
+    ):
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        # A batch script is one process, with the SLURM_PROCID 0 and the SLURM_NTASKS of the job.
+        tasks = 1 if names[1] in os.environ else _number("SLURM_NTASKS", 1)
+        if tasks > 1 and shell != "interactive":  # salloc's shell, in which srun may start tasks
+            raise ConfigError(
+                f"SLURM_NTASKS={tasks}, but srun did not start this process; start it with srun, "
+                "or set RANK and WORLD_SIZE (0 and 1 for a process that does everything)"
+            )
     else:
-        return ProcessRank(local_rank=_number("LOCAL_RANK", 0))
+        return ProcessRank()
     rank = _number(names[0], 0)
     world_size = _number(names[1], 1)
     if rank >= world_size:
@@ -46,7 +54,16 @@ def process_rank() -> ProcessRank:
             f"{names[0]}={rank} with {names[1]}={world_size}: a rank lies below their number; "
             "start through torchrun or srun, or unset both"
         )
-    return ProcessRank(rank, world_size, _number(names[2], 0))
+    return ProcessRank(rank, world_size)
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from torchrun or srun; 0 without them.
+
+    Raises:
+        ConfigError: a variable that is no number.
+    """
+    return _number("LOCAL_RANK" if "LOCAL_RANK" in os.environ else "SLURM_LOCALID", 0)
 
 
 def _number(name: str, default: int) -> int:
@@ -77,7 +94,7 @@ def choose_device(accelerator: str = "auto") -> torch.device:
     if not available[accelerator]:
         raise ConfigError(f"accelerator={accelerator}: there is none here; use accelerator=auto")
     if accelerator == "gpu":
-        return torch.device("cuda", process_rank().local_rank % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device(accelerator)
 
 

@@ -2,16 +2,20 @@
 
 The processes need no communication, as in extraction. Rank r of W takes every W-th picture from the
 r-th on; when it has done them it leaves a record in the hidden folder `.parts` of the output. Who
-then finds the records of all and the results of all pictures gathers, under a lock, and takes the
-records away.
+then finds the records of all and the results of all pictures gathers, under a lock. The records
+stay, marked as gathered: a rank that comes late with new results gathers again, and whoever finds
+work missing knows from the mark that a record is of an earlier start, whose rank is still to come.
 """
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from talk2dino.encoders.devices import ProcessRank, process_rank
 from talk2dino.errors import DataError
@@ -26,19 +30,26 @@ class Share:
     Attributes:
         jobs: all pictures, in the same order in every process.
         place: which of the processes this is.
+        settings: a digest of what decides the results and what is gathered.
     """
 
     jobs: Sequence[Job]
     place: ProcessRank
+    settings: str = ""
+    _unread: dict[Job, object] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> Share:
+    def of(cls, jobs: Sequence[Job], *settings: object) -> Share:
         """The share of a process that torchrun or srun started; else all pictures.
+
+        Args:
+            jobs: all pictures.
+            settings: plain values that are the same in every process.
 
         Raises:
             ConfigError: an environment that contradicts itself.
         """
-        return cls(jobs, process_rank())
+        return cls(jobs, process_rank(), _digest(settings))
 
     @property
     def mine(self) -> Sequence[Job]:
@@ -51,9 +62,21 @@ class Share:
         return self.place.world_size == 1
 
     def begin(self) -> None:
-        """Forget that this process had finished before."""
+        """Forget that this process had finished before; waits while another one gathers."""
         if not self.alone:
-            self._record(self.place.rank).unlink(missing_ok=True)
+            self._folder().mkdir(exist_ok=True)
+            with in_turn(self._folder()):
+                self._record(self.place.rank).unlink(missing_ok=True)
+
+    @contextmanager
+    def reading(self, job: Job) -> Iterator[None]:
+        """Keep which file it was that could not be read; in the end it may be another one."""
+        stamp = _stamp(job)
+        try:
+            yield
+        except DataError:
+            self._unread[job] = stamp
+            raise
 
     @contextmanager
     def finished(
@@ -67,35 +90,81 @@ class Share:
 
         Returns:
             The broken pictures of all processes; None while others still work.
+
+        Raises:
+            SystemExit: status 1, after a line on stderr: all have finished and work is missing.
         """
         if self.alone:
             yield dict(broken)
             return
-        parts = self._folder()
-        parts.mkdir(exist_ok=True)
-        named = {job.overlay.name: reason for job, reason in broken.items()}
-        write_json(self._record(self.place.rank), named)
-        with in_turn(parts):
-            found = self._all_broken()
-            if found is None or not all(is_done(job) for job in self.jobs if job not in found):
+        names = _digest([job.image.name for job in self.jobs])
+        mine = {"settings": self.settings, "names": names, "pictures": len(self.jobs)}
+        unread = {job.overlay.name: [why, self._unread.get(job)] for job, why in broken.items()}
+        with in_turn(self._folder()):
+            write_json(self._record(self.place.rank), {**mine, "broken": unread})
+            records = self._records()
+            if records is None:
                 yield None
                 return
+            found = self._broken(records)
+            undone = [n for n, j in enumerate(self.jobs) if j not in found and not is_done(j)]
+            others = {rank for rank, record in enumerate(records) if record["names"] != names}
+            late = others | {number % len(records) for number in undone}
+            if any(records[rank].get("gathered") for rank in late):
+                yield None
+                return
+            if late:
+                for rank in late:  # what it says is not so; its next start leaves another one
+                    self._record(rank).unlink(missing_ok=True)
+                self._stop(undone, {rank: records[rank]["pictures"] for rank in sorted(others)})
             yield found
-            for record in parts.glob("segment-*-of-*.json"):  # of another number of ranks, too
-                record.unlink(missing_ok=True)
+            kept = {self._record(rank): record for rank, record in enumerate(records)}
+            for path in set(self._folder().glob("segment-*-of-*.json")) - kept.keys():
+                path.unlink(missing_ok=True)  # of another number of ranks
+            for path, record in kept.items():
+                write_json(path, {**record, "gathered": True})
 
-    def _all_broken(self) -> dict[Job, str] | None:
-        """Broken pictures of all ranks, in order; None unless all have left their records."""
-        named: dict[str, str] = {}
+    def _records(self) -> list[dict[str, Any]] | None:
+        """Records of all ranks, in order; None unless all have left one with these settings."""
+        records = []
         for rank in range(self.place.world_size):
             try:
-                named |= read_json(self._record(rank), dict, "record of a rank")
+                records.append(read_json(self._record(rank), dict, "record of a rank"))
             except DataError:
                 return None
-        return {j: named[j.overlay.name] for j in self.jobs if j.overlay.name in named}
+        return records if all(r.get("settings") == self.settings for r in records) else None
+
+    def _broken(self, records: Sequence[Mapping[str, Any]]) -> dict[Job, str]:
+        """Pictures that a rank could not read, in order, if they are still the same files."""
+        named = {name: noted for record in records for name, noted in record["broken"].items()}
+        noted = {j: named[j.overlay.name] for j in self.jobs if j.overlay.name in named}
+        return {job: why for job, (why, read) in noted.items() if read == _stamp(job)}
+
+    def _stop(self, undone: Sequence[int], others: Mapping[int, int]) -> None:
+        rank, world, here = self.place.rank, self.place.world_size, len(self.jobs)
+        lists = "rank {} saw another list of {} pictures, this one {}"
+        said = [lists.format(other, seen, here) for other, seen in others.items()]
+        if undone:
+            first = self.jobs[undone[0]].image.name
+            said.append(f"{len(undone)} of {here} pictures are not done ({first})")
+        fix = "unless a rank is still to come, start all again with resume=true"
+        print(f"rank {rank} of {world}: {'; '.join(said)}; {fix}", file=sys.stderr)
+        raise SystemExit(1)
 
     def _folder(self) -> Path:
         return self.jobs[0].overlay.parent / PARTS
 
     def _record(self, rank: int) -> Path:
         return self._folder() / f"segment-{rank:05d}-of-{self.place.world_size:05d}.json"
+
+
+def _digest(data: object) -> str:
+    return hashlib.sha256(repr(data).encode()).hexdigest()
+
+
+def _stamp(job: Job) -> dict[str, int] | None:
+    """Size and time of a picture; None for a link that leads nowhere."""
+    try:
+        return job.picture
+    except OSError:
+        return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_two_processes_give_the_result_of_one(given: list[str], tmp_path: Path) 
     counts = [int(text.split(" pictures segmented")[0].split()[-1]) for text in texts]
     assert sorted(counts) == [2, 3]  # every picture once
     assert files_below(shared) == files_below(alone)
-    assert not list((shared / ".parts").glob("*.json"))
+    assert len(list((shared / ".parts").glob("*.json"))) == 2
 
 
 def test_the_last_one_gathers_and_nobody_before(
@@ -111,4 +112,86 @@ def test_a_record_of_an_earlier_run_does_not_count(
     with pytest.raises(SystemExit) as stopped:
         run(*given, f"output={out}")
     assert stopped.value.code == 1 and (out / "annotations" / "geojson").is_dir()
-    assert [path.name for path in (out / ".parts").iterdir()] == ["lock"]
+    records = sorted(path.name for path in (out / ".parts").iterdir())
+    assert records == ["lock", "segment-00000-of-00002.json", "segment-00001-of-00002.json"]
+
+
+@pytest.fixture
+def started(
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str]]:
+    """Runs rank r of 2 to its end, with further keys; gives its status and what it says."""
+
+    def start(rank: int, *more: str) -> tuple[int, str]:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        status = 0
+        try:
+            run(*given, f"output={tmp_path / 'out'}", *more)
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        said = capfd.readouterr()
+        return status, said.out + said.err
+
+    return start
+
+
+def pictured(path: Path) -> None:
+    """Write a picture that no other one equals."""
+    pixels = np.random.default_rng().integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def gathered(tmp_path: Path) -> str:
+    """First letters of the pictures in the merged result, or none."""
+    file = tmp_path / "out" / "annotations" / "coco" / "instances.json"
+    images = json.loads(file.read_text())["images"] if file.exists() else []
+    return "".join(sorted(image["file_name"][0] for image in images))
+
+
+def test_a_picture_that_was_broken_is_missed(
+    started: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """Rank 0 met it while it was being copied; whoever comes last does not gather without it."""
+    assert started(0, "resume=true")[0] == 0
+    pictured(tmp_path / "photos" / "c.png")
+    status, said = started(1, "resume=true")
+    assert status == 1 and "rank 1 of 2: 1 of 6 pictures are not done (c.png)" in said
+    assert gathered(tmp_path) == ""
+    assert started(0, "resume=true")[0] == 0
+    assert gathered(tmp_path) == "abcdef"
+
+
+def test_a_rank_that_comes_late_gathers_again(
+    started: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    pictured(tmp_path / "photos" / "c.png")
+    started(0)
+    assert "all ranks are done" in started(1)[1] and gathered(tmp_path) == "abcdef"
+    assert "all ranks are done" in started(1)[1]  # again, of which rank 0 knows nothing yet
+    assert "all ranks are done" in started(0)[1]
+    (tmp_path / "photos" / "c.png").write_bytes(b"\x89PNG nothing more")
+    status, said = started(1, "resume=true")
+    assert status == 0 and "the last rank to finish gathers" in said  # that is to come
+    status, said = started(0, "resume=true")
+    assert status == 1 and "1 of 6 pictures could not be read" in said
+    assert gathered(tmp_path) == "abdef"
+
+
+def test_ranks_that_saw_different_pictures_say_so(
+    started: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """With a new picture in front, both take b and e, and nobody a, d and f."""
+    photos = tmp_path / "photos"
+    (photos / "a.png").rename(tmp_path / "a.png")
+    (photos / "c.png").unlink()
+    started(0)
+    (tmp_path / "a.png").rename(photos / "a.png")
+    status, said = started(1)
+    assert status == 1 and gathered(tmp_path) == ""
+    assert "rank 0 saw another list of 4 pictures, this one 5; 3 of 5 pictures are not" in said
+    assert [started(rank, "resume=true")[0] for rank in (1, 0)] == [0, 0]
+    assert gathered(tmp_path) == "abdef"

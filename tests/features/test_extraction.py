@@ -23,7 +23,7 @@ from talk2dino import extract
 from talk2dino.alignment.inputs import DENSE, stored_fields
 from talk2dino.datasets.captions import CaptionFolder, Source
 from talk2dino.datasets.captions.base import crop_square
-from talk2dino.encoders.devices import process_rank
+from talk2dino.encoders.devices import choose_device, local_rank, process_rank
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.errors import ConfigError, StoreError, WriteError
@@ -398,8 +398,11 @@ def started_by(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> 
     [
         ({}, (0, 1, 0)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (3, 4, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, (0, 1, 0)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "2"}, (0, 2, 0)),
     ],
 )
@@ -408,7 +411,7 @@ def test_rank_comes_from_the_launcher(
 ) -> None:
     started_by(environment, monkeypatch)
     place = process_rank()
-    assert (place.rank, place.world_size, place.local_rank) == want
+    assert (place.rank, place.world_size, local_rank()) == want
 
 
 def test_impossible_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +421,16 @@ def test_impossible_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(ConfigError, match="RANK=2 with WORLD_SIZE=2: a rank lies below"):
         process_rank()
+
+
+def test_a_batch_script_without_srun_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM sets both in the script itself; taken for rank 0 of 4 it would do a quarter."""
+    started_by({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, monkeypatch)
+    with pytest.raises(ConfigError, match=r"SLURM_NTASKS=4, but srun did not .* with srun, or"):
+        process_rank()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("gpu").index == 0  # what shares nothing needs no srun
 
 
 def rank_runs_the_command(rank: int, pictures: Path, store: Path) -> None:
