@@ -13,7 +13,9 @@ from talk2dino.config.model_and_classes import class_words, open_vocabulary, req
 from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.inference.segmented import background_threshold
-from talk2dino.videos.frames import WRITTEN_BY, Smoother, is_our_video, open_video, segment_video
+from talk2dino.segmentation.overlay import legend_colors
+from talk2dino.videos.frames import Smoother, segment_video
+from talk2dino.videos.video_files import WRITTEN_BY, is_our_video, open_video
 
 
 def require_all(config: DictConfig) -> None:
@@ -37,6 +39,7 @@ def video(config: DictConfig) -> None:
     vocabulary = open_vocabulary(config, classes, config.short_side)
     with progress("frames") as advance:
         found = segment_video(source, output, vocabulary, smoother, advance)
+    colors = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in legend_colors(list(found.shares))]
     content = {
         "written_by": f"{WRITTEN_BY} {talk2dino.__version__}",
         "video": str(source),
@@ -44,6 +47,10 @@ def video(config: DictConfig) -> None:
         "frames": found.frames,
         "size": list(found.size),
         "shares": found.shares,
+        "colors": dict(zip(found.shares, colors, strict=True)),
+        "checkpoint": str(config.checkpoint),
+        "background": config.background,
+        "short_side": config.short_side,
         "flicker": found.flicker,
         "smoothing": config.smoothing,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,11 @@ class Scan:
     def queries(self) -> int:
         """Q."""
         return int(self.row_queries.max()) + 1
+
+    def only(self, query: int) -> Scan:
+        """That of one query."""
+        own = (self.row_queries == query).to(self.rows.device)
+        return replace(self, rows=self.rows[own], row_queries=torch.zeros(int(own.sum())).long())
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """The first image of a block and the scores of the block, `[Q, I, P]` float32.
@@ -221,25 +226,30 @@ def found_pictures(
     images, stored = scan.store.images, scan.field
     dense = stored.key[1] == PATCHES
     kept, rows = best_pictures(scan, top, best if dense else 1, advance)
+    many = max(1, BLOCK // stored.row_bytes)
     for number, name in enumerate(names):
-        found = rows[number].numpy()
-        grids: Sequence[Tensor | None] = [None] * len(found)
-        side = 0
-        if dense:
-            scores = scan.scores(stored[found])[number].sigmoid().cpu()
-            grids, side = _on_grid(scan.store, found, scores)
-        ids, files = (images[key][found] if key in images else None for key in ("id", "file_name"))
-        for place, row in enumerate(found.tolist()):
-            yield Found(
-                name,
-                place + 1,
-                float(kept[number, place].sigmoid()),
-                row,
-                row if ids is None else int(ids[place]),
-                None if files is None else str(files[place]),
-                grids[place],
-                side,
+        own = scan.only(number)
+        for start in range(0, rows.shape[1], many):
+            found = rows[number, start : start + many].numpy()
+            grids: Sequence[Tensor | None] = [None] * len(found)
+            side = 0
+            if dense:
+                scores = own.scores(stored[found])[0].sigmoid().cpu()
+                grids, side = _on_grid(scan.store, found, scores)
+            ids, files = (
+                images[key][found] if key in images else None for key in ("id", "file_name")
             )
+            for place, row in enumerate(found.tolist()):
+                yield Found(
+                    name,
+                    start + place + 1,
+                    float(kept[number, start + place].sigmoid()),
+                    row,
+                    row if ids is None else int(ids[place]),
+                    None if files is None else str(files[place]),
+                    grids[place],
+                    side,
+                )
 
 
 def _on_grid(

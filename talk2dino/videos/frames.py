@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -10,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
 
-from talk2dino.errors import Advance, DataError, check_number, say
+from talk2dino.errors import Advance, DataError, check_number
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
+from talk2dino.videos.video_files import WRITTEN_BY, Frames, film, open_video, upright
 
 NEIGHBORS, TEMPERATURE = 4, 0.05  # patches of the last frame that stand for one, and their softmax
-WRITTEN_BY = "talk2dino.video"  # comment of every video of ours
-DAMAGED = 10_000  # packets that cannot be decoded, after which a video ends
 SIMILAR = 0.5  # cosine below which nothing of the last frame stands for a patch
 
 
@@ -31,7 +28,7 @@ class Smoother:
 
     A patch takes `strength * (c - 0.5) / 0.5` of its features from the last frame, where `c` is the
     cosine with the most similar patch of that frame in the same window: all of `strength` where
-    nothing changed, none after a cut. What is taken is the softmax mean of the four most similar
+    nothing changed, none where nothing is alike. What is taken is the softmax mean of the four most similar
     ones, which were mixed themselves; so what moves keeps its past. Cosines compare the encoder's
     own tokens, less their mean over the window: what all patches of a frame have in common says
     nothing of places, and may change between frames. Classes, thresholds and refinement see tokens
@@ -104,11 +101,11 @@ def segment_video(
     smoother: Smoother | None = None,
     advance: Advance = lambda done, total: None,
 ) -> VideoFigures:
-    """Write a video with the classes in color over it; one frame is in memory at a time.
+    """Write a video with the classes in color over it; two frames are in memory at a time.
 
-    Frames keep their times. Sound is left out, as are a last row and column that make the size odd.
-    What cannot be decoded, and frames of another size or without a time of their own, are said
-    (`ResultWarning`); the overlay has the size of the first frame.
+    Frames keep their times, and have square pixels. Sound is left out, as are a last row and column
+    that make the size odd. What cannot be decoded, and frames of another size or without a time of
+    their own, are said (`ResultWarning`); the overlay has the size of the first frame.
 
     Args:
         source: any file that FFmpeg reads.
@@ -128,18 +125,19 @@ def segment_video(
     last: Tensor | None = None
     with ExitStack() as stack:
         opened = stack.enter_context(open_video(source))
-        stream = opened.streams.video[0]
+        stream = film(opened)
         temporary = stack.enter_context(replacing(target))
         made = stack.enter_context(av.open(str(temporary), "w", format="mp4"))
         made.metadata["comment"] = WRITTEN_BY
         rate = stream.average_rate or Fraction(25)
-        out = made.add_stream("libx264", rate=rate)
+        # without frames that refer to later ones, whose times would end before their pictures
+        out = made.add_stream("libx264", rate=rate, options={"bf": "0"})
         out.pix_fmt = "yuv420p"
-        if stream.time_base is not None:
-            out.codec_context.time_base = stream.time_base
-        frames = _Frames(opened, stream, rate)
+        frames = Frames(opened, stream, rate)
+        out.codec_context.time_base = frames.base
+        held: list[Any] = []  # the last packet, which has to say how long its frame is shown
         for frame in frames:
-            picture = vocabulary.encode([_upright(frame)])[0]
+            picture = vocabulary.encode([upright(frame, stream.sample_aspect_ratio)])[0]
             result = vocabulary(smoother(picture) if smoother else picture)
             for name, share in result.areas().items():
                 totals[name] = totals.get(name, 0.0) + share
@@ -158,124 +156,23 @@ def segment_video(
                 overlay = ImageOps.pad(overlay, size)
             pixels = np.asarray(overlay)[: out.height, : out.width]
             drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            drawn.pts, drawn.time_base = frame.pts, frame.time_base
-            made.mux(out.encode(drawn))
+            drawn.pts, drawn.time_base = frames.time, frames.base
+            held = _mux(made, [*held, *out.encode(drawn)])
             count += 1
-            advance(count, stream.frames)
+            advance(count, max(count, frames.expected) if frames.expected else 0)
         if last is None:
             raise DataError(f"video={source}: holds no frame that can be read{frames.error}")
-        made.mux(out.encode(None))
+        [last_packet] = _mux(made, [*held, *out.encode(None)])
+        last_packet.duration = round(frames.shown * frames.base / last_packet.time_base)
+        made.mux(last_packet)
         frames.say(f"video={source}", count)
     shares = {name: total / count for name, total in totals.items()}
     size = (int(last.shape[0]), int(last.shape[1]))
     return VideoFigures(count, size, shares, changed / pairs if pairs else None)
 
 
-def open_video(source: Path) -> Any:
-    """A file's container, with a video in it.
-
-    Raises:
-        DataError: no such file, or none with a video.
-    """
-    import av
-
-    if not source.is_file():
-        raise DataError(f"video={source}: no such file")
-    try:
-        opened = av.open(str(source))
-    except (av.FFmpegError, OSError) as error:
-        raise DataError(f"video={source}: not a video that can be read ({error})") from error
-    if opened.format.name.endswith("_pipe") or opened.format.name == "image2":
-        opened.close()
-        raise DataError(f"video={source}: is a picture; python -m talk2dino.segment takes it")
-    if not opened.streams.video or opened.format.name == "tty":  # which draws any text
-        opened.close()
-        raise DataError(f"video={source}: holds no video")
-    return opened
-
-
-def is_our_video(path: Path) -> bool:
-    """Whether `segment_video` wrote a file."""
-    import av
-
-    try:
-        with av.open(str(path)) as opened:
-            return bool(opened.metadata.get("comment") == WRITTEN_BY)
-    except (av.FFmpegError, OSError):
-        return False
-
-
-class _Frames:
-    """The frames that can be decoded, each later than the one before; counts what is not as it was.
-
-    Args:
-        opened: the file.
-        stream: its video.
-        rate: frames a second, where they do not say their time.
-    """
-
-    def __init__(self, opened: Any, stream: Any, rate: Fraction) -> None:
-        self.opened, self.stream, self.rate = opened, stream, rate
-        self.damaged, self.moved = 0, 0
-        self.seconds = 0.0  # from the first frame to the end of the last
-        self.other: list[int] = []  # frames of another size than the first
-        self.error = ""
-
-    def __iter__(self) -> Iterator[Any]:
-        first, last, late = None, None, 0  # ticks; how much later than the file says
-        for frame in self._decoded():
-            base = frame.time_base or self.stream.time_base or 1 / self.rate
-            step = max(1, round(1 / (self.rate * base)))
-            wanted = frame.pts if frame.pts is None else frame.pts + late
-            if wanted is None:
-                wanted = 0 if last is None else last + step
-            elif last is not None and wanted <= last:
-                late, self.moved = late + last + step - wanted, self.moved + 1
-                wanted = last + step
-            frame.pts, frame.time_base, last = wanted, base, wanted
-            first = wanted if first is None else first
-            self.seconds = float((wanted + step - first) * base)
-            yield frame
-
-    def _decoded(self) -> Iterator[Any]:
-        """Frame by frame; a packet that cannot be decoded is left out."""
-        import av
-
-        packets = self.opened.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                found = packet.decode()
-            except av.FFmpegError as error:
-                self.damaged += 1
-                self.error = self.error or f" ({error})"
-                if packet is None or self.damaged > DAMAGED:
-                    return
-                continue
-            yield from found
-
-    def say(self, name: str, count: int) -> None:
-        """Warn of what the overlay has otherwise than the video."""
-        import av
-
-        said = []
-        promised = float((self.opened.duration or 0) / av.time_base)
-        if self.damaged:
-            said.append(f"{self.damaged} parts could not be decoded and are left out{self.error}")
-        if count < self.stream.frames or self.seconds < 0.98 * promised - 0.3:
-            least = f"{count} frames, {self.seconds:.1f} s"
-            said.append(f"only {least} could be read of {promised:.1f} s")
-        if self.moved:
-            said.append(f"times went back {self.moved} times; frames follow each other there")
-        if self.other:
-            said.append(f"from frame {self.other[0]} on {len(self.other)} have another size")
-        if said:
-            say(f"{name}: {'; '.join(said)}", stacklevel=3)
-
-
-def _upright(frame: Any) -> npt.NDArray[np.uint8]:
-    """`[H, W, 3]`, turned as the file says."""
-    pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    return np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90) % 4)
+def _mux(made: Any, packets: list[Any]) -> list[Any]:
+    """Write all packets but the last, which comes back."""
+    for packet in packets[:-1]:
+        made.mux(packet)
+    return packets[-1:]

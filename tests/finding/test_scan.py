@@ -188,6 +188,31 @@ def test_a_search_agrees_with_segmentation_scores(
             assert ranked == sorted(ranked, reverse=True)
 
 
+def test_grids_are_made_in_parts_and_for_their_query_alone(
+    model: Talk2DINO, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held and computed does not grow with `top`, nor with the number of queries."""
+    queries = {"pet": ["cat", "dog"], "sky": ["sky"], "road": ["road"]}
+    want = [(one.query, one.rank, one.row, one.grid) for one in model.search(store, queries, top=9)]
+    asked: list[tuple[int, int]] = []
+    scores = Scan.scores
+
+    def noted(self: Scan, tokens: NDArray[Any], first: int = 0) -> torch.Tensor:
+        asked.append((len(self.rows), len(tokens)))
+        return scores(self, tokens, first)
+
+    monkeypatch.setattr(module, "BLOCK", 2 * store.images["patch_tokens"].row_bytes)
+    monkeypatch.setattr(Scan, "scores", noted)
+    got = [(one.query, one.rank, one.row, one.grid) for one in model.search(store, queries, top=9)]
+    assert [one[:3] for one in got] == [one[:3] for one in want]
+    for one, other in zip(got, want, strict=True):
+        assert one[3] is not None and other[3] is not None
+        torch.testing.assert_close(one[3], other[3], atol=1e-6, rtol=0)
+    passed = -(-5 // 2) * 4 + 2  # shards of five pictures, the last of three, in twos
+    assert set(asked[:passed]) <= {(4, 2), (4, 1)}
+    assert asked[passed:] == [(n, m) for n in (2, 1, 1) for m in (2, 2, 2, 2, 1)]
+
+
 def test_texts_embeddings_and_lists_mean_the_same(
     model: Talk2DINO, store: FeatureStore, tmp_path: Path
 ) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +23,13 @@ from talk2dino.inference.vocabulary import EncodedPicture
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 from talk2dino.segmentation.windows import sliding_windows
 from talk2dino.videos.frames import Smoother, segment_video
+from talk2dino.videos.video_files import film, upright
 from tests.helpers.encoders import SMALL_CLIP, hash_model
 from tests.helpers.pipeline import fails, run
 
 av = pytest.importorskip("av")
+from av.sidedata.sidedata import Type  # noqa: E402
+from av.stream import Disposition  # noqa: E402
 
 
 def write(path: Path, frames: list[np.ndarray], seconds: list[float]) -> Path:
@@ -270,3 +276,124 @@ def test_results_never_take_the_place_of_the_video_or_of_a_folder(
     text = tmp_path / "notes.txt"
     text.write_text("hello world\n" * 50)  # which FFmpeg would draw
     assert "holds no video" in fails(capfd, "video", *given[:3], f"video={text}")
+
+
+def stream_of(made: Any, size: tuple[int, int], **options: str) -> Any:
+    stream = made.add_stream("libx264", rate=10, options=options)
+    stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+    return stream
+
+
+def frames_of(stream: Any, count: int) -> Iterator[Any]:
+    for number, pixels in enumerate(scene(count)):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, 10)
+        yield from stream.encode(frame)
+    yield from stream.encode(None)
+
+
+def overlay(source: Path) -> tuple[list[float], float]:
+    """Times of the frames of the overlay, and how long it says to be."""
+    target = source.with_name("overlay.mp4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResultWarning)
+        segment_video(source, target, hash_model().open_vocabulary(["a", "b"], short_side=32))
+    with av.open(str(target)) as opened:
+        return times(target), (opened.duration or 0) / av.time_base
+
+
+def test_frames_of_files_without_times_of_their_own(tmp_path: Path) -> None:
+    """An AVI has no pts; where later frames are referred to, the order of decoding stands there."""
+    with av.open(str(tmp_path / "in.avi"), "w") as made:
+        stream = stream_of(made, (64, 40), bf="2")
+        for packet in frames_of(stream, 30):
+            made.mux(packet)
+    seconds, length = overlay(tmp_path / "in.avi")
+    assert len(seconds) == 30 and np.abs(np.diff(seconds) - 0.1).max() <= 0.1 + 1e-6
+    assert length == pytest.approx(3, abs=0.25)
+
+
+def test_times_that_slip_do_not_move_what_follows(tmp_path: Path) -> None:
+    """Every fifth frame has the time of the one before; one alone is an hour ahead."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as made:
+        stream = stream_of(made, (64, 40), bf="0", g="1")
+        for number, packet in enumerate(frames_of(stream, 40)):
+            packet.time_base = Fraction(1, 1000)
+            packet.dts = 100 * (number - (number % 5 == 4))
+            packet.pts = packet.dts + 3_600_000 * (number == 22)
+            made.mux(packet)
+    seconds, _ = overlay(tmp_path / "in.mkv")
+    right = np.arange(len(seconds)) / 10
+    assert len(seconds) >= 39 and np.abs(np.array(seconds) - right).max() < 0.21
+
+
+def test_the_last_frame_is_shown_as_long_as_it_was(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(pixels) for pixels in scene(4)]
+    shown = [100, 500, 200, 5000]
+    pictures[0].save(tmp_path / "in.gif", save_all=True, append_images=pictures[1:], duration=shown)
+    seconds, length = overlay(tmp_path / "in.gif")
+    assert seconds == pytest.approx([0, 0.1, 0.6, 0.8]) and length == pytest.approx(5.8, abs=0.01)
+
+
+def test_pixels_become_squares(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "in.mkv"), "w") as made:
+        stream = stream_of(made, (64, 40))
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for packet in frames_of(stream, 2):
+            made.mux(packet)
+    overlay(tmp_path / "in.mkv")
+    with av.open(str(tmp_path / "overlay.mp4")) as opened:
+        assert (opened.streams.video[0].width, opened.streams.video[0].height) == (128, 40)
+
+
+@pytest.mark.parametrize(
+    ("signs", "way"),
+    [
+        ((1, 0, 0, 1), lambda x: x),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x)),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    ],
+)
+def test_mirrored_frames(signs: tuple[int, ...], way: Callable[[Any], Any]) -> None:
+    """As FFmpeg shows them: x' = a x + c y, y' = b x + d y."""
+    pixels = scene(1)[0]
+    a, b, c, d = (65536 * sign for sign in signs)
+    matrix = np.array([[a, b, 0], [c, d, 0], [0, 0, 1 << 30]], np.int32)
+
+    class Side(bytes):
+        type = Type.DISPLAYMATRIX
+
+    class Frame:
+        side_data = (Side(matrix.tobytes()),)
+
+        def to_ndarray(self, format: str) -> Any:
+            return pixels
+
+    np.testing.assert_array_equal(upright(Frame()), way(pixels))
+
+
+def test_a_cover_is_no_film(tmp_path: Path) -> None:
+    """Songs carry a picture."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as made:
+        for packet in frames_of(stream_of(made, (64, 40)), 2):
+            made.mux(packet)
+    with av.open(str(tmp_path / "in.mkv")) as opened:
+        assert film(opened) is opened.streams.video[0]
+
+    class Cover:
+        disposition = Disposition.attached_pic
+
+    class Streams(list[Any]):
+        video = (Cover(),)
+
+        def best(self, kind: str) -> Any:
+            return self.video[0]
+
+    class Opened:
+        streams = Streams()
+
+    assert film(Opened()) is None
