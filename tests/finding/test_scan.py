@@ -257,7 +257,7 @@ def test_what_cannot_be_searched(model: Talk2DINO, store: FeatureStore, tmp_path
     named = {
         "top=0": (ConfigError, (store, "cat", 0)),
         "best=-1": (ConfigError, (store, "cat", 5, -1)),
-        "list is empty": (ConfigError, (store, " ")),
+        "neither a word": (ConfigError, (store, " ")),
         "extract again": (StoreError, (tmp_path / "nowhere", "cat")),
     }
     tiny_store(
