@@ -29,10 +29,10 @@ class Smoother:
     A patch takes `strength * (c - 0.5) / 0.5` of its features from the last frame, where `c` is the
     cosine with the most similar patch of that frame in the same window: all of `strength` where
     nothing changed, none where nothing is alike. What is taken is the softmax mean of the four most
-    similar ones, which were mixed themselves; so what moves keeps its past. Cosines compare the encoder's
-    own tokens, less their mean over the window: what all patches of a frame have in common says
-    nothing of places, and may change between frames. Classes, thresholds and refinement see tokens
-    as they always do.
+    similar ones, which were mixed themselves; so what moves keeps its past. Cosines compare the
+    encoder's own tokens, less their mean over the window: what all patches of a frame have in
+    common says nothing of places, and may change between frames. Classes, thresholds and refinement
+    see tokens as they always do.
 
     Args:
         strength: 0 keeps every frame by itself; 0.99 at most.
