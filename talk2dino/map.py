@@ -43,8 +43,6 @@ def run_map(config: DictConfig) -> None:
         files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)
-        if config.polygons:
-            image.check_polygons()
         vocabulary = open_vocabulary(config, classes, config.window)
         with command.progress("map") as advance:
             result = segment_map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,6 @@ import numpy.typing as npt
 from talk2dino.errors import ConfigError, DataError, UserError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
-from talk2dino.maps.georeference import (
-    STRETCHED,
-    Outlines,
-    gdal_errors,
-    ground_size,
-    meters,
-    opened,
-)
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
@@ -77,7 +70,7 @@ class MapImage:
             raise ConfigError("stretch, value_range: give percentiles or values, not both")
         self.path = user_path(path)
         with reading(self.path):
-            self._file = opened(self.path)
+            self._file = _opened(self.path)
         self.bands = chosen_bands(self._file, bands)
         self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
         self._offset = offset
@@ -96,18 +89,14 @@ class MapImage:
             raise ConfigError("meters_per_pixel, scale: give one of them")
         transform = file.transform
         if meters_per_pixel is not None:
-            unit = meters(file, name)
+            unit = _meters(file, name)
             sides = (-transform.e * unit, transform.a * unit)
             ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
         else:
             ratio = (scale or 1.0, scale or 1.0)
-            ground = ground_size(file) if file.crs and file.crs.is_geographic else None
-            height, width = ground or (-transform.e, transform.a)
-            if (
-                not transform.is_identity
-                and abs(width - height) > (0.1 if ground else 0.01) * width
-            ):
-                shown = f"{width:.6g} x {height:.6g}" + (" m on the ground" if ground else "")
+            width, height = transform.a, -transform.e
+            if not transform.is_identity and abs(width - height) > 0.01 * width:
+                shown = f"{width:.6g} x {height:.6g}"
                 say(f"{name}: its pixels are {shown} and are taken for squares; warp it first")
         for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale or 1.0)):
             if value is not None and not 1 / COARSEST <= max(ratio) <= COARSEST:
@@ -128,15 +117,13 @@ class MapImage:
         """The file on the grid; GDAL resamples, from pixels of the file as coordinates."""
         from rasterio import Affine
         from rasterio.crs import CRS
-        from rasterio.enums import MaskFlags, Resampling
+        from rasterio.enums import Resampling
         from rasterio.vrt import WarpedVRT
 
         (rows, columns), (top, left) = self.ratio, self._offset
         exact = (rows, columns) == (1.0, 1.0)
         kind = Resampling.average if max(rows, columns) > 1 else Resampling.bilinear
         plane = CRS.from_epsg(3857)  # any; nothing is reprojected
-        plain = all(flags == [MaskFlags.all_valid] for flags in self._file.mask_flag_enums)
-        unsaid = {"src_nodata": math.nan} if plain and self._kind.startswith("float") else {}
         return WarpedVRT(
             self._file,
             src_crs=plane,
@@ -146,7 +133,6 @@ class MapImage:
             height=self.shape[0],
             width=self.shape[1],
             resampling=Resampling.nearest if exact else kind,
-            **unsaid,
         )
 
     def _limits(
@@ -195,14 +181,13 @@ class MapImage:
     def pixel_area(self) -> float | None:
         """Square meters of a pixel of the file, or None where they are unknown.
 
-        The meters of some projections, as Mercator's, are none of the ground; they are not counted.
+        The meters of Mercator's projections are none of the ground, so they are not counted.
         """
-        crs, ground = self._file.crs, ground_size(self._file)
-        if ground is None or not crs.is_projected:
+        crs = self._file.crs
+        if not self.referenced or not crs.is_projected or crs.to_epsg() in (3857, 3395):
             return None
-        factor = float(crs.linear_units_factor[1])
-        area = abs(float(self._file.transform.a * self._file.transform.e)) * factor**2
-        return area if abs(area / (ground[0] * ground[1]) - 1) < STRETCHED else None
+        factor = crs.linear_units_factor[1]
+        return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
 
     def read(self, rows: range, columns: range) -> tuple[npt.NDArray[np.uint8], Any]:
         """Pixels of the grid, and which of them show anything.
@@ -223,7 +208,7 @@ class MapImage:
         window = Window(x1, y1, x2 - x1, y2 - y1)
         with reading(self.path):
             values = self._grid_file.read(self.bands, window=window)
-            valid = self._grid_file.read_masks(self.bands, window=window).any(0)
+            valid = self._grid_file.dataset_mask(window=window) > 0
         pixels = np.broadcast_to(self._eight_bits(values), (3, *valid.shape))
         pad = (
             (y1 + self.first[0] - rows.start, rows.stop - y2 - self.first[0]),
@@ -243,7 +228,7 @@ class MapImage:
     def valid(self, window: Window) -> npt.NDArray[np.bool_]:
         """Which pixels of the file hold anything, by nodata, alpha or mask: `[h, w]`."""
         with reading(self.path):
-            found: npt.NDArray[np.bool_] = self._file.read_masks(self.bands, window=window).any(0)
+            found: npt.NDArray[np.bool_] = self._file.dataset_mask(window=window) > 0
             if self._kind.startswith("float"):
                 found &= np.isfinite(self._file.read(self.bands, window=window)).all(0)
         return found
@@ -267,20 +252,12 @@ class MapImage:
     def describe(self) -> dict[str, Any]:
         """Plain values that decide what `read` gives."""
         about = self.path.stat()
-        beside = [Path(name) for name in self._file.files[1:]]  # of a VRT, its sources
-        stats = [(str(one), one.stat()) for one in beside if one.is_file()]
         return {
-            **({"files": [[n, x.st_size, x.st_mtime_ns] for n, x in stats]} if stats else {}),
             **{"image": str(self.path.absolute()), "bytes": about.st_size},
             **{"modified": about.st_mtime_ns, "bands": list(self.bands)},
             **{"first": list(self.first), "shape": list(self.shape), "ratio": list(self.ratio)},
             "limits": None if self.limits is None else self.limits.tolist(),
         }
-
-    def check_polygons(self) -> None:
-        """Refuse a file whose outlines have no longitude and latitude (DataError)."""
-        with reading(self.path):
-            Outlines(self._file, f"image={self.path}")
 
     def close(self) -> None:
         """Close the file."""
@@ -303,11 +280,76 @@ def _axis(origin: float, size: int, ratio: float) -> tuple[int, int, float]:
         ratio: pixels to a cell.
     """
     place = origin / ratio
-    if abs(ratio - 1) < 1e-9:  # the file's own pixels, wherever they lie: often at halves
-        return math.floor(place + 0.5 + 1e-3), size, 0.0
+    if abs(ratio - 1) < 1e-9:  # the file's own pixels, wherever they lie
+        return round(place), size, 0.0
     first = math.floor(place + 1e-6)
     last = math.ceil(place + size / ratio - 1e-6)
     return first, last - first, round((first - place) * ratio, 6)
+
+
+def _opened(path: Path) -> Any:
+    """The file, open, if it is of a kind that can be segmented."""
+    import rasterio
+
+    name = f"image={path}"
+    if not path.is_file():
+        raise DataError(f"{name}: no such file; give a GeoTIFF or another picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        file = rasterio.open(path)
+    transform = file.transform
+    if file.gcps[0] or (transform.b, transform.d) != (0, 0):
+        raise DataError(
+            f"{name}: rotated, or placed by control points; warp it first: {_warp(file)}"
+        )
+    if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
+        raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
+    if file.crs is not None and file.crs.is_geographic and not transform.is_identity:
+        west, south, east, north = file.bounds
+        if not (-360 <= west < east <= 360 and -91 <= south < north <= 91):
+            wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
+            raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
+    if file.count and len(file.subdatasets) > 1:
+        say(f"{name}: holds {len(file.subdatasets)} pictures; the first is taken", stacklevel=2)
+    if not file.count:
+        raise DataError(
+            f"{name}: holds several pictures or none; name one that gdal_translate cut out"
+        )
+    return file
+
+
+def _warp(file: Any, crs: str | None = None) -> str:
+    return f"rio warp {Path(file.name).name} north-up.tif --dst-crs {crs or file.crs or 'EPSG:…'}"
+
+
+def _meters(file: Any, name: str) -> float:
+    """Meters of the unit of a file's coordinates."""
+    from rasterio.warp import transform_bounds
+
+    if file.crs is None or file.transform.is_identity:
+        raise DataError(
+            f"{name}: has no georeference, so meters_per_pixel means nothing; give "
+            "scale=PIXELS, for instance scale=2 for half the resolution"
+        )
+    if file.crs.is_projected:
+        if file.crs.to_epsg() == 3857:
+            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+            latitude = math.radians((south + north) / 2)
+            say(
+                f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
+                f"{math.cos(latitude):.2f} m",
+                stacklevel=2,
+            )
+        return float(file.crs.linear_units_factor[1])
+    if not file.crs.is_geographic:
+        raise DataError(f"{name}: coordinates are no plane's; reproject it, or give scale=PIXELS")
+    west, south, east, north = file.bounds
+    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
+    code = (32700 if (south + north) / 2 < 0 else 32600) + zone
+    raise DataError(
+        f"{name}: its coordinates are degrees, not meters; reproject first: "
+        f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
+    )
 
 
 def _check_range(key: str, given: Sequence[float] | None, low: float, high: float) -> None:
@@ -332,6 +374,6 @@ def reading(path: Path, kind: type[UserError] = DataError, how: str = "read") ->
     try:
         with rasterio.Env(GDAL_CACHEMAX=CACHE):
             yield
-    except gdal_errors() as error:
+    except rasterio.errors.RasterioError as error:
         line = " ".join(str(error.__cause__ or error).split())
         raise kind(f"{path}: cannot be {how} as a map ({line:.200})") from error

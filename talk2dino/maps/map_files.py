@@ -14,7 +14,6 @@ import numpy.typing as npt
 import talk2dino
 from talk2dino.errors import Advance, WriteError
 from talk2dino.files import replacing
-from talk2dino.maps.georeference import Outlines
 from talk2dino.maps.geotiff import MapImage, reading
 from talk2dino.segmentation.overlay import ignored_label, legend_colors
 
@@ -125,13 +124,13 @@ def write_polygons(
 ) -> int:
     """Trace a label map into GeoJSON, in longitude and latitude; without georeference in pixels.
 
-    Polygons follow the edges of pixels, as closely as a quarter of one. Larger maps are traced in
-    squares of 8192 pixels, at whose edges polygons end, so that memory stays flat.
+    Polygons follow the edges of pixels. Larger maps are traced in squares of 8192 pixels, at whose
+    edges polygons end, so that memory stays flat.
 
     Args:
         source: a file of `write_labels`.
         target: is replaced.
-        minimum_area: pixels; smaller polygons are left out, but not where a square ends.
+        minimum_area: pixels; smaller polygons are left out.
         background: the first class is what no other fits, and is left out.
         advance: told of squares done, and of all.
 
@@ -152,7 +151,7 @@ def write_polygons(
     ):
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(source) as file:
-            classes, outlines = json.loads(file.tags()["classes"]), Outlines(file, str(source))
+            classes = json.loads(file.tags()["classes"])
             out.write(f'{head[:-1]}, "features": [')
             corners = [
                 (top, left)
@@ -168,14 +167,14 @@ def write_polygons(
                 for shape, label in shapes(labels, mask=shown):
                     rings = [np.array(ring) for ring in shape["coordinates"]]
                     pixels = _pixels(rings)
-                    if pixels < minimum_area and not _goes_on(rings[0] + corner, file):
+                    if pixels < minimum_area:
                         continue
                     feature = {
                         "type": "Feature",
                         "id": written,
                         "geometry": {
                             "type": "Polygon",
-                            "coordinates": outlines.placed([ring + corner for ring in rings]),
+                            "coordinates": _placed(file, [ring + corner for ring in rings]),
                         },
                         "properties": {"class": classes[int(label)], "pixels": pixels},
                     }
@@ -186,12 +185,6 @@ def write_polygons(
     return written
 
 
-def _goes_on(ring: npt.NDArray[Any], file: Any) -> bool:
-    """Whether a polygon touches the edge of its square, but not of the file: it may be a piece."""
-    inner = (ring % AREA == 0) & (ring != 0) & (ring != (file.width, file.height))
-    return bool(inner.any())
-
-
 def _pixels(rings: Sequence[npt.NDArray[Any]]) -> int:
     """Area of a polygon with holes (shoelace formula)."""
     areas = [
@@ -199,3 +192,20 @@ def _pixels(rings: Sequence[npt.NDArray[Any]]) -> int:
         for x, y in (ring[:-1].T for ring in rings)
     ]
     return round(areas[0] - sum(areas[1:]))
+
+
+def _placed(file: Any, rings: Sequence[npt.NDArray[Any]]) -> list[list[list[float]]]:
+    """Longitude and latitude of rings in pixels `[N, 2]`; pixels without georeference.
+
+    Longitudes begin within -180..180; across the antimeridian they go on beyond, without a jump.
+    """
+    from rasterio.warp import transform
+
+    if file.crs is None:
+        return [ring.astype(float).tolist() for ring in rings]
+    xs, ys = np.concatenate(rings).T
+    there = file.transform
+    xs, ys = transform(file.crs, "EPSG:4326", there.a * xs + there.c, there.e * ys + there.f)
+    east = np.unwrap(xs, period=360)
+    points = np.stack([east - 360 * np.round(east[0] / 360), ys], 1).round(8)
+    return [part.tolist() for part in np.split(points, np.cumsum([len(r) for r in rings])[:-1])]

@@ -10,32 +10,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from talk2dino import Talk2DINO
 from talk2dino.errors import ConfigError, DataError, ResultWarning, WriteError
 from talk2dino.inference.vocabulary import OpenVocabulary
-from talk2dino.maps.blocks import Blocks, starts
-from talk2dino.maps.georeference import Outlines
+from talk2dino.maps import blocks as blocks_module
+from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
 from talk2dino.maps.geotiff import MapImage
+from talk2dino.maps.map_files import _placed
 from tests.helpers.encoders import hash_model
-from tests.helpers.geotiffs import (
-    EAST,
-    NORTH,
-    SIDE,
-    UTM,
-    noise,
-    read,
-    segment,
-    small_blocks,
-    write,
-)
 
 rasterio = pytest.importorskip("rasterio")
 Affine, from_origin = rasterio.Affine, rasterio.transform.from_origin
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+Pixels = npt.NDArray[Any]
+UTM, EAST, NORTH = "EPSG:32632", 500_000.5, 5_400_003.0  # of the first pixel's corner
 CLASSES = ["road", "roof", "tree", "water"]
+SIDE = 32  # of a window; the stride is half of it
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    """Smooth noise `[3, height, width]` uint8: places differ, so classes do."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, height // 4 + 1, width // 4 + 1))
+    return coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width].astype(np.uint8)
+
+
+def write(path: Path, pixels: Pixels, **options: Any) -> Path:
+    """A tiled GeoTIFF of half a meter a pixel."""
+    profile = {
+        **{"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, "crs": UTM},
+        **{"height": pixels.shape[1], "width": pixels.shape[2], "tiled": True},
+        **{"blockxsize": 16, "blockysize": 16, "transform": from_origin(EAST, NORTH, 0.5, 0.5)},
+    }
+    with rasterio.open(path, "w", **{**profile, **options}) as file:
+        file.write(pixels)
+    return path
+
+
+def read(path: Path) -> Pixels:
+    with rasterio.open(path) as file:
+        found: Pixels = file.read(1)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +64,18 @@ def model() -> Talk2DINO:
 @pytest.fixture
 def vocabulary(model: Talk2DINO) -> OpenVocabulary:
     return model.open_vocabulary(CLASSES, short_side=SIDE)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, maps: int = 4) -> None:
+    """Blocks of two strides."""
+    monkeypatch.setattr(blocks_module, "SCORES", 4 * maps * SIDE**2)
+
+
+def segment(vocabulary: OpenVocabulary, source: Path, target: Path, **options: Any) -> MapResult:
+    keys = ("polygons", "minimum_area", "overwrite", "advance")
+    own = {key: options.pop(key) for key in keys if key in options}
+    with MapImage(source, **options) as image:
+        return segment_map(vocabulary, image, target, **own)
 
 
 def test_one_window_is_what_segment_gives(model: Talk2DINO, tmp_path: Path) -> None:
@@ -355,13 +385,8 @@ def test_bands_of_several_types_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_ground_is_measured_where_meters_are_its_own(tmp_path: Path) -> None:
-    feet = from_origin(1_000_000, 200_000, 0.5, 0.5)  # of New York
-    for crs, area, options in (
-        (UTM, 0.25, {}),
-        ("EPSG:3857", None, {}),
-        ("EPSG:2263", 0.25 * 0.3048006096**2, {"transform": feet}),
-    ):
-        with MapImage(write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs, **options)) as image:
+    for crs, area in ((UTM, 0.25), ("EPSG:3857", None), ("EPSG:2263", 0.25 * 0.3048006096**2)):
+        with MapImage(write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs)) as image:
             assert image.pixel_area == (area and pytest.approx(area))
 
 
@@ -448,7 +473,7 @@ def test_places_that_do_not_fit_the_plane(tmp_path: Path) -> None:
             tmp_path / "map.tif", noise(20, 20), crs=crs, transform=from_origin(west, 0, step, step)
         )
         with rasterio.open(source) as file:
-            east = np.array(Outlines(file, "map").placed(squares)[0])[:, 0]
+            east = np.array(_placed(file, squares)[0])[:, 0]
         assert np.abs(np.diff(east)).max() < 0.01
         assert east[0] == pytest.approx(180 if west > 200 else -160, abs=1e-3)
     source = write(tmp_path / "map.tif", noise(20, 20), crs='LOCAL_CS["here",UNIT["metre",1]]')
