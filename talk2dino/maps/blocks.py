@@ -34,9 +34,9 @@ from talk2dino.maps.map_files import (
     SOFTWARE,
     Labels,
     write_labels,
-    write_polygons,
     written_here,
 )
+from talk2dino.maps.polygons import write_polygons
 from talk2dino.segmentation.overlay import ignored_label
 
 SCORES = 1 << 28  # bytes of scores that a block holds

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.errors import ConfigError, DataError, UserError, require_extra, say
+from talk2dino.errors import ConfigError, DataError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
+from talk2dino.maps.ground import open_map, reading, unit_meters
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
 
-CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
 OVERVIEW = 1024  # pixels a side, from which percentiles are taken
 UNFLAGGED = (-9999.0, -32768.0, -99999.0)  # usual for no data, where the file does not say so
 COARSEST = 32  # pixels of the file to one; a block of GDAL's then takes 200 MB
@@ -70,7 +68,7 @@ class MapImage:
             raise ConfigError("stretch, value_range: give percentiles or values, not both")
         self.path = user_path(path)
         with reading(self.path):
-            self._file = _opened(self.path)
+            self._file = open_map(self.path)
         self.bands = chosen_bands(self._file, bands)
         self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
         self._offset = offset
@@ -89,7 +87,7 @@ class MapImage:
             raise ConfigError("meters_per_pixel, scale: give one of them")
         transform = file.transform
         if meters_per_pixel is not None:
-            unit = _meters(file, name)
+            unit = unit_meters(file, name)
             sides = (-transform.e * unit, transform.a * unit)
             ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
         else:
@@ -287,93 +285,9 @@ def _axis(origin: float, size: int, ratio: float) -> tuple[int, int, float]:
     return first, last - first, round((first - place) * ratio, 6)
 
 
-def _opened(path: Path) -> Any:
-    """The file, open, if it is of a kind that can be segmented."""
-    import rasterio
-
-    name = f"image={path}"
-    if not path.is_file():
-        raise DataError(f"{name}: no such file; give a GeoTIFF or another picture")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        file = rasterio.open(path)
-    transform = file.transform
-    if file.gcps[0] or (transform.b, transform.d) != (0, 0):
-        raise DataError(
-            f"{name}: rotated, or placed by control points; warp it first: {_warp(file)}"
-        )
-    if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
-        raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
-    if file.crs is not None and file.crs.is_geographic and not transform.is_identity:
-        west, south, east, north = file.bounds
-        if not (-360 <= west < east <= 360 and -91 <= south < north <= 91):
-            wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
-            raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
-    if file.count and len(file.subdatasets) > 1:
-        say(f"{name}: holds {len(file.subdatasets)} pictures; the first is taken", stacklevel=2)
-    if not file.count:
-        raise DataError(
-            f"{name}: holds several pictures or none; name one that gdal_translate cut out"
-        )
-    return file
-
-
-def _warp(file: Any, crs: str | None = None) -> str:
-    return f"rio warp {Path(file.name).name} north-up.tif --dst-crs {crs or file.crs or 'EPSG:…'}"
-
-
-def _meters(file: Any, name: str) -> float:
-    """Meters of the unit of a file's coordinates."""
-    from rasterio.warp import transform_bounds
-
-    if file.crs is None or file.transform.is_identity:
-        raise DataError(
-            f"{name}: has no georeference, so meters_per_pixel means nothing; give "
-            "scale=PIXELS, for instance scale=2 for half the resolution"
-        )
-    if file.crs.is_projected:
-        if file.crs.to_epsg() == 3857:
-            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
-            latitude = math.radians((south + north) / 2)
-            say(
-                f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
-                f"{math.cos(latitude):.2f} m",
-                stacklevel=2,
-            )
-        return float(file.crs.linear_units_factor[1])
-    if not file.crs.is_geographic:
-        raise DataError(f"{name}: coordinates are no plane's; reproject it, or give scale=PIXELS")
-    west, south, east, north = file.bounds
-    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
-    code = (32700 if (south + north) / 2 < 0 else 32600) + zone
-    raise DataError(
-        f"{name}: its coordinates are degrees, not meters; reproject first: "
-        f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
-    )
-
-
 def _check_range(key: str, given: Sequence[float] | None, low: float, high: float) -> None:
     if given is None:
         return
     fitting = len(given) == 2 and all(isinstance(v, (int, float)) for v in given)
     if not fitting or not low <= given[0] < given[1] <= high or math.inf in map(abs, given):
         raise ConfigError(f"{key}={list(given)}: give two numbers, the lower first")
-
-
-@contextmanager
-def reading(path: Path, kind: type[UserError] = DataError, how: str = "read") -> Iterator[None]:
-    """A library's error as one line, with a block cache of bounded size.
-
-    Args:
-        path: for the line.
-        kind: of the error.
-        how: `written`, for a file that is.
-    """
-    import rasterio
-
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE):
-            yield
-    except rasterio.errors.RasterioError as error:
-        line = " ".join(str(error.__cause__ or error).split())
-        raise kind(f"{path}: cannot be {how} as a map ({line:.200})") from error

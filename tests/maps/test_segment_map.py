@@ -20,7 +20,7 @@ from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.maps import blocks as blocks_module
 from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
 from talk2dino.maps.geotiff import MapImage
-from talk2dino.maps.map_files import _placed
+from talk2dino.maps.polygons import _placed
 from tests.helpers.encoders import hash_model
 
 rasterio = pytest.importorskip("rasterio")
