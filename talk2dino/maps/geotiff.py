@@ -279,7 +279,7 @@ def _axis(origin: float, size: int, ratio: float) -> tuple[int, int, float]:
     """
     place = origin / ratio
     if abs(ratio - 1) < 1e-9:  # the file's own pixels, wherever they lie
-        return round(place), size, 0.0
+        return math.floor(place + 0.501), size, 0.0  # far from 0 and 0.5, where origins lie
     first = math.floor(place + 1e-6)
     last = math.ceil(place + size / ratio - 1e-6)
     return first, last - first, round((first - place) * ratio, 6)

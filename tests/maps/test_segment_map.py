@@ -131,6 +131,20 @@ def test_the_same_place_cut_differently(
     assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("noise_of_origin", [-1e-9, 0.0, 1e-9])
+def test_pixels_around_points_are_cut_alike(
+    tmp_path: Path, cut: int, noise_of_origin: float
+) -> None:
+    """Origins lie half a pixel beside its multiples, as Landsat's do."""
+    places = []
+    for top in (0, cut):
+        corner = from_origin(399_985 + 30 * top + noise_of_origin, 5_399_985 - 30 * top, 30, 30)
+        with MapImage(write(tmp_path / f"{top}.tif", noise(20, 20), transform=corner)) as image:
+            places.append(image.first)
+    assert np.subtract(*places[::-1]).tolist() == [cut, cut]
+
+
 def test_windows_lie_at_multiples_of_the_stride() -> None:
     for first, cells in ((0, 32), (-5, 100), (1000, 7), (17, 333)):
         found = starts(first, cells, 32, 16)
