@@ -128,9 +128,11 @@ def segment_map(
 
     Raises:
         ConfigError: a file of other origin in the way, or a name that is no GeoTIFF's.
-        DataError: the map cannot be read.
+        DataError: the map cannot be read, or has no degrees for polygons.
         WriteError: the disk is full, or the results cannot be written.
     """
+    if polygons:
+        image.require_degrees()
     target, *others = output_files(user_path(output), polygons)
     refuse_foreign_maps([target, *others], image.path, overwrite)
     blocks = Blocks(vocabulary, image)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from talk2dino.errors import ConfigError, DataError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
-from talk2dino.maps.ground import open_map, reading, unit_meters
+from talk2dino.maps.ground import open_map, reading, require_degrees, unit_meters
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
@@ -237,6 +237,11 @@ class MapImage:
         cells = np.floor(places / self.ratio[axis]).clip(0, self.shape[axis] - 1)
         found: npt.NDArray[np.int64] = cells.astype(np.int64)
         return found
+
+    def require_degrees(self) -> None:
+        """Refuse a file of which polygons cannot be written (DataError)."""
+        if self.referenced:
+            require_degrees(self._file)
 
     def profile(self) -> dict[str, Any]:
         """Size and georeference of the file, for another one."""

@@ -7,9 +7,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from talk2dino.errors import DataError, UserError, say
+
+if TYPE_CHECKING:
+    Places = npt.NDArray[np.float64]
 
 CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
 
@@ -24,11 +30,12 @@ def reading(path: Path, kind: type[UserError] = DataError, how: str = "read") ->
         how: `written`, for a file that is.
     """
     import rasterio
+    from rasterio._err import CPLE_BaseError  # what PROJ refuses
 
     try:
         with rasterio.Env(GDAL_CACHEMAX=CACHE):
             yield
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
         line = " ".join(str(error.__cause__ or error).split())
         raise kind(f"{path}: cannot be {how} as a map ({line:.200})") from error
 
@@ -96,3 +103,32 @@ def unit_meters(file: Any, name: str) -> float:
         f"{name}: its coordinates are degrees, not meters; reproject first: "
         f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
     )
+
+
+def degrees(file: Any, points: Places) -> Places:
+    """Longitudes and latitudes `[2, N]` of places in pixels of an open file, `[N, 2]` (x, y).
+
+    What PROJ refuses is an error that `reading` says.
+    """
+    from rasterio.warp import transform
+
+    there, (x, y) = file.transform, points.T
+    return np.array(transform(file.crs, "EPSG:4326", there.a * x + there.c, there.e * y + there.f))
+
+
+def require_degrees(file: Any) -> None:
+    """Refuse polygons of a file that has no longitudes and latitudes (DataError)."""
+    sides = [np.linspace(0, side, 33) for side in (file.width, file.height)]
+    crs = file.crs
+    try:
+        with reading(Path(file.name)):
+            found = degrees(file, np.stack(np.meshgrid(*sides), -1).reshape(-1, 2))
+        fits = (crs.is_projected or crs.is_geographic) and np.isfinite(found).all()
+    except DataError:
+        fits = False
+    if not fits:
+        raise DataError(
+            f"polygons=true: {file.name} has places without longitude and latitude "
+            f"({crs.to_string():.60}); use polygons=false, or cut and warp it first: "
+            f"{_warp(file, 'EPSG:…')}"
+        )
