@@ -13,7 +13,15 @@ import numpy.typing as npt
 from talk2dino.errors import ConfigError, DataError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
-from talk2dino.maps.ground import open_map, reading, require_degrees, unit_meters
+from talk2dino.maps.ground import (
+    ground_sides,
+    open_map,
+    pixel_area,
+    reading,
+    require_degrees,
+    unit_meters,
+    warp_to_meters,
+)
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
@@ -92,10 +100,15 @@ class MapImage:
             ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
         else:
             ratio = (scale or 1.0, scale or 1.0)
-            width, height = transform.a, -transform.e
+            (width, height), more = (transform.a, -transform.e), ("", "")
+            on_earth = self.referenced and file.crs.is_geographic
+            if on_earth and (ground := ground_sides(file)) is not None:
+                width, height = ground[0].tolist()
+                more = " m", f": {warp_to_meters(file)}"
             if not transform.is_identity and abs(width - height) > 0.01 * width:
-                shown = f"{width:.6g} x {height:.6g}"
-                say(f"{name}: its pixels are {shown} and are taken for squares; warp it first")
+                shown = f"{width:.6g} x {height:.6g}{more[0]}"
+                said = f"{name}: its pixels are {shown} and are taken for squares; warp it first"
+                say(said + more[1])
         for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale or 1.0)):
             if value is not None and not 1 / COARSEST <= max(ratio) <= COARSEST:
                 raise ConfigError(
@@ -179,13 +192,9 @@ class MapImage:
     def pixel_area(self) -> float | None:
         """Square meters of a pixel of the file, or None where they are unknown.
 
-        The meters of Mercator's projections are none of the ground, so they are not counted.
+        Neither Mercator's meters nor others that differ from the ground's by 2 % are counted.
         """
-        crs = self._file.crs
-        if not self.referenced or not crs.is_projected or crs.to_epsg() in (3857, 3395):
-            return None
-        factor = crs.linear_units_factor[1]
-        return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
+        return pixel_area(self._file)
 
     def read(self, rows: range, columns: range) -> tuple[npt.NDArray[np.uint8], Any]:
         """Pixels of the grid, and which of them show anything.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Places = npt.NDArray[np.float64]
 
 CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
+STRETCHED = 0.02  # of a length, from which on meters are said to be none of the ground
+NEAR = 50  # meters, over which lengths are measured
+RADIUS, FLAT = 6378137.0, 0.00669437999014  # of WGS 84: equator, and square of the eccentricity
 
 
 @contextmanager
@@ -55,6 +58,11 @@ def open_map(path: Path) -> Any:
         raise DataError(
             f"{name}: rotated, or placed by control points; warp it first: {_warp(file)}"
         )
+    if file.rpcs is not None and transform.is_identity:
+        raise DataError(
+            f"{name}: placed by rational polynomials (RPC); warp it first: "
+            f"gdalwarp -rpc -t_srs EPSG:… {path.name} north-up.tif"
+        )
     if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
         raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
     if file.crs is not None and file.crs.is_geographic and not transform.is_identity:
@@ -77,32 +85,74 @@ def _warp(file: Any, crs: str | None = None) -> str:
 
 def unit_meters(file: Any, name: str) -> float:
     """Meters of the unit of a file's coordinates."""
-    from rasterio.warp import transform_bounds
-
     if file.crs is None or file.transform.is_identity:
         raise DataError(
             f"{name}: has no georeference, so meters_per_pixel means nothing; give "
             "scale=PIXELS, for instance scale=2 for half the resolution"
         )
     if file.crs.is_projected:
-        if file.crs.to_epsg() == 3857:
-            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
-            latitude = math.radians((south + north) / 2)
-            say(
-                f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
-                f"{math.cos(latitude):.2f} m",
-                stacklevel=2,
-            )
-        return float(file.crs.linear_units_factor[1])
+        unit = float(file.crs.linear_units_factor[1])
+        sides = ground_sides(file)
+        if sides is not None:
+            meters = sides / (file.transform.a * unit, -file.transform.e * unit)
+            if np.abs(meters - 1).max() > STRETCHED:
+                said = (
+                    f"meters_per_pixel=1 is {meters.min():.2f} to {meters.max():.2f} m in this file"
+                )
+                crs = f"{file.crs.to_string():.40}"
+                say(f"{name}: {crs} stretches the ground; {said}", stacklevel=2)
+        return unit
     if not file.crs.is_geographic:
         raise DataError(f"{name}: coordinates are no plane's; reproject it, or give scale=PIXELS")
-    west, south, east, north = file.bounds
-    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
-    code = (32700 if (south + north) / 2 < 0 else 32600) + zone
     raise DataError(
         f"{name}: its coordinates are degrees, not meters; reproject first: "
-        f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
+        f"{warp_to_meters(file)}; or give scale=PIXELS"
     )
+
+
+def warp_to_meters(file: Any) -> str:
+    """The command that makes the coordinates of a file in degrees meters."""
+    west, south, east, north = file.bounds
+    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
+    return _warp(file, f"EPSG:{(32700 if (south + north) / 2 < 0 else 32600) + zone}")
+
+
+def pixel_area(file: Any) -> float | None:
+    """Square meters of a pixel of an open file; None where they are unknown or differ within it."""
+    if file.crs is None or file.transform.is_identity or not file.crs.is_projected:
+        return None
+    area = abs(float(file.transform.a * file.transform.e))
+    area *= float(file.crs.linear_units_factor[1]) ** 2
+    sides = ground_sides(file)
+    if sides is None or np.abs(sides.prod(1) / area - 1).max() > 2 * STRETCHED:
+        return None
+    return area
+
+
+def ground_sides(file: Any) -> Places | None:
+    """Meters of a pixel's width and height on the ground: `[N, 2]`, first at the file's center.
+
+    Then at its corners, where they lie on the earth. None: nowhere on it.
+    """
+    crs, there = file.crs, file.transform
+    unit = float(crs.linear_units_factor[1]) if crs.is_projected else math.inf
+    step = max(1.0, NEAR / (there.a * unit))  # shorter ones would measure PROJ's rounding
+    size = np.array([file.width, file.height])
+    centers = np.array([[0.5, 0.5], [0, 0], [0, 1], [1, 0], [1, 1]]) * size
+    cross = np.array([[-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5]]) * step
+    for points in (centers[:, None] + cross, centers[:1, None] + cross):
+        with suppress(DataError), reading(Path(file.name)):
+            places = np.radians(degrees(file, points.reshape(-1, 2))).reshape(2, -1, 2, 2)
+            moved = np.diff(places)[..., 0]
+            moved[0] = (moved[0] + math.pi) % math.tau - math.pi
+            sine = np.sin(places[1].mean(-1))
+            bent = 1 - FLAT * sine**2
+            east = moved[0] * np.sqrt((1 - sine**2) / bent)
+            north = moved[1] * (1 - FLAT) / bent**1.5
+            sides: Places = np.hypot(east, north) * RADIUS / step
+            if np.isfinite(sides).all():
+                return sides
+    return None
 
 
 def degrees(file: Any, points: Places) -> Places:

@@ -398,10 +398,67 @@ def test_bands_of_several_types_are_refused(tmp_path: Path) -> None:
         assert len(np.unique(image.read(*where)[0])) > 40
 
 
-def test_the_ground_is_measured_where_meters_are_its_own(tmp_path: Path) -> None:
-    for crs, area in ((UTM, 0.25), ("EPSG:3857", None), ("EPSG:2263", 0.25 * 0.3048006096**2)):
-        with MapImage(write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs)) as image:
+@pytest.mark.parametrize(
+    ("crs", "corner", "area", "meters"),
+    [
+        (UTM, (EAST, NORTH), 0.25, None),
+        ("EPSG:32632+5773", (EAST, NORTH), 0.25, None),
+        ("EPSG:2263", (1e6, 2e5), 0.25 * 0.3048006096**2, None),
+        ("EPSG:6933", (1e6, 6.3e6), 0.25, "0.59 to 1.69"),  # areas are kept, lengths are not
+        ("EPSG:3857", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:900913", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("ESRI:102113", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:3857+5773", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:3832", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:4087", (1e6, 6.68e6), None, "0.50 to 1.00"),
+        ("IAU_2015:30110", (1e6, 1e5), None, None),
+    ],
+)
+def test_the_ground_is_measured_where_meters_are_its_own(
+    tmp_path: Path, crs: str, corner: tuple[float, float], area: float | None, meters: str | None
+) -> None:
+    place = from_origin(*corner, 0.5, 0.5)
+    source = write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs, transform=place)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", ResultWarning)
+        unit = 1 if crs != "EPSG:2263" else 0.3048
+        with MapImage(source, meters_per_pixel=unit) as image:
             assert image.pixel_area == (area and pytest.approx(area))
+    told = [str(one.message) for one in heard if one.category is ResultWarning]
+    assert len(told) == (meters is not None)
+    if meters is not None:
+        assert f"stretches the ground; meters_per_pixel=1 is {meters} m in this file" in told[0]
+
+
+def test_a_map_of_the_world_is_measured_at_its_corners_too(tmp_path: Path) -> None:
+    place = from_origin(-2e7, 1e7, 5e5, 5e5)
+    source = write(tmp_path / "map.tif", noise(40, 80), crs="EPSG:3857", transform=place)
+    with pytest.warns(ResultWarning, match=r"meters_per_pixel=1 is 0\.40 to 1\.00 m"):
+        image = MapImage(source, meters_per_pixel=5e5)
+    assert image.pixel_area is None
+    image.close()
+
+
+def test_degrees_that_are_no_squares_on_the_ground_are_said(tmp_path: Path) -> None:
+    place = from_origin(10, 60, 1e-5, 1e-5)
+    source = write(tmp_path / "map.tif", noise(20, 20), crs="EPSG:4326", transform=place)
+    wanted = r"pixels are 0\.558\d+ x 1\.114\d+ m and are taken .* rio warp .* EPSG:32632"
+    with pytest.warns(ResultWarning, match=wanted):
+        MapImage(source).close()
+
+
+def test_rational_polynomials_are_refused(tmp_path: Path) -> None:
+    """The label map would lie nowhere."""
+    source = write(tmp_path / "map.tif", noise(20, 20), crs=None, transform=Affine.identity())
+    one = [1.0, *[0.0] * 19]
+    with rasterio.open(source, "r+") as file:
+        file.rpcs = rasterio.rpc.RPC(
+            **{"height_off": 0, "height_scale": 1, "lat_off": 48, "lat_scale": 1, "line_off": 9},
+            **{"line_scale": 9, "long_off": 8, "long_scale": 1, "samp_off": 9, "samp_scale": 9},
+            **{f"{side}_{part}_coeff": one for side in ("line", "samp") for part in ("num", "den")},
+        )
+    with pytest.raises(DataError, match=r"\(RPC\); warp it first: gdalwarp -rpc .* map\.tif"):
+        MapImage(source)
 
 
 def test_without_georeference(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
