@@ -144,7 +144,18 @@ class MapImage:
             height=self.shape[0],
             width=self.shape[1],
             resampling=Resampling.nearest if exact else kind,
+            **self._masks(),
         )
+
+    def _masks(self) -> dict[str, Any]:
+        """What tells GDAL which pixels hold nothing, where it would not look itself."""
+        from rasterio.enums import MaskFlags
+
+        flags = self._file.mask_flag_enums[self.bands[0] - 1]
+        if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+            return {"add_alpha": True}
+        unsaid = MaskFlags.all_valid in flags and self._kind.startswith("float")
+        return {"src_nodata": math.nan} if unsaid else {}
 
     def _limits(
         self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
@@ -215,7 +226,7 @@ class MapImage:
         window = Window(x1, y1, x2 - x1, y2 - y1)
         with reading(self.path):
             values = self._grid_file.read(self.bands, window=window)
-            valid = self._grid_file.dataset_mask(window=window) > 0
+            valid = self._grid_file.read_masks(self.bands, window=window).any(0)
         pixels = np.broadcast_to(self._eight_bits(values), (3, *valid.shape))
         pad = (
             (y1 + self.first[0] - rows.start, rows.stop - y2 - self.first[0]),
@@ -233,9 +244,12 @@ class MapImage:
         return whole
 
     def valid(self, window: Window) -> npt.NDArray[np.bool_]:
-        """Which pixels of the file hold anything, by nodata, alpha or mask: `[h, w]`."""
+        """Which pixels of the file hold anything in its chosen bands: `[h, w]`.
+
+        By nodata, alpha or mask; of floating-point numbers, all must be finite.
+        """
         with reading(self.path):
-            found: npt.NDArray[np.bool_] = self._file.dataset_mask(window=window) > 0
+            found: npt.NDArray[np.bool_] = self._file.read_masks(self.bands, window=window).any(0)
             if self._kind.startswith("float"):
                 found &= np.isfinite(self._file.read(self.bands, window=window)).all(0)
         return found

@@ -266,6 +266,57 @@ def test_pixels_without_data_are_ignored(
     assert sum(result.pixels.values()) == (~hole).sum()
 
 
+@pytest.mark.parametrize("kind", ["nodata", "alpha", "mask", "nan"])
+def test_windows_without_data_are_not_encoded(
+    vocabulary: OpenVocabulary, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, hole = noise(100, 130).clip(1), np.arange(130) >= 40
+    empty, source = np.where(hole, 0, pixels).astype(np.uint8), tmp_path / "map.tif"
+    alpha = np.broadcast_to(np.where(hole, 0, 255).astype(np.uint8), (1, 100, 130))
+    if kind == "alpha":
+        write(source, np.concatenate([empty, alpha]), photometric="RGB", alpha="yes")
+    elif kind == "nan":
+        write(source, np.where(hole, np.nan, pixels).astype(np.float32))
+    else:
+        write(source, empty, nodata=0 if kind == "nodata" else None)
+    if kind == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source, "r+") as file:
+            file.write_mask(alpha[0] > 0)
+    seen: list[tuple[int, int]] = []
+    original = Blocks._encoded
+    monkeypatch.setattr(
+        Blocks,
+        "_encoded",
+        lambda s, places, *more: seen.extend(places) or original(s, places, *more),
+    )
+    assert segment(vocabulary, source, tmp_path / "out.tif").ignored == 100 * 90
+    with MapImage(source) as image:
+        assert max(x for _, x in seen) < image.first[1] + 40
+
+
+def test_scattered_nan_leave_the_rest_of_a_coarse_pixel(tmp_path: Path) -> None:
+    """Untagged, too: they made all of it black."""
+    values = noise(60, 60)[:1].astype(np.float32)
+    values[0, 3::10, 4::10] = np.nan
+    values[0, :10, :10] = np.nan
+    with MapImage(write(tmp_path / "map.tif", values), scale=10, value_range=[0, 255]) as image:
+        top, left = image.first
+        pixels, valid = image.read(range(top + 1, top + 6), range(left + 1, left + 6))
+        assert valid.all() and (pixels > 40).all()
+        found = image.read(range(top, top + 1), range(left, left + 1))[1]
+        assert not found.any()
+
+
+def test_the_chosen_bands_say_what_is_empty(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    values = np.concatenate([noise(60, 60).clip(1), noise(60, 60).clip(1)[:1]])
+    values[:3, 20:40, 20:40] = 0
+    source = write(tmp_path / "map.tif", values, nodata=0, photometric="minisblack")
+    for scale in (1, 2):
+        options: dict[str, Any] = {"bands": [1, 2, 3], "scale": scale}
+        assert segment(vocabulary, source, tmp_path / "out.tif", **options).ignored == 400
+    assert segment(vocabulary, source, tmp_path / "out.tif", bands=[4]).ignored == 0
+
+
 def test_polygons_cover_the_labels(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
     from rasterio.features import rasterize
     from rasterio.warp import transform_geom
