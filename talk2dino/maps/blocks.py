@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.map_files import (
     SOFTWARE,
     Labels,
+    sidecars,
     write_labels,
     written_here,
 )
@@ -98,6 +101,8 @@ def output_files(output: Path, polygons: bool) -> list[Path]:
 def refuse_foreign_maps(files: Sequence[Path], image: Path, overwrite: bool) -> None:
     """Refuse to write over the picture, or what is no result of this command (ConfigError)."""
     refuse_foreign(files, written_here, SOFTWARE, overwrite, image)
+    ours = files[0].exists()
+    refuse_foreign(sidecars(files[0]), lambda _: ours, SOFTWARE, overwrite, image)
 
 
 def segment_map(
@@ -168,6 +173,9 @@ def _segment(
         return blocks.gather(rows + image.first[0], columns + image.first[1], part)
 
     counts = write_labels(target, image, blocks.classes, gather, advance)
+    older = target.with_suffix(".geojson")
+    for path in (*sidecars(target), *([older] if older.exists() and written_here(older) else [])):
+        path.unlink(missing_ok=True)
     traced = None
     if others:
         shown = (minimum_area, blocks.has_background)
@@ -179,7 +187,7 @@ def _segment(
 
 
 def _prepare(parts: Path, blocks: Blocks) -> int:
-    """Empty the folder of blocks unless it is of the same run; how many are done."""
+    """Empty the folder of blocks unless it is of the same run; how many are done, and whole."""
     settings = {"written_by": SOFTWARE, **blocks.describe()}
     noted = parts / SETTINGS
     old = read_json(noted, dict, f"settings of {SOFTWARE}") if noted.is_file() else {}
@@ -192,7 +200,20 @@ def _prepare(parts: Path, blocks: Blocks) -> int:
             if path != noted:  # which says whose the others are
                 path.unlink()
         write_json(parts / SETTINGS, settings)
+    for block in blocks:
+        if not _whole(parts / block.name, block):
+            (parts / block.name).unlink(missing_ok=True)
     return sum((parts / block.name).exists() for block in blocks)
+
+
+def _whole(path: Path, block: Block) -> bool:
+    """Whether a file holds the labels of a block; a full disk or a crash may damage it."""
+    try:
+        with np.load(path) as file:
+            shape: tuple[int, ...] = file["labels"].shape
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+        return False
+    return shape == (block.y2 - block.y1, block.x2 - block.x1)
 
 
 class Block(NamedTuple):

@@ -276,11 +276,16 @@ class MapImage:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that decide what `read` gives."""
-        about = self.path.stat()
+        """Plain values that decide what `read` gives; with those of the files behind a VRT.
+
+        Statistics beside the file, which viewers write, do not.
+        """
+        parts = [Path(name) for name in self._file.files if not name.endswith(".aux.xml")]
+        known = [(path.absolute(), path.stat()) for path in parts if path.is_file()]
         return {
-            **{"image": str(self.path.absolute()), "bytes": about.st_size},
-            **{"modified": about.st_mtime_ns, "bands": list(self.bands)},
+            "image": str(self.path.absolute()),
+            "files": [[str(path), about.st_size, about.st_mtime_ns] for path, about in known],
+            **{"bands": list(self.bands), "nodata": repr(self._file.nodatavals)},
             **{"first": list(self.first), "shape": list(self.shape), "ratio": list(self.ratio)},
             "limits": None if self.limits is None else self.limits.tolist(),
         }

@@ -41,6 +41,11 @@ def written_here(path: Path) -> bool:
         return False
 
 
+def sidecars(target: Path) -> list[Path]:
+    """Files that GDAL would take for a part of a label map: statistics, overviews and a mask."""
+    return [target.with_name(target.name + end) for end in (".aux.xml", ".ovr", ".msk")]
+
+
 def write_labels(
     target: Path,
     image: MapImage,

@@ -193,6 +193,16 @@ def test_memory_does_not_grow_with_the_map(
     assert largest[1] < 1.1 * largest[0]
 
 
+def stop_at(step: int) -> Any:
+    """For `advance`: ends a run as Ctrl-C does."""
+
+    def advance(done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return advance
+
+
 def test_an_interrupted_run_goes_on(
     vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,12 +210,8 @@ def test_an_interrupted_run_goes_on(
     source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
     whole = segment(vocabulary, source, tmp_path / "whole.tif")
 
-    def stop(done: int, total: int) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        segment(vocabulary, source, target, advance=stop)
+        segment(vocabulary, source, target, advance=stop_at(4))
     assert not target.exists()
     encoded: list[Any] = []
     original = Blocks.labels
@@ -217,15 +223,76 @@ def test_an_interrupted_run_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif", "whole.tif"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "shape", "name"])
+def test_damaged_blocks_are_done_again(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    segment(vocabulary, source, tmp_path / "whole.tif")
+    with pytest.raises(KeyboardInterrupt):
+        segment(vocabulary, source, target, advance=stop_at(4))
+    block = next((tmp_path / ".out.tif.parts").glob("*.npz"))
+    content = block.read_bytes()
+    wrong = {"shape": {"labels": np.zeros((3, 3))}, "name": {"other": np.zeros((3, 3))}}
+    if damage in wrong:
+        np.savez_compressed(block, **wrong[damage])
+    else:
+        kept = {"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}
+        block.write_bytes(kept[damage])
+    assert segment(vocabulary, source, target).before == 3
+    assert np.array_equal(read(target), read(tmp_path / "whole.tif"))
+
+
+def test_the_files_behind_a_vrt_are_those_of_the_run(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    mosaic = tmp_path / "mosaic.vrt"
+    bands = "".join(
+        f"""<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource>
+        <SourceFilename>{source}</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource>
+        </VRTRasterBand>"""
+        for band in (1, 2, 3)
+    )
+    mosaic.write_text(f'<VRTDataset rasterXSize="90" rasterYSize="100">{bands}</VRTDataset>')
+    for pixels, before in ((None, 4), (noise(100, 90, seed=1), 0)):
+        with pytest.raises(KeyboardInterrupt):
+            segment(vocabulary, mosaic, target, advance=stop_at(4))
+        (tmp_path / "map.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")  # of a viewer
+        if pixels is not None:
+            write(source, pixels)
+        assert segment(vocabulary, mosaic, target).before == before
+
+
+def test_what_lies_beside_an_older_result_goes_with_it(
+    vocabulary: OpenVocabulary, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "map.tif", noise(40, 40)), tmp_path / "out.tif"
+    beside = [tmp_path / f"out.tif{end}" for end in (".aux.xml", ".ovr", ".msk")]
+    for path in beside:
+        path.write_text("<PAMDataset><SRS>EPSG:4326</SRS></PAMDataset>")
+        with pytest.raises(ConfigError, match=rf"output=.*{path.name}: is there and was not"):
+            segment(vocabulary, source, target)
+        path.unlink()
+    segment(vocabulary, source, target, polygons=True)
+    for path in beside:
+        path.write_text("<PAMDataset><SRS>EPSG:4326</SRS></PAMDataset>")
+    segment(vocabulary, source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "out.tif"]
+    (tmp_path / "out.geojson").write_text("{}")
+    segment(vocabulary, source, target)
+    assert (tmp_path / "out.geojson").read_text() == "{}"
+
+
 def test_other_settings_start_anew(
     model: Talk2DINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_blocks(monkeypatch)
     source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
 
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    stop = stop_at(1)
     with pytest.raises(KeyboardInterrupt):
         segment(model.open_vocabulary(CLASSES[::-1], short_side=SIDE), source, target, advance=stop)
     assert segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
