@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 import talk2dino
-from talk2dino.errors import Advance, WriteError
+from talk2dino.errors import Advance, DataError, WriteError
 from talk2dino.files import replacing
 from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.ground import reading
@@ -50,6 +51,7 @@ def write_labels(
     target: Path,
     image: MapImage,
     classes: Sequence[str],
+    run: str,
     labels: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], Labels],
     advance: Advance,
 ) -> npt.NDArray[np.int64]:
@@ -61,6 +63,7 @@ def write_labels(
         target: is replaced.
         image: the picture.
         classes: of the K labels; they become the tag `classes` (JSON) and, of 255 or fewer, colors.
+        run: becomes the tag of this name, for `finished`.
         labels: from rows and columns of the grid, from 0, to their labels `[h, w]`.
         advance: told of chunks done, and of all.
 
@@ -85,10 +88,7 @@ def write_labels(
     with replacing(target) as temporary, writing, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(temporary, "w", **profile) as file:
-            file.update_tags(
-                TIFFTAG_SOFTWARE=f"{SOFTWARE} {talk2dino.__version__}",
-                classes=json.dumps(list(classes)),
-            )
+            file.update_tags(**_writer(run), classes=json.dumps(list(classes)))
             if nodata == 255:
                 colors = {n: (*color, 255) for n, color in enumerate(legend_colors(classes))}
                 file.write_colormap(1, {**colors, nodata: (0, 0, 0, 0)})
@@ -107,6 +107,30 @@ def write_labels(
         if not np.array_equal(_counted(temporary, nodata), counts):
             raise WriteError(f"{target}: not written whole; free some space and start again")
     return counts
+
+
+def _writer(run: str) -> dict[str, str]:
+    """The tags of a run of this version."""
+    return {"TIFFTAG_SOFTWARE": f"{SOFTWARE} {talk2dino.__version__}", "run": run}
+
+
+def finished(target: Path, run: str) -> npt.NDArray[np.int64] | None:
+    """Pixels of each class of a label map that is there already; None if it is of another run.
+
+    Args:
+        target: as in `write_labels`.
+        run: likewise.
+    """
+    import rasterio
+
+    with suppress(DataError), reading(target), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(target) as file:
+            same = _writer(run).items() <= file.tags().items()
+            nodata = int(file.nodata or 0)
+        if same:
+            return _counted(target, nodata)
+    return None
 
 
 def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64]:

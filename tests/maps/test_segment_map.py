@@ -223,6 +223,24 @@ def test_an_interrupted_run_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif", "whole.tif"]
 
 
+def test_a_finished_map_is_not_done_again(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    first = segment(vocabulary, source, target)
+    blocks: list[Any] = []
+    original = Blocks.labels
+    monkeypatch.setattr(Blocks, "labels", lambda s, b: blocks.append(b) or original(s, b))
+    again = segment(vocabulary, source, target, polygons=True)
+    assert not blocks and again.polygons
+    assert again == first._replace(before=first.blocks, polygons=again.polygons)
+    assert segment(vocabulary, source, target, overwrite=True).before == 0 < len(blocks)
+    target.write_bytes(target.read_bytes()[:2000])  # damaged
+    assert segment(vocabulary, source, target) == first
+    assert segment(vocabulary, source, target, scale=2).before == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "shape", "name"])
 def test_damaged_blocks_are_done_again(
     vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -259,7 +277,7 @@ def test_the_files_behind_a_vrt_are_those_of_the_run(
     mosaic.write_text(f'<VRTDataset rasterXSize="90" rasterYSize="100">{bands}</VRTDataset>')
     for pixels, before in ((None, 4), (noise(100, 90, seed=1), 0)):
         with pytest.raises(KeyboardInterrupt):
-            segment(vocabulary, mosaic, target, advance=stop_at(4))
+            segment(vocabulary, mosaic, target, advance=stop_at(4), overwrite=True)
         (tmp_path / "map.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")  # of a viewer
         if pixels is not None:
             write(source, pixels)
@@ -279,7 +297,7 @@ def test_what_lies_beside_an_older_result_goes_with_it(
     segment(vocabulary, source, target, polygons=True)
     for path in beside:
         path.write_text("<PAMDataset><SRS>EPSG:4326</SRS></PAMDataset>")
-    segment(vocabulary, source, target)
+    segment(vocabulary, source, target, scale=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "out.tif"]
     (tmp_path / "out.geojson").write_text("{}")
     segment(vocabulary, source, target)
@@ -297,17 +315,18 @@ def test_other_settings_start_anew(
         segment(model.open_vocabulary(CLASSES[::-1], short_side=SIDE), source, target, advance=stop)
     assert segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
     with pytest.raises(KeyboardInterrupt):
-        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=stop)
+        again = model.open_vocabulary(CLASSES, short_side=SIDE)
+        segment(again, source, target, advance=stop, overwrite=True)
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.vision.parameters()).add_(1)  # the rows of the words stay
     assert segment(other.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
 
-    def again(done: int, total: int) -> None:
+    def meanwhile(done: int, total: int) -> None:
         segment(other.open_vocabulary(CLASSES[:2], short_side=SIDE), source, target)
 
     with pytest.raises(WriteError, match=r"out\.tif: another process is writing it"):
-        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=again)
+        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=meanwhile)
 
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "mask"])
