@@ -40,6 +40,8 @@ def run_map(config: DictConfig) -> None:
         config.scale,
         *(listed(config[key]) or None for key in ("bands", "stretch", "value_range")),
     ) as image:
+        if config.polygons:
+            image.require_degrees()
         files = output_files(user_path(config.output), config.polygons)
         command.require_output_folder(files[0].parent, "output")
         refuse_foreign_maps(files, image.path, config.overwrite)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +35,12 @@ from talk2dino.maps.geotiff import MapImage
 from talk2dino.maps.map_files import (
     SOFTWARE,
     Labels,
+    finished,
+    sidecars,
     write_labels,
-    write_polygons,
     written_here,
 )
+from talk2dino.maps.polygons import write_polygons
 from talk2dino.segmentation.overlay import ignored_label
 
 SCORES = 1 << 28  # bytes of scores that a block holds
@@ -52,7 +56,7 @@ class MapResult(NamedTuple):
         pixels: of each class, by name.
         ignored: pixels without data.
         blocks: how many there are.
-        before: how many of them an earlier, interrupted run had done.
+        before: how many of them an earlier run had done.
         polygons: how many, or None if there is no such file.
     """
 
@@ -98,6 +102,8 @@ def output_files(output: Path, polygons: bool) -> list[Path]:
 def refuse_foreign_maps(files: Sequence[Path], image: Path, overwrite: bool) -> None:
     """Refuse to write over the picture, or what is no result of this command (ConfigError)."""
     refuse_foreign(files, written_here, SOFTWARE, overwrite, image)
+    ours = files[0].exists()
+    refuse_foreign(sidecars(files[0]), lambda _: ours, SOFTWARE, overwrite, image)
 
 
 def segment_map(
@@ -112,6 +118,8 @@ def segment_map(
 ) -> MapResult:
     """Segment a map of any size with flat memory; an interrupted run goes on where it was.
 
+    Labels that a run with the same settings has finished stay; only polygons are written anew.
+
     Windows lie at multiples of their stride in the map's coordinates and are blended with weights
     that fall towards their edges. So away from the border, by one window, the labels of a place do
     not depend on the extent of the file.
@@ -123,31 +131,45 @@ def segment_map(
         output: GeoTIFF of labels, in the pixels of the file.
         polygons: write a GeoJSON beside it, too.
         minimum_area: pixels; smaller polygons are left out.
-        overwrite: replace files that were not written here, too.
+        overwrite: replace files that were not written here, too, and finished ones.
         advance: told of steps done, and of all.
 
     Raises:
         ConfigError: a file of other origin in the way, or a name that is no GeoTIFF's.
-        DataError: the map cannot be read.
+        DataError: the map cannot be read, or has no degrees for polygons.
         WriteError: the disk is full, or the results cannot be written.
     """
+    if polygons:
+        image.require_degrees()
     target, *others = output_files(user_path(output), polygons)
     refuse_foreign_maps([target, *others], image.path, overwrite)
     blocks = Blocks(vocabulary, image)
-    parts = target.with_name(f".{target.name}.parts")
+    settings = {"written_by": SOFTWARE, **blocks.describe()}
+    run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    parts, traced = target.with_name(f".{target.name}.parts"), None
     if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
         raise foreign(parts)
     parts.mkdir(parents=True, exist_ok=True)
     with sole_writer(parts, target):
-        return _segment(blocks, parts, [target, *others], minimum_area, advance)
+        counts, before = None if overwrite else finished(target, run), len(blocks)
+        if counts is None:
+            before = _prepare(parts, blocks, settings)
+            counts = _segment(blocks, parts, target, run, advance)
+        if polygons:
+            shown = (minimum_area, blocks.has_background)
+            traced = write_polygons(target, others[0], *shown, advance)
+        if not any(parts.iterdir()):  # else of another run, which may go on
+            parts.rmdir()
+    pixels = dict(zip(blocks.classes, counts.tolist(), strict=True))
+    ignored = image.size[0] * image.size[1] - int(counts.sum())
+    return MapResult(pixels, ignored, len(blocks), before, traced)
 
 
 def _segment(
-    blocks: Blocks, parts: Path, files: Sequence[Path], minimum_area: int, advance: Advance
-) -> MapResult:
-    """The blocks one by one into `parts`, and from there into the files."""
-    target, *others = files
-    image, before = blocks.image, _prepare(parts, blocks)
+    blocks: Blocks, parts: Path, target: Path, run: str, advance: Advance
+) -> npt.NDArray[np.int64]:
+    """The blocks one by one into `parts`, and from there into the label map; its pixels `[K]`."""
+    image = blocks.image
     for number, block in enumerate(blocks):
         path = parts / block.name
         if not path.exists():
@@ -165,20 +187,17 @@ def _segment(
     def gather(rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> Labels:
         return blocks.gather(rows + image.first[0], columns + image.first[1], part)
 
-    counts = write_labels(target, image, blocks.classes, gather, advance)
-    traced = None
-    if others:
-        shown = (minimum_area, blocks.has_background)
-        traced = write_polygons(target, others[0], *shown, advance)
-    shutil.rmtree(parts)
-    pixels = dict(zip(blocks.classes, counts.tolist(), strict=True))
-    ignored = image.size[0] * image.size[1] - int(counts.sum())
-    return MapResult(pixels, ignored, len(blocks), before, traced)
+    counts = write_labels(target, image, blocks.classes, run, gather, advance)
+    older = target.with_suffix(".geojson")
+    for path in (*sidecars(target), *([older] if older.exists() and written_here(older) else [])):
+        path.unlink(missing_ok=True)
+    for path in parts.iterdir():
+        path.unlink()
+    return counts
 
 
-def _prepare(parts: Path, blocks: Blocks) -> int:
-    """Empty the folder of blocks unless it is of the same run; how many are done."""
-    settings = {"written_by": SOFTWARE, **blocks.describe()}
+def _prepare(parts: Path, blocks: Blocks, settings: dict[str, Any]) -> int:
+    """Empty the folder of blocks unless it is of the same run; how many are done, and whole."""
     noted = parts / SETTINGS
     old = read_json(noted, dict, f"settings of {SOFTWARE}") if noted.is_file() else {}
     if old.get("written_by") != SOFTWARE and any(
@@ -190,7 +209,20 @@ def _prepare(parts: Path, blocks: Blocks) -> int:
             if path != noted:  # which says whose the others are
                 path.unlink()
         write_json(parts / SETTINGS, settings)
+    for block in blocks:
+        if not _whole(parts / block.name, block):
+            (parts / block.name).unlink(missing_ok=True)
     return sum((parts / block.name).exists() for block in blocks)
+
+
+def _whole(path: Path, block: Block) -> bool:
+    """Whether a file holds the labels of a block; a full disk or a crash may damage it."""
+    try:
+        with np.load(path) as file:
+            shape: tuple[int, ...] = file["labels"].shape
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+        return False
+    return shape == (block.y2 - block.y1, block.x2 - block.x1)
 
 
 class Block(NamedTuple):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from talk2dino.errors import ConfigError, DataError, UserError, require_extra, say
+from talk2dino.errors import ConfigError, DataError, require_extra, say
 from talk2dino.files import user_path
 from talk2dino.maps.bands import chosen_bands
+from talk2dino.maps.ground import (
+    ground_sides,
+    open_map,
+    pixel_area,
+    reading,
+    require_degrees,
+    unit_meters,
+    warp_to_meters,
+)
 
 if TYPE_CHECKING:
     from rasterio.windows import Window
 
-CACHE = 128  # megabytes of blocks that GDAL keeps; its own default grows with the machine
 OVERVIEW = 1024  # pixels a side, from which percentiles are taken
 UNFLAGGED = (-9999.0, -32768.0, -99999.0)  # usual for no data, where the file does not say so
 COARSEST = 32  # pixels of the file to one; a block of GDAL's then takes 200 MB
@@ -70,7 +76,7 @@ class MapImage:
             raise ConfigError("stretch, value_range: give percentiles or values, not both")
         self.path = user_path(path)
         with reading(self.path):
-            self._file = _opened(self.path)
+            self._file = open_map(self.path)
         self.bands = chosen_bands(self._file, bands)
         self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
         self._offset = offset
@@ -89,15 +95,20 @@ class MapImage:
             raise ConfigError("meters_per_pixel, scale: give one of them")
         transform = file.transform
         if meters_per_pixel is not None:
-            unit = _meters(file, name)
+            unit = unit_meters(file, name)
             sides = (-transform.e * unit, transform.a * unit)
             ratio = (meters_per_pixel / sides[0], meters_per_pixel / sides[1])
         else:
             ratio = (scale or 1.0, scale or 1.0)
-            width, height = transform.a, -transform.e
+            (width, height), more = (transform.a, -transform.e), ("", "")
+            on_earth = self.referenced and file.crs.is_geographic
+            if on_earth and (ground := ground_sides(file)) is not None:
+                width, height = ground[0].tolist()
+                more = " m", f": {warp_to_meters(file)}"
             if not transform.is_identity and abs(width - height) > 0.01 * width:
-                shown = f"{width:.6g} x {height:.6g}"
-                say(f"{name}: its pixels are {shown} and are taken for squares; warp it first")
+                shown = f"{width:.6g} x {height:.6g}{more[0]}"
+                said = f"{name}: its pixels are {shown} and are taken for squares; warp it first"
+                say(said + more[1])
         for key, value in (("meters_per_pixel", meters_per_pixel), ("scale", scale or 1.0)):
             if value is not None and not 1 / COARSEST <= max(ratio) <= COARSEST:
                 raise ConfigError(
@@ -133,7 +144,18 @@ class MapImage:
             height=self.shape[0],
             width=self.shape[1],
             resampling=Resampling.nearest if exact else kind,
+            **self._masks(),
         )
+
+    def _masks(self) -> dict[str, Any]:
+        """What tells GDAL which pixels hold nothing, where it would not look itself."""
+        from rasterio.enums import MaskFlags
+
+        flags = self._file.mask_flag_enums[self.bands[0] - 1]
+        if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+            return {"add_alpha": True}
+        unsaid = MaskFlags.all_valid in flags and self._kind.startswith("float")
+        return {"src_nodata": math.nan} if unsaid else {}
 
     def _limits(
         self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
@@ -181,13 +203,9 @@ class MapImage:
     def pixel_area(self) -> float | None:
         """Square meters of a pixel of the file, or None where they are unknown.
 
-        The meters of Mercator's projections are none of the ground, so they are not counted.
+        Neither Mercator's meters nor others that differ from the ground's by 2 % are counted.
         """
-        crs = self._file.crs
-        if not self.referenced or not crs.is_projected or crs.to_epsg() in (3857, 3395):
-            return None
-        factor = crs.linear_units_factor[1]
-        return abs(float(self._file.transform.a * self._file.transform.e)) * float(factor) ** 2
+        return pixel_area(self._file)
 
     def read(self, rows: range, columns: range) -> tuple[npt.NDArray[np.uint8], Any]:
         """Pixels of the grid, and which of them show anything.
@@ -208,7 +226,7 @@ class MapImage:
         window = Window(x1, y1, x2 - x1, y2 - y1)
         with reading(self.path):
             values = self._grid_file.read(self.bands, window=window)
-            valid = self._grid_file.dataset_mask(window=window) > 0
+            valid = self._grid_file.read_masks(self.bands, window=window).any(0)
         pixels = np.broadcast_to(self._eight_bits(values), (3, *valid.shape))
         pad = (
             (y1 + self.first[0] - rows.start, rows.stop - y2 - self.first[0]),
@@ -226,9 +244,12 @@ class MapImage:
         return whole
 
     def valid(self, window: Window) -> npt.NDArray[np.bool_]:
-        """Which pixels of the file hold anything, by nodata, alpha or mask: `[h, w]`."""
+        """Which pixels of the file hold anything in its chosen bands: `[h, w]`.
+
+        By nodata, alpha or mask; of floating-point numbers, all must be finite.
+        """
         with reading(self.path):
-            found: npt.NDArray[np.bool_] = self._file.dataset_mask(window=window) > 0
+            found: npt.NDArray[np.bool_] = self._file.read_masks(self.bands, window=window).any(0)
             if self._kind.startswith("float"):
                 found &= np.isfinite(self._file.read(self.bands, window=window)).all(0)
         return found
@@ -240,6 +261,11 @@ class MapImage:
         found: npt.NDArray[np.int64] = cells.astype(np.int64)
         return found
 
+    def require_degrees(self) -> None:
+        """Refuse a file of which polygons cannot be written (DataError)."""
+        if self.referenced:
+            require_degrees(self._file)
+
     def profile(self) -> dict[str, Any]:
         """Size and georeference of the file, for another one."""
         file = self._file
@@ -250,11 +276,16 @@ class MapImage:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that decide what `read` gives."""
-        about = self.path.stat()
+        """Plain values that decide what `read` gives; with those of the files behind a VRT.
+
+        Statistics beside the file, which viewers write, do not.
+        """
+        parts = [Path(name) for name in self._file.files if not name.endswith(".aux.xml")]
+        known = [(path.absolute(), path.stat()) for path in parts if path.is_file()]
         return {
-            **{"image": str(self.path.absolute()), "bytes": about.st_size},
-            **{"modified": about.st_mtime_ns, "bands": list(self.bands)},
+            "image": str(self.path.absolute()),
+            "files": [[str(path), about.st_size, about.st_mtime_ns] for path, about in known],
+            **{"bands": list(self.bands), "nodata": repr(self._file.nodatavals)},
             **{"first": list(self.first), "shape": list(self.shape), "ratio": list(self.ratio)},
             "limits": None if self.limits is None else self.limits.tolist(),
         }
@@ -281,75 +312,10 @@ def _axis(origin: float, size: int, ratio: float) -> tuple[int, int, float]:
     """
     place = origin / ratio
     if abs(ratio - 1) < 1e-9:  # the file's own pixels, wherever they lie
-        return round(place), size, 0.0
+        return math.floor(place + 0.501), size, 0.0  # far from 0 and 0.5, where origins lie
     first = math.floor(place + 1e-6)
     last = math.ceil(place + size / ratio - 1e-6)
     return first, last - first, round((first - place) * ratio, 6)
-
-
-def _opened(path: Path) -> Any:
-    """The file, open, if it is of a kind that can be segmented."""
-    import rasterio
-
-    name = f"image={path}"
-    if not path.is_file():
-        raise DataError(f"{name}: no such file; give a GeoTIFF or another picture")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        file = rasterio.open(path)
-    transform = file.transform
-    if file.gcps[0] or (transform.b, transform.d) != (0, 0):
-        raise DataError(
-            f"{name}: rotated, or placed by control points; warp it first: {_warp(file)}"
-        )
-    if not transform.is_identity and (transform.a <= 0 or transform.e >= 0):
-        raise DataError(f"{name}: north is not up; warp it first: {_warp(file)}")
-    if file.crs is not None and file.crs.is_geographic and not transform.is_identity:
-        west, south, east, north = file.bounds
-        if not (-360 <= west < east <= 360 and -91 <= south < north <= 91):
-            wrong = f"{west:.6g}, {south:.6g} are no degrees, as its coordinate system says"
-            raise DataError(f"{name}: {wrong}; assign the right one: gdal_edit.py -a_srs EPSG:…")
-    if file.count and len(file.subdatasets) > 1:
-        say(f"{name}: holds {len(file.subdatasets)} pictures; the first is taken", stacklevel=2)
-    if not file.count:
-        raise DataError(
-            f"{name}: holds several pictures or none; name one that gdal_translate cut out"
-        )
-    return file
-
-
-def _warp(file: Any, crs: str | None = None) -> str:
-    return f"rio warp {Path(file.name).name} north-up.tif --dst-crs {crs or file.crs or 'EPSG:…'}"
-
-
-def _meters(file: Any, name: str) -> float:
-    """Meters of the unit of a file's coordinates."""
-    from rasterio.warp import transform_bounds
-
-    if file.crs is None or file.transform.is_identity:
-        raise DataError(
-            f"{name}: has no georeference, so meters_per_pixel means nothing; give "
-            "scale=PIXELS, for instance scale=2 for half the resolution"
-        )
-    if file.crs.is_projected:
-        if file.crs.to_epsg() == 3857:
-            west, south, east, north = transform_bounds(file.crs, "EPSG:4326", *file.bounds)
-            latitude = math.radians((south + north) / 2)
-            say(
-                f"{name}: EPSG:3857 stretches the ground; at this place meters_per_pixel=1 is "
-                f"{math.cos(latitude):.2f} m",
-                stacklevel=2,
-            )
-        return float(file.crs.linear_units_factor[1])
-    if not file.crs.is_geographic:
-        raise DataError(f"{name}: coordinates are no plane's; reproject it, or give scale=PIXELS")
-    west, south, east, north = file.bounds
-    zone = min(max(int(((west + east) / 2 + 180) // 6) + 1, 1), 60)
-    code = (32700 if (south + north) / 2 < 0 else 32600) + zone
-    raise DataError(
-        f"{name}: its coordinates are degrees, not meters; reproject first: "
-        f"{_warp(file, f'EPSG:{code}')}; or give scale=PIXELS"
-    )
 
 
 def _check_range(key: str, given: Sequence[float] | None, low: float, high: float) -> None:
@@ -358,22 +324,3 @@ def _check_range(key: str, given: Sequence[float] | None, low: float, high: floa
     fitting = len(given) == 2 and all(isinstance(v, (int, float)) for v in given)
     if not fitting or not low <= given[0] < given[1] <= high or math.inf in map(abs, given):
         raise ConfigError(f"{key}={list(given)}: give two numbers, the lower first")
-
-
-@contextmanager
-def reading(path: Path, kind: type[UserError] = DataError, how: str = "read") -> Iterator[None]:
-    """A library's error as one line, with a block cache of bounded size.
-
-    Args:
-        path: for the line.
-        kind: of the error.
-        how: `written`, for a file that is.
-    """
-    import rasterio
-
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE):
-            yield
-    except rasterio.errors.RasterioError as error:
-        line = " ".join(str(error.__cause__ or error).split())
-        raise kind(f"{path}: cannot be {how} as a map ({line:.200})") from error

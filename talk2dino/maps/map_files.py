@@ -1,20 +1,22 @@
-"""What a map becomes: a GeoTIFF of labels in the same place, and its polygons as GeoJSON."""
+"""What a map becomes: a GeoTIFF of labels in the same place."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 import talk2dino
-from talk2dino.errors import Advance, WriteError
+from talk2dino.errors import Advance, DataError, WriteError
 from talk2dino.files import replacing
-from talk2dino.maps.geotiff import MapImage, reading
+from talk2dino.maps.geotiff import MapImage
+from talk2dino.maps.ground import reading
 from talk2dino.segmentation.overlay import ignored_label, legend_colors
 
 Labels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -22,7 +24,6 @@ Labels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 SOFTWARE = "talk2dino.map"
 TILE = 512  # pixels, of the label map
 CHUNK = 4 * TILE  # side of what is written at once
-AREA = 16 * TILE  # side of what polygons are traced in
 
 
 def written_here(path: Path) -> bool:
@@ -41,10 +42,16 @@ def written_here(path: Path) -> bool:
         return False
 
 
+def sidecars(target: Path) -> list[Path]:
+    """Files that GDAL would take for a part of a label map: statistics, overviews and a mask."""
+    return [target.with_name(target.name + end) for end in (".aux.xml", ".ovr", ".msk")]
+
+
 def write_labels(
     target: Path,
     image: MapImage,
     classes: Sequence[str],
+    run: str,
     labels: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], Labels],
     advance: Advance,
 ) -> npt.NDArray[np.int64]:
@@ -56,6 +63,7 @@ def write_labels(
         target: is replaced.
         image: the picture.
         classes: of the K labels; they become the tag `classes` (JSON) and, of 255 or fewer, colors.
+        run: becomes the tag of this name, for `finished`.
         labels: from rows and columns of the grid, from 0, to their labels `[h, w]`.
         advance: told of chunks done, and of all.
 
@@ -80,10 +88,7 @@ def write_labels(
     with replacing(target) as temporary, writing, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(temporary, "w", **profile) as file:
-            file.update_tags(
-                TIFFTAG_SOFTWARE=f"{SOFTWARE} {talk2dino.__version__}",
-                classes=json.dumps(list(classes)),
-            )
+            file.update_tags(**_writer(run), classes=json.dumps(list(classes)))
             if nodata == 255:
                 colors = {n: (*color, 255) for n, color in enumerate(legend_colors(classes))}
                 file.write_colormap(1, {**colors, nodata: (0, 0, 0, 0)})
@@ -104,6 +109,30 @@ def write_labels(
     return counts
 
 
+def _writer(run: str) -> dict[str, str]:
+    """The tags of a run of this version."""
+    return {"TIFFTAG_SOFTWARE": f"{SOFTWARE} {talk2dino.__version__}", "run": run}
+
+
+def finished(target: Path, run: str) -> npt.NDArray[np.int64] | None:
+    """Pixels of each class of a label map that is there already; None if it is of another run.
+
+    Args:
+        target: as in `write_labels`.
+        run: likewise.
+    """
+    import rasterio
+
+    with suppress(DataError), reading(target), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(target) as file:
+            same = _writer(run).items() <= file.tags().items()
+            nodata = int(file.nodata or 0)
+        if same:
+            return _counted(target, nodata)
+    return None
+
+
 def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64]:
     """Pixels of each class as a file holds them: GDAL does not say when the disk is full."""
     import rasterio
@@ -117,95 +146,3 @@ def _counted(path: Path, nodata: int) -> npt.NDArray[np.int64]:
                 counts += np.bincount(part.ravel(), minlength=nodata + 1)
         classes = json.loads(file.tags().get("classes", "[]"))
         return counts[: len(classes)]
-
-
-def write_polygons(
-    source: Path, target: Path, minimum_area: int, background: bool, advance: Advance
-) -> int:
-    """Trace a label map into GeoJSON, in longitude and latitude; without georeference in pixels.
-
-    Polygons follow the edges of pixels. Larger maps are traced in squares of 8192 pixels, at whose
-    edges polygons end, so that memory stays flat.
-
-    Args:
-        source: a file of `write_labels`.
-        target: is replaced.
-        minimum_area: pixels; smaller polygons are left out.
-        background: the first class is what no other fits, and is left out.
-        advance: told of squares done, and of all.
-
-    Returns:
-        How many polygons were written.
-    """
-    import rasterio
-    from rasterio.features import shapes
-    from rasterio.windows import Window
-
-    written = 0
-    head = json.dumps({"type": "FeatureCollection", "written_by": SOFTWARE})
-    with (
-        replacing(target) as temporary,
-        reading(source),
-        warnings.catch_warnings(),
-        temporary.open("w", encoding="utf-8") as out,
-    ):
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.open(source) as file:
-            classes = json.loads(file.tags()["classes"])
-            out.write(f'{head[:-1]}, "features": [')
-            corners = [
-                (top, left)
-                for top in range(0, file.height, AREA)
-                for left in range(0, file.width, AREA)
-            ]
-            for number, (top, left) in enumerate(corners):
-                size = (min(AREA, file.width - left), min(AREA, file.height - top))
-                labels = file.read(1, window=Window(left, top, *size))
-                shown, corner = labels != file.nodata, np.array([left, top])
-                if background:
-                    shown &= labels != 0
-                for shape, label in shapes(labels, mask=shown):
-                    rings = [np.array(ring) for ring in shape["coordinates"]]
-                    pixels = _pixels(rings)
-                    if pixels < minimum_area:
-                        continue
-                    feature = {
-                        "type": "Feature",
-                        "id": written,
-                        "geometry": {
-                            "type": "Polygon",
-                            "coordinates": _placed(file, [ring + corner for ring in rings]),
-                        },
-                        "properties": {"class": classes[int(label)], "pixels": pixels},
-                    }
-                    out.write(f"{',' if written else ''}\n{json.dumps(feature)}")
-                    written += 1
-                advance(number + 1, len(corners))
-            out.write("\n]}\n")
-    return written
-
-
-def _pixels(rings: Sequence[npt.NDArray[Any]]) -> int:
-    """Area of a polygon with holes (shoelace formula)."""
-    areas = [
-        abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
-        for x, y in (ring[:-1].T for ring in rings)
-    ]
-    return round(areas[0] - sum(areas[1:]))
-
-
-def _placed(file: Any, rings: Sequence[npt.NDArray[Any]]) -> list[list[list[float]]]:
-    """Longitude and latitude of rings in pixels `[N, 2]`; pixels without georeference.
-
-    Longitudes begin within -180..180; across the antimeridian they go on beyond, without a jump.
-    """
-    from rasterio.warp import transform
-
-    if file.crs is None:
-        return [ring.astype(float).tolist() for ring in rings]
-    xs, ys = np.concatenate(rings).T
-    there = file.transform
-    xs, ys = transform(file.crs, "EPSG:4326", there.a * xs + there.c, there.e * ys + there.f)
-    east = np.unwrap(xs, period=360)
-    points = np.stack([east - 360 * np.round(east[0] / 360), ys], 1).round(8)
-    return [part.tolist() for part in np.split(points, np.cumsum([len(r) for r in rings])[:-1])]

@@ -101,3 +101,19 @@ def test_mistakes_are_said_before_the_model_loads(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Talk2DINO, "from_pretrained", None)
     assert message in fails(capfd, "map", *given, *overrides)
+
+
+def test_polygons_without_degrees_are_refused_before_the_model_loads(
+    given: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Talk2DINO, "from_pretrained", None)
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "height": 9, "width": 9}
+    place = rasterio.transform.from_origin(0, 0, 10, 10)
+    with rasterio.open("moon.tif", "w", **profile, crs="IAU_2015:30110", transform=place) as file:
+        file.write(np.zeros((1, 9, 9), np.uint8))
+    said = fails(capfd, "map", *given, "image=moon.tif", "polygons=true")
+    assert "polygons=true: moon.tif has places without longitude and latitude" in said

@@ -20,7 +20,7 @@ from talk2dino.inference.vocabulary import OpenVocabulary
 from talk2dino.maps import blocks as blocks_module
 from talk2dino.maps.blocks import Blocks, MapResult, segment_map, starts
 from talk2dino.maps.geotiff import MapImage
-from talk2dino.maps.map_files import _placed
+from talk2dino.maps.polygons import _placed
 from tests.helpers.encoders import hash_model
 
 rasterio = pytest.importorskip("rasterio")
@@ -131,6 +131,20 @@ def test_the_same_place_cut_differently(
     assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("noise_of_origin", [-1e-9, 0.0, 1e-9])
+def test_pixels_around_points_are_cut_alike(
+    tmp_path: Path, cut: int, noise_of_origin: float
+) -> None:
+    """Origins lie half a pixel beside its multiples, as Landsat's do."""
+    places = []
+    for top in (0, cut):
+        corner = from_origin(399_985 + 30 * top + noise_of_origin, 5_399_985 - 30 * top, 30, 30)
+        with MapImage(write(tmp_path / f"{top}.tif", noise(20, 20), transform=corner)) as image:
+            places.append(image.first)
+    assert np.subtract(*places[::-1]).tolist() == [cut, cut]
+
+
 def test_windows_lie_at_multiples_of_the_stride() -> None:
     for first, cells in ((0, 32), (-5, 100), (1000, 7), (17, 333)):
         found = starts(first, cells, 32, 16)
@@ -179,6 +193,16 @@ def test_memory_does_not_grow_with_the_map(
     assert largest[1] < 1.1 * largest[0]
 
 
+def stop_at(step: int) -> Any:
+    """For `advance`: ends a run as Ctrl-C does."""
+
+    def advance(done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return advance
+
+
 def test_an_interrupted_run_goes_on(
     vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,12 +210,8 @@ def test_an_interrupted_run_goes_on(
     source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
     whole = segment(vocabulary, source, tmp_path / "whole.tif")
 
-    def stop(done: int, total: int) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        segment(vocabulary, source, target, advance=stop)
+        segment(vocabulary, source, target, advance=stop_at(4))
     assert not target.exists()
     encoded: list[Any] = []
     original = Blocks.labels
@@ -203,30 +223,110 @@ def test_an_interrupted_run_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif", "whole.tif"]
 
 
+def test_a_finished_map_is_not_done_again(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    first = segment(vocabulary, source, target)
+    blocks: list[Any] = []
+    original = Blocks.labels
+    monkeypatch.setattr(Blocks, "labels", lambda s, b: blocks.append(b) or original(s, b))
+    again = segment(vocabulary, source, target, polygons=True)
+    assert not blocks and again.polygons
+    assert again == first._replace(before=first.blocks, polygons=again.polygons)
+    assert segment(vocabulary, source, target, overwrite=True).before == 0 < len(blocks)
+    target.write_bytes(target.read_bytes()[:2000])  # damaged
+    assert segment(vocabulary, source, target) == first
+    assert segment(vocabulary, source, target, scale=2).before == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif", "out.tif"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "shape", "name"])
+def test_damaged_blocks_are_done_again(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    segment(vocabulary, source, tmp_path / "whole.tif")
+    with pytest.raises(KeyboardInterrupt):
+        segment(vocabulary, source, target, advance=stop_at(4))
+    block = next((tmp_path / ".out.tif.parts").glob("*.npz"))
+    content = block.read_bytes()
+    wrong = {"shape": {"labels": np.zeros((3, 3))}, "name": {"other": np.zeros((3, 3))}}
+    if damage in wrong:
+        np.savez_compressed(block, **wrong[damage])
+    else:
+        kept = {"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}
+        block.write_bytes(kept[damage])
+    assert segment(vocabulary, source, target).before == 3
+    assert np.array_equal(read(target), read(tmp_path / "whole.tif"))
+
+
+def test_the_files_behind_a_vrt_are_those_of_the_run(
+    vocabulary: OpenVocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch)
+    source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
+    mosaic = tmp_path / "mosaic.vrt"
+    bands = "".join(
+        f"""<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource>
+        <SourceFilename>{source}</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource>
+        </VRTRasterBand>"""
+        for band in (1, 2, 3)
+    )
+    mosaic.write_text(f'<VRTDataset rasterXSize="90" rasterYSize="100">{bands}</VRTDataset>')
+    for pixels, before in ((None, 4), (noise(100, 90, seed=1), 0)):
+        with pytest.raises(KeyboardInterrupt):
+            segment(vocabulary, mosaic, target, advance=stop_at(4), overwrite=True)
+        (tmp_path / "map.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")  # of a viewer
+        if pixels is not None:
+            write(source, pixels)
+        assert segment(vocabulary, mosaic, target).before == before
+
+
+def test_what_lies_beside_an_older_result_goes_with_it(
+    vocabulary: OpenVocabulary, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "map.tif", noise(40, 40)), tmp_path / "out.tif"
+    beside = [tmp_path / f"out.tif{end}" for end in (".aux.xml", ".ovr", ".msk")]
+    for path in beside:
+        path.write_text("<PAMDataset><SRS>EPSG:4326</SRS></PAMDataset>")
+        with pytest.raises(ConfigError, match=rf"output=.*{path.name}: is there and was not"):
+            segment(vocabulary, source, target)
+        path.unlink()
+    segment(vocabulary, source, target, polygons=True)
+    for path in beside:
+        path.write_text("<PAMDataset><SRS>EPSG:4326</SRS></PAMDataset>")
+    segment(vocabulary, source, target, scale=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "out.tif"]
+    (tmp_path / "out.geojson").write_text("{}")
+    segment(vocabulary, source, target)
+    assert (tmp_path / "out.geojson").read_text() == "{}"
+
+
 def test_other_settings_start_anew(
     model: Talk2DINO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_blocks(monkeypatch)
     source, target = write(tmp_path / "map.tif", noise(100, 90)), tmp_path / "out.tif"
 
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+    stop = stop_at(1)
     with pytest.raises(KeyboardInterrupt):
         segment(model.open_vocabulary(CLASSES[::-1], short_side=SIDE), source, target, advance=stop)
     assert segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
     with pytest.raises(KeyboardInterrupt):
-        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=stop)
+        again = model.open_vocabulary(CLASSES, short_side=SIDE)
+        segment(again, source, target, advance=stop, overwrite=True)
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.vision.parameters()).add_(1)  # the rows of the words stay
     assert segment(other.open_vocabulary(CLASSES, short_side=SIDE), source, target).before == 0
 
-    def again(done: int, total: int) -> None:
+    def meanwhile(done: int, total: int) -> None:
         segment(other.open_vocabulary(CLASSES[:2], short_side=SIDE), source, target)
 
     with pytest.raises(WriteError, match=r"out\.tif: another process is writing it"):
-        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=again)
+        segment(model.open_vocabulary(CLASSES, short_side=SIDE), source, target, advance=meanwhile)
 
 
 @pytest.mark.parametrize("kind", ["nodata", "alpha", "mask"])
@@ -250,6 +350,57 @@ def test_pixels_without_data_are_ignored(
     assert np.array_equal(read(tmp_path / "out.tif") == 255, hole)
     assert result.ignored == hole.sum()
     assert sum(result.pixels.values()) == (~hole).sum()
+
+
+@pytest.mark.parametrize("kind", ["nodata", "alpha", "mask", "nan"])
+def test_windows_without_data_are_not_encoded(
+    vocabulary: OpenVocabulary, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, hole = noise(100, 130).clip(1), np.arange(130) >= 40
+    empty, source = np.where(hole, 0, pixels).astype(np.uint8), tmp_path / "map.tif"
+    alpha = np.broadcast_to(np.where(hole, 0, 255).astype(np.uint8), (1, 100, 130))
+    if kind == "alpha":
+        write(source, np.concatenate([empty, alpha]), photometric="RGB", alpha="yes")
+    elif kind == "nan":
+        write(source, np.where(hole, np.nan, pixels).astype(np.float32))
+    else:
+        write(source, empty, nodata=0 if kind == "nodata" else None)
+    if kind == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source, "r+") as file:
+            file.write_mask(alpha[0] > 0)
+    seen: list[tuple[int, int]] = []
+    original = Blocks._encoded
+    monkeypatch.setattr(
+        Blocks,
+        "_encoded",
+        lambda s, places, *more: seen.extend(places) or original(s, places, *more),
+    )
+    assert segment(vocabulary, source, tmp_path / "out.tif").ignored == 100 * 90
+    with MapImage(source) as image:
+        assert max(x for _, x in seen) < image.first[1] + 40
+
+
+def test_scattered_nan_leave_the_rest_of_a_coarse_pixel(tmp_path: Path) -> None:
+    """Untagged, too: they made all of it black."""
+    values = noise(60, 60)[:1].astype(np.float32)
+    values[0, 3::10, 4::10] = np.nan
+    values[0, :10, :10] = np.nan
+    with MapImage(write(tmp_path / "map.tif", values), scale=10, value_range=[0, 255]) as image:
+        top, left = image.first
+        pixels, valid = image.read(range(top + 1, top + 6), range(left + 1, left + 6))
+        assert valid.all() and (pixels > 40).all()
+        found = image.read(range(top, top + 1), range(left, left + 1))[1]
+        assert not found.any()
+
+
+def test_the_chosen_bands_say_what_is_empty(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
+    values = np.concatenate([noise(60, 60).clip(1), noise(60, 60).clip(1)[:1]])
+    values[:3, 20:40, 20:40] = 0
+    source = write(tmp_path / "map.tif", values, nodata=0, photometric="minisblack")
+    for scale in (1, 2):
+        options: dict[str, Any] = {"bands": [1, 2, 3], "scale": scale}
+        assert segment(vocabulary, source, tmp_path / "out.tif", **options).ignored == 400
+    assert segment(vocabulary, source, tmp_path / "out.tif", bands=[4]).ignored == 0
 
 
 def test_polygons_cover_the_labels(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
@@ -384,10 +535,67 @@ def test_bands_of_several_types_are_refused(tmp_path: Path) -> None:
         assert len(np.unique(image.read(*where)[0])) > 40
 
 
-def test_the_ground_is_measured_where_meters_are_its_own(tmp_path: Path) -> None:
-    for crs, area in ((UTM, 0.25), ("EPSG:3857", None), ("EPSG:2263", 0.25 * 0.3048006096**2)):
-        with MapImage(write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs)) as image:
+@pytest.mark.parametrize(
+    ("crs", "corner", "area", "meters"),
+    [
+        (UTM, (EAST, NORTH), 0.25, None),
+        ("EPSG:32632+5773", (EAST, NORTH), 0.25, None),
+        ("EPSG:2263", (1e6, 2e5), 0.25 * 0.3048006096**2, None),
+        ("EPSG:6933", (1e6, 6.3e6), 0.25, "0.59 to 1.69"),  # areas are kept, lengths are not
+        ("EPSG:3857", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:900913", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("ESRI:102113", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:3857+5773", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:3832", (1e6, 8.4e6), None, "0.50 to 0.50"),
+        ("EPSG:4087", (1e6, 6.68e6), None, "0.50 to 1.00"),
+        ("IAU_2015:30110", (1e6, 1e5), None, None),
+    ],
+)
+def test_the_ground_is_measured_where_meters_are_its_own(
+    tmp_path: Path, crs: str, corner: tuple[float, float], area: float | None, meters: str | None
+) -> None:
+    place = from_origin(*corner, 0.5, 0.5)
+    source = write(tmp_path / "map.tif", noise(SIDE, SIDE), crs=crs, transform=place)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", ResultWarning)
+        unit = 1 if crs != "EPSG:2263" else 0.3048
+        with MapImage(source, meters_per_pixel=unit) as image:
             assert image.pixel_area == (area and pytest.approx(area))
+    told = [str(one.message) for one in heard if one.category is ResultWarning]
+    assert len(told) == (meters is not None)
+    if meters is not None:
+        assert f"stretches the ground; meters_per_pixel=1 is {meters} m in this file" in told[0]
+
+
+def test_a_map_of_the_world_is_measured_at_its_corners_too(tmp_path: Path) -> None:
+    place = from_origin(-2e7, 1e7, 5e5, 5e5)
+    source = write(tmp_path / "map.tif", noise(40, 80), crs="EPSG:3857", transform=place)
+    with pytest.warns(ResultWarning, match=r"meters_per_pixel=1 is 0\.40 to 1\.00 m"):
+        image = MapImage(source, meters_per_pixel=5e5)
+    assert image.pixel_area is None
+    image.close()
+
+
+def test_degrees_that_are_no_squares_on_the_ground_are_said(tmp_path: Path) -> None:
+    place = from_origin(10, 60, 1e-5, 1e-5)
+    source = write(tmp_path / "map.tif", noise(20, 20), crs="EPSG:4326", transform=place)
+    wanted = r"pixels are 0\.558\d+ x 1\.114\d+ m and are taken .* rio warp .* EPSG:32632"
+    with pytest.warns(ResultWarning, match=wanted):
+        MapImage(source).close()
+
+
+def test_rational_polynomials_are_refused(tmp_path: Path) -> None:
+    """The label map would lie nowhere."""
+    source = write(tmp_path / "map.tif", noise(20, 20), crs=None, transform=Affine.identity())
+    one = [1.0, *[0.0] * 19]
+    with rasterio.open(source, "r+") as file:
+        file.rpcs = rasterio.rpc.RPC(
+            **{"height_off": 0, "height_scale": 1, "lat_off": 48, "lat_scale": 1, "line_off": 9},
+            **{"line_scale": 9, "long_off": 8, "long_scale": 1, "samp_off": 9, "samp_scale": 9},
+            **{f"{side}_{part}_coeff": one for side in ("line", "samp") for part in ("num", "den")},
+        )
+    with pytest.raises(DataError, match=r"\(RPC\); warp it first: gdalwarp -rpc .* map\.tif"):
+        MapImage(source)
 
 
 def test_without_georeference(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
@@ -475,7 +683,7 @@ def test_places_that_do_not_fit_the_plane(tmp_path: Path) -> None:
         with rasterio.open(source) as file:
             east = np.array(_placed(file, squares)[0])[:, 0]
         assert np.abs(np.diff(east)).max() < 0.01
-        assert east[0] == pytest.approx(180 if west > 200 else -160, abs=1e-3)
+        assert east[0] == pytest.approx(-180 if west > 200 else -160, abs=1e-3)
     source = write(tmp_path / "map.tif", noise(20, 20), crs='LOCAL_CS["here",UNIT["metre",1]]')
     with MapImage(source) as image:
         assert image.pixel_area is None

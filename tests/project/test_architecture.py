@@ -57,7 +57,7 @@ ONLY_IN = {
     "numba": {source for source in SOURCES if source.startswith("segmentation/")},
     "triton": {"segmentation/refinement/pamr_triton.py"},
     "optuna": {"sweeps/study.py"},
-    "rasterio": {"maps/bands.py", "maps/geotiff.py", "maps/map_files.py"},
+    "rasterio": {source for source in SOURCES if source.startswith("maps/")},
     "lightning": {
         "features/datamodule.py",
         "alignment/module.py",
