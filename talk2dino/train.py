@@ -23,7 +23,7 @@ from talk2dino.features import FeatureDataModule, FeatureStore
 from talk2dino.files import replacing
 from talk2dino.sweeps.study import PRUNED, PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
-from talk2dino.training.results import close_loggers, refuse_foreign_files
+from talk2dino.training.results import refuse_foreign_files
 from talk2dino.training.resume import (
     AtomicCheckpointIO,
     checkpoint_to_resume,
@@ -32,6 +32,7 @@ from talk2dino.training.resume import (
     refuse_other_settings,
 )
 from talk2dino.training.texts import stored_text_encoder
+from talk2dino.training.trackers import close_loggers
 
 
 def train(config: DictConfig) -> None:

@@ -25,7 +25,7 @@ from talk2dino.config.checks import unknown
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore
 from talk2dino.sweeps.study import PruneTrial
-from talk2dino.training.results import METRICS, LossCurve, RecordHeads, SaveProjection
+from talk2dino.training.results import METRICS, RecordHeads, SaveMetrics, SaveProjection
 from talk2dino.training.resume import LastCheckpoint, SeedSteps, deciding_settings
 from talk2dino.training.sample_segmentations import SampleSegmentations
 
@@ -68,7 +68,7 @@ def callbacks(
         check_metric("sweep.metric", node.metric, validates)
         pruner = command.build(node.pruner) if node.pruner else None
         chosen.append(PruneTrial(folder, node.metric, node.mode, node.storage, node.trial, pruner))
-    chosen += [SaveProjection(folder, best), LossCurve(folder, best)]
+    chosen += [SaveProjection(folder, best), SaveMetrics(folder, best)]
     if config.record_heads:
         chosen.append(RecordHeads(folder, similarity))
     plain: Any = OmegaConf.to_container(config, resolve=True)
