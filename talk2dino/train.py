@@ -31,8 +31,8 @@ from talk2dino.training.resume import (
     keep_logs,
     refuse_other_settings,
 )
-from talk2dino.training.texts import stored_text_encoder
 from talk2dino.training.trackers import close_loggers
+from talk2dino.training.word_embeddings import stored_text_encoder
 
 
 def train(config: DictConfig) -> None:

@@ -19,7 +19,6 @@ from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
 from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.features import FeatureDataModule
-from talk2dino.training.callbacks import AverageWeights
 from talk2dino.training.results import SaveMetrics
 from talk2dino.training.resume import (
     SETTINGS,
@@ -28,6 +27,7 @@ from talk2dino.training.resume import (
     SeedSteps,
     keep_logs,
 )
+from talk2dino.training.weight_averaging import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
 from tests.helpers.stores import tiny_store
