@@ -39,6 +39,7 @@ _MOVED = (  # former module, present module, classes
         "MaxScore SampledHead SoftHead WeightedAverage",
     ),
     ("alignment.visual_projection", "alignment.projection", "VisualProjectionLayer"),
+    ("training.texts", "training.word_embeddings", "caption_word_loss"),
     ("encoders.bert_text", "encoders.text", "BertTextEncoder"),
     ("encoders.open_clip_text", "encoders.text", "OpenClipTextEncoder"),
     ("encoders.sentence_text", "encoders.text", "SentenceTransformerTextEncoder"),

@@ -24,7 +24,7 @@ from talk2dino.features.store.schema import IMAGE_FIELDS
 from talk2dino.files import replacing
 from talk2dino.sweeps.study import PRUNED, PruneTrial
 from talk2dino.training.callbacks import callbacks, check_metric, check_mode
-from talk2dino.training.results import close_loggers, refuse_foreign_files
+from talk2dino.training.results import refuse_foreign_files
 from talk2dino.training.resume import (
     AtomicCheckpointIO,
     checkpoint_to_resume,
@@ -32,7 +32,8 @@ from talk2dino.training.resume import (
     keep_logs,
     refuse_other_settings,
 )
-from talk2dino.training.texts import stored_text_encoder
+from talk2dino.training.trackers import close_loggers
+from talk2dino.training.word_embeddings import stored_text_encoder
 
 
 def train(config: DictConfig) -> None:

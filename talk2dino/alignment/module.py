@@ -129,7 +129,18 @@ class AlignmentModule(L.LightningModule):
                 )
 
     def on_train_epoch_end(self) -> None:
-        """Say of how many steps nothing could be learned."""
+        """Refuse weights that are not finite; say of how many steps nothing could be learned.
+
+        Lightning writes the checkpoints of the epoch after this.
+
+        Raises:
+            ConfigError: the weights are not finite.
+        """
+        if not all(bool(one.isfinite().all()) for one in self.projection.parameters()):
+            raise ConfigError(
+                f"train: the weights are not finite after step {self.global_step}; use a lower "
+                "optimizer.lr, or trainer.gradient_clip_val=1"
+            )
         if found := int(self._of_one_image):
             rank_zero_warn(
                 f"{found} of {self._steps} steps had captions of one image only, from which "

@@ -1,1 +1,1 @@
-"""What the command `train` adds to a run: callbacks by config, and what the store decides."""
+"""What `train` adds to the module: callbacks, resume, result files, trackers, word embeddings."""

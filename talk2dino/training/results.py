@@ -1,9 +1,9 @@
-"""What a training leaves in its run folder, and what trackers show of it.
+"""What a training leaves in its run folder.
 
 | file | callback |
 | --- | --- |
 | `projection.safetensors` | `SaveProjection` |
-| `metrics.json`, `retrieval.md`, `loss.png` | `LossCurve` |
+| `metrics.json`, `retrieval.md`, `loss.png` | `SaveMetrics` |
 | `heads.json`, `heads.png` | `RecordHeads` |
 """
 
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 from torch import Tensor
 
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
@@ -31,6 +28,7 @@ from talk2dino.errors import ConfigError
 from talk2dino.evaluation.runs import read_config
 from talk2dino.evaluation.tables import markdown_table
 from talk2dino.files import refuse_foreign_run, replacing, write_json, write_text
+from talk2dino.training.trackers import show_picture, show_table
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "val/text_to_image/", "val/image_to_text/"
 RETRIEVAL = ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
@@ -68,15 +66,6 @@ class SaveProjection(L.Callback):
     def __init__(self, folder: Path, best: ModelCheckpoint | None = None) -> None:
         self.path, self.best = folder / "projection.safetensors", best
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Refuse weights that are no numbers, before a checkpoint is written (ConfigError)."""
-        assert isinstance(module, AlignmentModule)
-        if not all(bool(one.isfinite().all()) for one in module.projection.parameters()):
-            raise ConfigError(
-                f"train: the weights are not finite after step {trainer.global_step}; use a lower "
-                "optimizer.lr, or trainer.gradient_clip_val=1"
-            )
-
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save the trained projection."""
@@ -87,7 +76,7 @@ class SaveProjection(L.Callback):
         save_projection(projection, self.path, module.encoders)
 
 
-class LossCurve(L.Callback):
+class SaveMetrics(L.Callback):
     """Collects the logged metrics; at the end writes `metrics.json`, `retrieval.md`, `loss.png`.
 
     `metrics.json`: `steps`, `seconds` of training, the last `train/loss`, `validation` with the
@@ -98,6 +87,8 @@ class LossCurve(L.Callback):
         folder: run folder.
         best: keeps the best checkpoint, whose step `result` belongs to; None takes the last.
     """
+
+    state_key = "LossCurve"  # in checkpoints, the name of this class in version 0.1
 
     def __init__(self, folder: Path, best: ModelCheckpoint | None = None) -> None:
         self.folder, self.best = folder, best
@@ -299,40 +290,3 @@ def draw_histogram(path: Path, counts: list[int]) -> None:
     axes.set_xlabel("head")
     axes.set_ylabel(f"% of {total} captions")
     figure.savefig(path, format="png", dpi=110)
-
-
-def loggers_of(trainer: L.Trainer) -> list[tuple[Any, Any]]:
-    """Every logger, and its client: W&B's run, TensorBoard's writer."""
-    loggers: list[Any] = trainer.loggers
-    return [(logger, logger.experiment) for logger in loggers]
-
-
-def show_picture(trainer: L.Trainer, name: str, file: Path) -> None:
-    """Give the picture `file` to every logger that takes pictures, under `name`."""
-    for logger, client in loggers_of(trainer):
-        if hasattr(logger, "log_image"):  # Weights & Biases
-            logger.log_image(name, [str(file)])
-        elif hasattr(client, "add_image"):  # TensorBoard
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            client.add_image(name, pixels, trainer.global_step, dataformats="HWC")
-
-
-def show_table(
-    trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-) -> None:
-    """Give a table to every logger that takes tables or text."""
-    for logger, client in loggers_of(trainer):
-        if hasattr(logger, "log_table"):  # Weights & Biases
-            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows])
-        elif hasattr(client, "add_text"):  # TensorBoard
-            client.add_text(name, markdown_table(columns, rows), trainer.global_step)
-
-
-def close_loggers(trainer: L.Trainer) -> None:
-    """Write everything out; the next run of a sweep in this process then starts its own."""
-    for _, client in loggers_of(trainer):
-        if hasattr(client, "finish"):  # Weights & Biases
-            client.finish()
-        elif hasattr(client, "close"):  # TensorBoard
-            client.close()

@@ -22,7 +22,7 @@ from talk2dino.files import user_path
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.overlay import save_picture
 from talk2dino.segmentation.windows import SHORT_SIDE
-from talk2dino.training.results import show_picture
+from talk2dino.training.trackers import show_picture
 
 FOLDER = "pictures"  # in the run folder
 

@@ -34,7 +34,7 @@ from talk2dino.alignment.similarity import (
 )
 from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.encoders.attention import pool_attention
-from talk2dino.training.callbacks import AverageWeights
+from talk2dino.training.weight_averaging import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import fork_what_lightning_spawns, two_ranks
 from tests.helpers.stores import tiny_store

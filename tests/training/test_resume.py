@@ -19,8 +19,7 @@ from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
 from talk2dino.alignment.word_loss import WordLoss
 from talk2dino.features import FeatureDataModule
-from talk2dino.training.callbacks import AverageWeights
-from talk2dino.training.results import LossCurve
+from talk2dino.training.results import SaveMetrics
 from talk2dino.training.resume import (
     SETTINGS,
     AtomicCheckpointIO,
@@ -28,6 +27,7 @@ from talk2dino.training.resume import (
     SeedSteps,
     keep_logs,
 )
+from talk2dino.training.weight_averaging import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.ranks import two_ranks
 from tests.helpers.stores import tiny_store
@@ -112,9 +112,9 @@ def fit(
     ema: bool = False,
     words: bool = False,
     **trainer: Any,
-) -> tuple[AlignmentModule, Record, LossCurve]:
+) -> tuple[AlignmentModule, Record, SaveMetrics]:
     module, source = parts(store, words, **(data or {}))
-    record, curve = Record(), LossCurve(folder)
+    record, curve = Record(), SaveMetrics(folder)
     last = (Copies if keep else LastCheckpoint)(folder / "last.ckpt", every_n_steps=1)
     callbacks = [SeedSteps(3), *([AverageWeights(0.9)] if ema else []), record, curve, last]
     patience = EarlyStopping("val/text_to_image/mean_rank", patience=1)
@@ -453,7 +453,7 @@ def test_weights_that_are_not_finite_end_the_run(
     def broken(_: Any, trainer: Any, module: AlignmentModule, *__: Any) -> None:
         next(module.projection.parameters()).data.fill_(torch.nan)
 
-    monkeypatch.setattr(LossCurve, "on_train_batch_end", broken)
+    monkeypatch.setattr(SaveMetrics, "on_train_batch_end", broken)
     line = fails(capfd, "train", *given, "trainer.max_epochs=2")
     assert "the weights are not finite after step" in line and "optimizer.lr" in line
     assert last.read_bytes() == before and not psi.exists()

@@ -17,7 +17,7 @@ from talk2dino.alignment.similarity import Dense, MaxScore
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore, write_store
-from talk2dino.training.texts import caption_word_loss
+from talk2dino.training.word_embeddings import caption_word_loss
 from tests.helpers.pipeline import TRAIN, fails, run
 from tests.helpers.stores import CLIP, tiny_arrays
 

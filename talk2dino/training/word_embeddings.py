@@ -1,4 +1,4 @@
-"""The text encoder of a store in training, and the words of its captions as a loss of their own."""
+"""Words of a store's captions, embedded by its text encoder, as a loss of their own."""
 
 from __future__ import annotations
 
