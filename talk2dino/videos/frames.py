@@ -17,7 +17,7 @@ from torch import Tensor
 from talk2dino.errors import Advance, DataError, check_number
 from talk2dino.files import replacing
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary
-from talk2dino.videos.video_files import WRITTEN_BY, Frames, film, open_video, upright
+from talk2dino.videos.video_files import WRITTEN_BY, Frames, film, frame_pixels, open_video
 
 NEIGHBORS, TEMPERATURE = 4, 0.05  # patches of the last frame that stand for one, and their softmax
 SIMILAR = 0.5  # cosine below which nothing of the last frame stands for a patch
@@ -137,7 +137,7 @@ def segment_video(
         out.codec_context.time_base = frames.base
         held: list[Any] = []  # the last packet, which has to say how long its frame is shown
         for frame in frames:
-            picture = vocabulary.encode([upright(frame, stream.sample_aspect_ratio)])[0]
+            picture = vocabulary.encode([frame_pixels(frame, stream.sample_aspect_ratio)])[0]
             result = vocabulary(smoother(picture) if smoother else picture)
             for name, share in result.areas().items():
                 totals[name] = totals.get(name, 0.0) + share

@@ -199,7 +199,7 @@ def _with_next(
         yield *held, None
 
 
-def upright(frame: Any, aspect: Fraction | None = None) -> npt.NDArray[np.uint8]:
+def frame_pixels(frame: Any, aspect: Fraction | None = None) -> npt.NDArray[np.uint8]:
     """`[H, W, 3]`, turned and mirrored as the file says; pixels of an aspect become squares."""
     from av.sidedata.sidedata import Type
 

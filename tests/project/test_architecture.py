@@ -47,7 +47,7 @@ ONLY_IN = {
     "omegaconf": HYDRA,
     "cv2": {source for source in SOURCES if source.startswith("annotations/")},
     "gradio": {"web/page.py"},
-    "av": {"videos/frames.py"},
+    "av": {"videos/frames.py", "videos/video_files.py"},
     "fastapi": {"serving/server.py", "serving/forms.py"},
     "httpx": {"serving/ml_backend.py"},
     "prometheus_client": {"serving/gate.py", "serving/server.py"},

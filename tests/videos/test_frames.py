@@ -23,7 +23,7 @@ from talk2dino.inference.vocabulary import EncodedPicture
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
 from talk2dino.segmentation.windows import sliding_windows
 from talk2dino.videos.frames import Smoother, segment_video
-from talk2dino.videos.video_files import film, upright
+from talk2dino.videos.video_files import film, frame_pixels
 from tests.helpers.encoders import SMALL_CLIP, hash_model
 from tests.helpers.pipeline import fails, run
 
@@ -373,7 +373,7 @@ def test_mirrored_frames(signs: tuple[int, ...], way: Callable[[Any], Any]) -> N
         def to_ndarray(self, format: str) -> Any:
             return pixels
 
-    np.testing.assert_array_equal(upright(Frame()), way(pixels))
+    np.testing.assert_array_equal(frame_pixels(Frame()), way(pixels))
 
 
 def test_a_cover_is_no_film(tmp_path: Path) -> None:
