@@ -105,7 +105,8 @@ class MapImage:
             if on_earth and (ground := ground_sides(file)) is not None:
                 width, height = ground[0].tolist()
                 more = " m", f": {warp_to_meters(file)}"
-            if not transform.is_identity and abs(width - height) > 0.01 * width:
+            unlike = abs(width - height) / width > (0.1 if more else 0.01)
+            if not transform.is_identity and unlike:
                 shown = f"{width:.6g} x {height:.6g}{more[0]}"
                 said = f"{name}: its pixels are {shown} and are taken for squares; warp it first"
                 say(said + more[1])
