@@ -28,15 +28,13 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
-from talk2dino.inference.process_shares import Share
+from talk2dino.inference.process_shares import Share, annotations_folder, write_annotations
 from talk2dino.inference.result_files import (
     Job,
-    annotations_folder,
     plan,
     refuse_foreign_outputs,
     refuse_heatmap_collisions,
     write,
-    write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary, exemplars_of

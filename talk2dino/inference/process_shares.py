@@ -3,20 +3,25 @@
 The processes need no communication, as in extraction. Rank r of W takes every W-th picture from the
 r-th on; when it has done them it leaves a record in the hidden folder `.parts` of the output. Who
 then finds the records of all and the results of all pictures gathers, under a lock, and takes the
-records away.
+records away. What is gathered are the annotations of all pictures: a data set per format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.progress import track
+
+from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
+from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.encoders.devices import ProcessRank, process_rank
 from talk2dino.errors import DataError
 from talk2dino.features.store.shard_writer import shard_lock
-from talk2dino.files import read_json, write_json
+from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.result_files import Job
 
 PARTS = ".parts"
@@ -102,3 +107,62 @@ class Share:
 
     def _record(self, rank: int) -> Path:
         return self._folder() / f"segment-{rank:05d}-of-{self.place.world_size:05d}.json"
+
+
+def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
+    """Where the data sets of several pictures, or of one that is named alone, go."""
+    overlay = jobs[0].overlay
+    alone = user_path(image).is_file()
+    return overlay.with_name(f"{overlay.stem}_annotations" if alone else "annotations")
+
+
+def annotated(jobs: Iterable[Job], root: Path) -> Iterator[AnnotatedPicture]:
+    """The pictures of jobs that are done, with the masks that their JSON keeps.
+
+    Args:
+        jobs: written with `options`.
+        root: folder from which a data set names the pictures.
+    """
+    for job in jobs:
+        noted = read_json(job.figures, dict, "figures of talk2dino.segment")
+        masks = noted["annotations"]["masks"]
+        height, width = noted["size"]
+        yield AnnotatedPicture(
+            job.image.absolute().relative_to(root).as_posix(),
+            height,
+            width,
+            [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
+            job.image,
+        )
+
+
+def write_annotations(
+    jobs: Sequence[Job],
+    synonyms: Mapping[str, Sequence[str]],
+    folder: Path,
+    formats: Sequence[str],
+    options: Options,
+    overwrite: bool,
+) -> list[Path]:
+    """Gather the masks of all jobs into a data set per format.
+
+    Args:
+        jobs: one or more, all done with `options`.
+        synonyms: words of each class.
+        folder: gets a folder for each format.
+        formats: names of `annotations.data_sets.FORMATS`.
+        options: of the formats.
+        overwrite: replace files that this program did not write, too.
+
+    Raises:
+        ConfigError: such files.
+    """
+    first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
+    categories = [
+        Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
+        for one in first["classes"]
+        if one["name"] in synonyms  # what is left over is none
+    ]
+    root = Path(os.path.commonpath([job.image.absolute().parent for job in jobs]))
+    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), root)
+    return write_data_sets(pictures, categories, folder, formats, options, overwrite)

@@ -16,7 +16,8 @@ from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.annotations.data_sets import FORMATS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
-from talk2dino.inference.result_files import Job, annotations_folder
+from talk2dino.inference.process_shares import annotations_folder
+from talk2dino.inference.result_files import Job
 from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import fails, files_below, run
 
