@@ -154,7 +154,7 @@ def _segment(
             totals.setdefault(name, []).append(part)
     if totals and share.alone:
         console.print(_table(result, None) if single else _table(result, totals))
-        print(f"overlay: {jobs[0].overlay if single else jobs[0].overlay.parent}")
+        print(f"overlay: {jobs[0].overlay if single else jobs[0].folder}")
         print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")
     return broken
 

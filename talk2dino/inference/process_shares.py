@@ -8,7 +8,6 @@ records away. What is gathered are the annotations of all pictures: a data set p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ class Share:
         return {j: named[j.overlay.name] for j in self.jobs if j.overlay.name in named}
 
     def _folder(self) -> Path:
-        return self.jobs[0].overlay.parent / PARTS
+        return self.jobs[0].folder / PARTS
 
     def _record(self, rank: int) -> Path:
         return self._folder() / f"segment-{rank:05d}-of-{self.place.world_size:05d}.json"
@@ -111,24 +110,22 @@ class Share:
 
 def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
     """Where the data sets of several pictures, or of one that is named alone, go."""
-    overlay = jobs[0].overlay
     alone = user_path(image).is_file()
-    return overlay.with_name(f"{overlay.stem}_annotations" if alone else "annotations")
+    return jobs[0].folder / (f"{jobs[0].overlay.stem}_annotations" if alone else "annotations")
 
 
-def annotated(jobs: Iterable[Job], root: Path) -> Iterator[AnnotatedPicture]:
+def annotated(jobs: Iterable[Job]) -> Iterator[AnnotatedPicture]:
     """The pictures of jobs that are done, with the masks that their JSON keeps.
 
     Args:
         jobs: written with `options`.
-        root: folder from which a data set names the pictures.
     """
     for job in jobs:
         noted = read_json(job.figures, dict, "figures of talk2dino.segment")
         masks = noted["annotations"]["masks"]
         height, width = noted["size"]
         yield AnnotatedPicture(
-            job.image.absolute().relative_to(root).as_posix(),
+            job.name,
             height,
             width,
             [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
@@ -163,6 +160,5 @@ def write_annotations(
         for one in first["classes"]
         if one["name"] in synonyms  # what is left over is none
     ]
-    root = Path(os.path.commonpath([job.image.absolute().parent for job in jobs]))
-    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), root)
+    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1))
     return write_data_sets(pictures, categories, folder, formats, options, overwrite)

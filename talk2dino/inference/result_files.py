@@ -30,10 +30,14 @@ class Job:
     Attributes:
         image: the picture file.
         overlay: PNG of the picture with colors and legend.
+        folder: that of all results.
+        name: of the picture below the folder that `image=` begins with, for data sets.
     """
 
     image: Path
     overlay: Path
+    folder: Path
+    name: str
 
     @property
     def picture(self) -> dict[str, int]:
@@ -146,9 +150,13 @@ def plan(image: str, output: Path) -> list[Job]:
             target = output / f"{path.stem}.png"
         else:
             target = output if named else output.with_name(f"{output.name}.png")
-        jobs = [Job(path, target)]
+        jobs = [Job(path, target, target.parent, path.name)]
     else:
-        jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path, output)]
+        root = _literal(path)
+        jobs = [
+            Job(one, output / f"{one.stem}.png", output, one.relative_to(root).as_posix())
+            for one in _several(image, path, output)
+        ]
         if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
@@ -157,12 +165,17 @@ def plan(image: str, output: Path) -> list[Job]:
     return jobs
 
 
+def _literal(path: Path) -> Path:
+    """The folder that a pattern begins with; one that is there is no wildcard: `trip [2020]/*`."""
+    return next(one for one in (path, *path.parents) if one.is_dir() or one == one.parent)
+
+
 def _several(image: str, path: Path, output: Path) -> list[Path]:
     if path.is_dir():
         files = list(path.iterdir())
     else:
-        folder = str(path.parent)  # taken literally if it is there: `trip [2020]/*.jpg`
-        pattern = f"{escape(folder) if path.parent.is_dir() else folder}/{path.name}"
+        root = _literal(path)
+        pattern = f"{escape(str(root))}/{path.relative_to(root)}"
         files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
     results = output.resolve()  # of an earlier run, if the pattern finds them
     found = sorted(

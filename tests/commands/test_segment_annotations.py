@@ -116,7 +116,7 @@ def test_more_formats_need_no_model(
 
 def test_where_they_go(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png")]
+    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png", tmp_path / "out", "a.png")]
     one = annotations_folder(jobs, str(tmp_path / "a.png"))
     assert one == tmp_path / "out" / "x_annotations"
     assert annotations_folder(jobs, str(tmp_path)) == tmp_path / "out" / "annotations"
