@@ -14,6 +14,7 @@ from PIL import Image
 
 import talk2dino
 from talk2dino.annotations.base import Options
+from talk2dino.annotations.data_sets import MARK
 from talk2dino.datasets.pictures import HEIF, is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_json, user_path, write_json
@@ -178,10 +179,13 @@ def _several(image: str, path: Path, output: Path) -> list[Path]:
         pattern = f"{escape(str(root))}/{path.relative_to(root)}"
         files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
     results = output.resolve()  # of an earlier run, if the pattern finds them
+    data_sets = [mark.parent for mark in results.glob(f"*annotations/*/{MARK}")]
     found = sorted(
         one
         for one in files
-        if is_picture(one) and not (one.resolve().is_relative_to(results) and is_our_picture(one))
+        if is_picture(one)
+        and not (one.resolve().is_relative_to(results) and is_our_picture(one))
+        and not any((one.parent.resolve() / one.name).is_relative_to(own) for own in data_sets)
     )
     if found:
         _say_left_out(image, path, files, output)

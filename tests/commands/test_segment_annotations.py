@@ -114,6 +114,18 @@ def test_more_formats_need_no_model(
     assert coco(tmp_path / "out") == as_polygons
 
 
+def test_a_data_set_below_the_pattern_holds_no_pictures(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YOLO's links lead to the photographs, which are not to be taken twice."""
+    photos = tmp_path / "photos"
+    given = [*given, f"image={photos}/**/*", f"output={photos / 'seg'}", "formats=[yolo]"]
+    run("segment", *given)
+    run("segment", *given, "resume=true")
+    assert "3 of 3 pictures were done before" in capsys.readouterr().out
+    assert len(list((photos / "seg" / "annotations" / "yolo" / "images").iterdir())) == 3
+
+
 def test_where_they_go(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png", tmp_path / "out", "a.png")]
