@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -132,8 +133,12 @@ def _keys(value: object) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def plan(image: str, output: Path) -> list[Job]:
+def plan(image: str, output: str | Path) -> list[Job]:
     """The jobs for a picture, a folder of pictures, or a pattern such as `photos/*.jpg`.
+
+    Args:
+        image: as the config says it.
+        output: the overlay of a picture, or a folder: one that is there, or ends in a slash.
 
     Raises:
         DataError: no picture there, or two whose results would have one name.
@@ -141,13 +146,16 @@ def plan(image: str, output: Path) -> list[Job]:
             results on top of pictures.
     """
     path = user_path(image)
+    as_folder = str(output).endswith((os.sep, "/"))  # which a Path forgets
+    output = user_path(output)
+    as_folder = as_folder or output.is_dir()
     if path.is_file():
         named = output.suffix.lower() in picture_suffixes()  # `results.v1` is not a kind of picture
-        if named and output.suffix.lower() != ".png" and not output.is_dir():
+        if named and output.suffix.lower() != ".png" and not as_folder:
             raise ConfigError(
                 f"output={output}: overlays are PNG; use output={output.with_suffix('.png')}"
             )
-        if output.is_dir():
+        if as_folder:
             target = output / f"{path.stem}.png"
         else:
             target = output if named else output.with_name(f"{output.name}.png")
@@ -158,7 +166,7 @@ def plan(image: str, output: Path) -> list[Job]:
             Job(one, output / f"{one.stem}.png", output, one.relative_to(root).as_posix())
             for one in _several(image, path, output)
         ]
-        if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
+        if not as_folder and (output.suffix.lower() in picture_suffixes() or output.exists()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
             )

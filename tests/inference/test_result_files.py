@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,12 @@ def test_names_do_not_depend_on_the_other_pictures(
     assert names(f"{photos}/2023") == names(f"{photos}/2023/*") == ["a.png"]
     assert names("*/2023/*") == ["trip [2020]/2023/a.png"]
     assert names(f"{photos}/2023/a.png") == ["a.png"]
+
+
+def test_an_output_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "b.jpg")
+    for output in ("out/", "out.png/", f"out{os.sep}"):
+        for name in ("a.png", "b.jpg"):
+            (job,) = plan(str(tmp_path / name), f"{tmp_path}/{output}")
+            assert job.overlay == tmp_path / output / f"{name[0]}.png"
+        assert plan(str(tmp_path), f"{tmp_path}/{output}")[0].folder == tmp_path / output
