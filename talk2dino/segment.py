@@ -28,15 +28,13 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
-from talk2dino.inference.process_shares import Share
+from talk2dino.inference.process_shares import Share, annotations_folder, write_annotations
 from talk2dino.inference.result_files import (
     Job,
-    annotations_folder,
     plan,
     refuse_foreign_outputs,
     refuse_heatmap_collisions,
     write,
-    write_annotations,
 )
 from talk2dino.inference.segmented import SegmentedImage, background_threshold
 from talk2dino.inference.vocabulary import OpenVocabulary, exemplars_of
@@ -59,8 +57,7 @@ def segment(config: DictConfig) -> None:
     )
     check_formats(formats)
     options.refuse_idle(formats)
-    output = user_path(config.output)
-    jobs = plan(str(config.image), output)
+    jobs = plan(str(config.image), str(config.output))
     command.require_output_folder(jobs[0].overlay.parent, "output")
     calibration = find_calibration(config.calibration, config.checkpoint)
     build_refinement(config)
@@ -157,7 +154,7 @@ def _segment(
             totals.setdefault(name, []).append(part)
     if totals and share.alone:
         console.print(_table(result, None) if single else _table(result, totals))
-        print(f"overlay: {jobs[0].overlay if single else jobs[0].overlay.parent}")
+        print(f"overlay: {jobs[0].overlay if single else jobs[0].folder}")
         print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")
     return broken
 

@@ -5,21 +5,26 @@ r-th on; when it has done them it leaves a record in the hidden folder `.parts` 
 then finds the records of all and the results of all pictures gathers, under a lock. The records
 stay, marked as gathered: a rank that comes late with new results gathers again, and whoever finds
 work missing knows from the mark that a record is of an earlier start, whose rank is still to come.
+What is gathered are the annotations of all pictures: a data set per format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
+from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
+from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.encoders.devices import ProcessRank, process_rank
 from talk2dino.errors import DataError
-from talk2dino.files import PARTS, in_turn, read_json, write_json
+from talk2dino.files import PARTS, in_turn, read_json, user_path, write_json
 from talk2dino.inference.result_files import Job
 
 
@@ -152,7 +157,7 @@ class Share:
         raise SystemExit(1)
 
     def _folder(self) -> Path:
-        return self.jobs[0].overlay.parent / PARTS
+        return self.jobs[0].folder / PARTS
 
     def _record(self, rank: int) -> Path:
         return self._folder() / f"segment-{rank:05d}-of-{self.place.world_size:05d}.json"
@@ -168,3 +173,59 @@ def _stamp(job: Job) -> dict[str, int] | None:
         return job.picture
     except OSError:
         return None
+
+
+def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
+    """Where the data sets of several pictures, or of one that is named alone, go."""
+    alone = user_path(image).is_file()
+    return jobs[0].folder / (f"{jobs[0].overlay.stem}_annotations" if alone else "annotations")
+
+
+def annotated(jobs: Iterable[Job]) -> Iterator[AnnotatedPicture]:
+    """The pictures of jobs that are done, with the masks that their JSON keeps.
+
+    Args:
+        jobs: written with `options`.
+    """
+    for job in jobs:
+        noted = read_json(job.figures, dict, "figures of talk2dino.segment")
+        masks = noted["annotations"]["masks"]
+        height, width = noted["size"]
+        yield AnnotatedPicture(
+            job.name,
+            height,
+            width,
+            [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
+            job.image,
+        )
+
+
+def write_annotations(
+    jobs: Sequence[Job],
+    synonyms: Mapping[str, Sequence[str]],
+    folder: Path,
+    formats: Sequence[str],
+    options: Options,
+    overwrite: bool,
+) -> list[Path]:
+    """Gather the masks of all jobs into a data set per format.
+
+    Args:
+        jobs: one or more, all done with `options`.
+        synonyms: words of each class.
+        folder: gets a folder for each format.
+        formats: names of `annotations.data_sets.FORMATS`.
+        options: of the formats.
+        overwrite: replace files that this program did not write, too.
+
+    Raises:
+        ConfigError: such files.
+    """
+    first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
+    categories = [
+        Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
+        for one in first["classes"]
+        if one["name"] in synonyms  # what is left over is none
+    ]
+    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1))
+    return write_data_sets(pictures, categories, folder, formats, options, overwrite)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import track
 
 import talk2dino
-from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
-from talk2dino.annotations.data_sets import write_data_sets
+from talk2dino.annotations.base import Options
+from talk2dino.annotations.data_sets import MARK
 from talk2dino.datasets.pictures import HEIF, is_picture, picture_suffixes, unread
 from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_json, user_path, write_json
@@ -33,10 +32,14 @@ class Job:
     Attributes:
         image: the picture file.
         overlay: PNG of the picture with colors and legend.
+        folder: that of all results.
+        name: of the picture below the folder that `image=` begins with, for data sets.
     """
 
     image: Path
     overlay: Path
+    folder: Path
+    name: str
 
     @property
     def picture(self) -> dict[str, int]:
@@ -130,8 +133,12 @@ def _keys(value: object) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def plan(image: str, output: Path) -> list[Job]:
+def plan(image: str, output: str | Path) -> list[Job]:
     """The jobs for a picture, a folder of pictures, or a pattern such as `photos/*.jpg`.
+
+    Args:
+        image: as the config says it.
+        output: the overlay of a picture, or a folder: one that is there, or ends in a slash.
 
     Raises:
         DataError: no picture there, or two whose results would have one name.
@@ -139,20 +146,27 @@ def plan(image: str, output: Path) -> list[Job]:
             results on top of pictures.
     """
     path = user_path(image)
+    as_folder = str(output).endswith((os.sep, "/"))  # which a Path forgets
+    output = user_path(output)
+    as_folder = as_folder or output.is_dir()
     if path.is_file():
         named = output.suffix.lower() in picture_suffixes()  # `results.v1` is not a kind of picture
-        if named and output.suffix.lower() != ".png" and not output.is_dir():
+        if named and output.suffix.lower() != ".png" and not as_folder:
             raise ConfigError(
                 f"output={output}: overlays are PNG; use output={output.with_suffix('.png')}"
             )
-        if output.is_dir():
+        if as_folder:
             target = output / f"{path.stem}.png"
         else:
             target = output if named else output.with_name(f"{output.name}.png")
-        jobs = [Job(path, target)]
+        jobs = [Job(path, target, target.parent, path.name)]
     else:
-        jobs = [Job(one, output / f"{one.stem}.png") for one in _several(image, path, output)]
-        if not output.is_dir() and (output.suffix.lower() in picture_suffixes() or output.exists()):
+        root = _literal(path)
+        jobs = [
+            Job(one, output / f"{one.stem}.png", output, one.relative_to(root).as_posix())
+            for one in _several(image, path, output)
+        ]
+        if not as_folder and (output.suffix.lower() in picture_suffixes() or output.exists()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
             )
@@ -160,18 +174,26 @@ def plan(image: str, output: Path) -> list[Job]:
     return jobs
 
 
+def _literal(path: Path) -> Path:
+    """The folder that a pattern begins with; one that is there is no wildcard: `trip [2020]/*`."""
+    return next(one for one in (path, *path.parents) if one.is_dir() or one == one.parent)
+
+
 def _several(image: str, path: Path, output: Path) -> list[Path]:
     if path.is_dir():
         files = list(path.iterdir())
     else:
-        folder = str(path.parent)  # taken literally if it is there: `trip [2020]/*.jpg`
-        pattern = f"{escape(folder) if path.parent.is_dir() else folder}/{path.name}"
+        root = _literal(path)
+        pattern = f"{escape(str(root))}/{path.relative_to(root)}"
         files = [Path(one) for one in glob(pattern, recursive=True)]  # noqa: PTH207 (any root)
     results = output.resolve()  # of an earlier run, if the pattern finds them
+    data_sets = [mark.parent for mark in results.glob(f"*annotations/*/{MARK}")]
     found = sorted(
         one
         for one in files
-        if is_picture(one) and not (one.resolve().is_relative_to(results) and is_our_picture(one))
+        if is_picture(one)
+        and not (one.resolve().is_relative_to(results) and is_our_picture(one))
+        and not any((one.parent.resolve() / one.name).is_relative_to(own) for own in data_sets)
     )
     if found:
         _say_left_out(image, path, files, output)
@@ -267,65 +289,6 @@ def write(
         masks = [one.as_dict() for one in result.annotations(options)]
         content["annotations"] = {**options.cut, "masks": masks}
     write_json(job.figures, content)
-
-
-def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
-    """Where the data sets of several pictures, or of one that is named alone, go."""
-    overlay = jobs[0].overlay
-    alone = user_path(image).is_file()
-    return overlay.with_name(f"{overlay.stem}_annotations" if alone else "annotations")
-
-
-def annotated(jobs: Iterable[Job], root: Path) -> Iterator[AnnotatedPicture]:
-    """The pictures of jobs that are done, with the masks that their JSON keeps.
-
-    Args:
-        jobs: written with `options`.
-        root: folder from which a data set names the pictures.
-    """
-    for job in jobs:
-        noted = read_json(job.figures, dict, "figures of talk2dino.segment")
-        masks = noted["annotations"]["masks"]
-        height, width = noted["size"]
-        yield AnnotatedPicture(
-            job.image.absolute().relative_to(root).as_posix(),
-            height,
-            width,
-            [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
-            job.image,
-        )
-
-
-def write_annotations(
-    jobs: Sequence[Job],
-    synonyms: Mapping[str, Sequence[str]],
-    folder: Path,
-    formats: Sequence[str],
-    options: Options,
-    overwrite: bool,
-) -> list[Path]:
-    """Gather the masks of all jobs into a data set per format.
-
-    Args:
-        jobs: one or more, all done with `options`.
-        synonyms: words of each class.
-        folder: gets a folder for each format.
-        formats: names of `annotations.data_sets.FORMATS`.
-        options: of the formats.
-        overwrite: replace files that this program did not write, too.
-
-    Raises:
-        ConfigError: such files.
-    """
-    first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
-    categories = [
-        Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
-        for one in first["classes"]
-        if one["name"] in synonyms  # what is left over is none
-    ]
-    root = Path(os.path.commonpath([job.image.absolute().parent for job in jobs]))
-    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), root)
-    return write_data_sets(pictures, categories, folder, formats, options, overwrite)
 
 
 def figures(result: SegmentedImage) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from talk2dino.alignment.checkpoint import save_projection
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.annotations.data_sets import FORMATS
 from talk2dino.encoders import OpenClipTextEncoder, TimmVisionEncoder
-from talk2dino.inference.result_files import Job, annotations_folder
+from talk2dino.inference.process_shares import annotations_folder
+from talk2dino.inference.result_files import Job
 from tests.helpers.encoders import SMALL_CLIP
 from tests.helpers.pipeline import fails, files_below, run
 
@@ -113,9 +114,21 @@ def test_more_formats_need_no_model(
     assert coco(tmp_path / "out") == as_polygons
 
 
+def test_a_data_set_below_the_pattern_holds_no_pictures(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YOLO's links lead to the photographs, which are not to be taken twice."""
+    photos = tmp_path / "photos"
+    given = [*given, f"image={photos}/**/*", f"output={photos / 'seg'}", "formats=[yolo]"]
+    run("segment", *given)
+    run("segment", *given, "resume=true")
+    assert "3 of 3 pictures were done before" in capsys.readouterr().out
+    assert len(list((photos / "seg" / "annotations" / "yolo" / "images").iterdir())) == 3
+
+
 def test_where_they_go(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png")]
+    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / "x.png", tmp_path / "out", "a.png")]
     one = annotations_folder(jobs, str(tmp_path / "a.png"))
     assert one == tmp_path / "out" / "x_annotations"
     assert annotations_folder(jobs, str(tmp_path)) == tmp_path / "out" / "annotations"

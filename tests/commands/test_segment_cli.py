@@ -100,7 +100,7 @@ def test_a_folder_with_a_broken_picture(
     assert "2 of 3 pictures were done before" in capsys.readouterr().out
     assert (out / "a.json").is_file()
     assert (out / "b.json").stat().st_mtime_ns == before
-    assert not Job(pictures / "b.jpg", out / "b.png").done_with({"background": 0.6})
+    assert not Job(pictures / "b.jpg", out / "b.png", out, "b.jpg").done_with({"background": 0.6})
 
 
 def test_pictures_that_a_folder_leaves_out_are_said(
@@ -162,11 +162,12 @@ def test_without_a_checkpoint_it_says_how_to_get_one(
 
 def test_plan(pictures: Path, tmp_path: Path) -> None:
     one = pictures / "b.jpg"
-    assert plan(str(one), tmp_path / "x.png") == [Job(one, tmp_path / "x.png")]
+    assert plan(str(one), tmp_path / "x.png") == [Job(one, tmp_path / "x.png", tmp_path, "b.jpg")]
     with pytest.raises(ConfigError, match=r"x\.jpg: overlays are PNG; use output=.*x\.png"):
         plan(str(one), tmp_path / "x.jpg")
     (tmp_path / "there").mkdir()
-    assert plan(str(one), tmp_path / "there") == [Job(one, tmp_path / "there" / "b.png")]
+    there = tmp_path / "there"
+    assert plan(str(one), there) == [Job(one, there / "b.png", there, "b.jpg")]
     names = [job.image.name for job in plan(str(pictures), tmp_path / "out")]
     assert names == ["a.png", "b.jpg", "c.PNG"]
     names = [job.image.name for job in plan(str(pictures / "[ab].*"), tmp_path / "out")]
@@ -199,7 +200,8 @@ def test_the_folder_one_is_in_is_an_output(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert plan(str(pictures / "b.jpg"), Path()) == [Job(pictures / "b.jpg", Path("b.png"))]
+    jobs = plan(str(pictures / "b.jpg"), Path())
+    assert [(job.image, job.overlay) for job in jobs] == [(pictures / "b.jpg", Path("b.png"))]
 
 
 def test_heat_maps_take_no_name_of_another_picture(tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_heat_maps_take_no_name_of_another_picture(tmp_path: Path) -> None:
 
 
 def test_heat_maps_have_names_of_their_own(tmp_path: Path) -> None:
-    maps = Job(tmp_path / "a.jpg", tmp_path / "a.png").heatmaps(["dark cat", "dark/cat", "sofa"])
+    job = Job(tmp_path / "a.jpg", tmp_path / "a.png", tmp_path, "a.jpg")
+    maps = job.heatmaps(["dark cat", "dark/cat", "sofa"])
     assert [path.name for path in maps.values()] == [
         "a_heat_dark-cat-0.png",
         "a_heat_dark-cat-1.png",
@@ -222,7 +225,7 @@ def test_heat_maps_have_names_of_their_own(tmp_path: Path) -> None:
 
 def test_hostile_names_of_heat_maps(tmp_path: Path) -> None:
     names = ["a b", "a/b", "a-b-0", "A-B", "x" * 300, "ß" * 300, "…", "?"]
-    maps = Job(tmp_path / "p.jpg", tmp_path / "p.png").heatmaps(names)
+    maps = Job(tmp_path / "p.jpg", tmp_path / "p.png", tmp_path, "p.jpg").heatmaps(names)
     files = [path.name.casefold() for path in maps.values()]
     assert len(set(files)) == len(names)
     for path in maps.values():
@@ -232,7 +235,9 @@ def test_hostile_names_of_heat_maps(tmp_path: Path) -> None:
 def test_an_output_keeps_its_dots(pictures: Path, tmp_path: Path) -> None:
     one = pictures / "b.jpg"
     for name in ("results.v1", "results.v2", "2024_05_06"):
-        assert plan(str(one), tmp_path / name) == [Job(one, tmp_path / f"{name}.png")]
+        assert [job.overlay for job in plan(str(one), tmp_path / name)] == [
+            tmp_path / f"{name}.png"
+        ]
     jobs = plan(str(pictures), tmp_path / "run.v3")
     assert {job.overlay.parent for job in jobs} == {tmp_path / "run.v3"}
     assert jobs[0].labels.name == "a_labels.png"

@@ -1,0 +1,47 @@
+"""Which pictures `segment` means and what it calls them; how results are counted and gathered."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from talk2dino.inference.result_files import plan
+
+
+def draw(*paths: Path) -> None:
+    """A small picture in each file."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+
+
+def test_names_do_not_depend_on_the_other_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set names a picture from the folder that the pattern begins with."""
+    photos = tmp_path / "trip [2020]"
+    draw(photos / "2023" / "a.png", photos / "2024" / "b.png")
+    monkeypatch.chdir(tmp_path)
+
+    def names(image: str) -> list[str]:
+        return [job.name for job in plan(image, tmp_path / "out")]
+
+    assert names(f"{photos}/**/*") == ["2023/a.png", "2024/b.png"]
+    (photos / "2024" / "b.png").unlink()
+    assert names(f"{photos}/**/*") == names(f"{photos}/20*/?.png") == ["2023/a.png"]
+    assert names("trip [2020]/*/*.png") == ["2023/a.png"]
+    assert names(f"{photos}/2023") == names(f"{photos}/2023/*") == ["a.png"]
+    assert names("*/2023/*") == ["trip [2020]/2023/a.png"]
+    assert names(f"{photos}/2023/a.png") == ["a.png"]
+
+
+def test_an_output_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "b.jpg")
+    for output in ("out/", "out.png/", f"out{os.sep}"):
+        for name in ("a.png", "b.jpg"):
+            (job,) = plan(str(tmp_path / name), f"{tmp_path}/{output}")
+            assert job.overlay == tmp_path / output / f"{name[0]}.png"
+        assert plan(str(tmp_path), f"{tmp_path}/{output}")[0].folder == tmp_path / output
