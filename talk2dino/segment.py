@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -130,7 +130,7 @@ def _segment(
 ) -> dict[Job, str]:
     """Write every result; gives the broken pictures of a folder with what is wrong."""
     console, single = Console(markup=False, emoji=False), len(share.jobs) == 1
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, Totals] = {}
     broken: dict[Job, str] = {}
     said = LARGE
     for job in track(jobs, "segment", console=console, disable=single or share.place.rank > 0):
@@ -151,7 +151,7 @@ def _segment(
             continue
         write(result, job, heatmaps, settings, options)
         for name, part in result.areas().items():
-            totals.setdefault(name, []).append(part)
+            totals[name] = totals.get(name, Totals()).and_one(part)
     if totals and share.alone:
         console.print(_table(result, None) if single else _table(result, totals))
         print(f"overlay: {jobs[0].overlay if single else jobs[0].folder}")
@@ -159,18 +159,32 @@ def _segment(
     return broken
 
 
-def _table(result: SegmentedImage, totals: dict[str, list[float]] | None) -> Table:
+class Totals(NamedTuple):
+    """Of a class: the sum of its shares, pictures with some of it, and all pictures."""
+
+    shares: float = 0.0
+    seen: int = 0
+    pictures: int = 0
+
+    def and_one(self, share: float) -> Totals:
+        """With one more picture."""
+        return Totals(self.shares + share, self.seen + (share > 0), self.pictures + 1)
+
+
+def _table(result: SegmentedImage, totals: dict[str, Totals] | None) -> Table:
     """Classes, their share of the picture and their color; several pictures: the mean share."""
     figure = Column("share" if totals is None else "mean share", justify="right")
     table = Table("", Column("class", overflow="fold"), figure)
     if totals is not None:
         table.add_column("pictures", justify="right")
-    shares = result.areas() if totals is None else {k: sum(v) / len(v) for k, v in totals.items()}
+    shares = result.areas()
+    if totals is not None:
+        shares = {name: one.shares / one.pictures for name, one in totals.items()}
     colors = dict(zip(result.classes, legend_colors(result.classes), strict=True))
     for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
         red, green, blue = colors[name]
         swatch = Text("██", style=f"rgb({red},{green},{blue})")
-        seen = [] if totals is None else [str(sum(one > 0 for one in totals[name]))]
+        seen = [] if totals is None else [str(totals[name].seen)]
         table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
     return table
 
