@@ -88,7 +88,7 @@ def test_validation_is_split_by_image(store: Path, fraction: float) -> None:
     train, val = data.train_data.image_row[data.train_rows], data.val_data.image_row[data.val_rows]
     assert not set(train) & set(val)
     assert len(train) + len(val) == IMAGES * PER_IMAGE
-    assert len(set(val)) == round(IMAGES * fraction) or fraction == 0.05
+    assert len(set(val)) == round(IMAGES * fraction)
     loader = data.val_dataloader()
     if not len(val):
         assert loader == []
