@@ -39,7 +39,6 @@ _MOVED = (  # former module, present module, classes
         "MaxScore SampledHead SoftHead WeightedAverage",
     ),
     ("alignment.visual_projection", "alignment.projection", "VisualProjectionLayer"),
-    ("training.texts", "training.word_embeddings", "caption_word_loss"),
     ("encoders.bert_text", "encoders.text", "BertTextEncoder"),
     ("encoders.open_clip_text", "encoders.text", "OpenClipTextEncoder"),
     ("encoders.sentence_text", "encoders.text", "SentenceTransformerTextEncoder"),
@@ -48,7 +47,7 @@ RENAMED: Mapping[str, str] = {  # former dotted name: present one
     f"talk2dino.{old}.{name}": f"talk2dino.{new}.{name}"
     for old, new, names in _MOVED
     for name in names.split()
-}
+} | {"talk2dino.training.texts.caption_word_loss": "talk2dino.alignment.word_loss.WordOptions"}
 
 
 def current(name: str) -> str:

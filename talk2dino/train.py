@@ -33,7 +33,7 @@ from talk2dino.training.resume import (
     refuse_other_settings,
 )
 from talk2dino.training.trackers import close_loggers
-from talk2dino.training.word_embeddings import stored_text_encoder
+from talk2dino.training.word_embeddings import caption_word_loss, stored_text_encoder
 
 
 def train(config: DictConfig) -> None:
@@ -47,13 +47,9 @@ def train(config: DictConfig) -> None:
     module = build_module(config, store)
     data = build_data(config, store, module)
     if config.get("words"):
-        module.words = command.build(
-            config.words,
-            store=store,
-            caption_rows=data.train_rows,
-            projection=module.projection,
-            similarity=module.similarity,
-            seed=config.seed,
+        options = command.build(config.words)
+        module.words = caption_word_loss(
+            options, store, data.train_rows, module.projection, module.similarity, config.seed
         )
     plain: Any = OmegaConf.to_container(config, resolve=True)
     checkpoint = checkpoint_to_resume(folder, config.resume, config.ckpt_path)

@@ -89,7 +89,7 @@ class AlignmentModule(L.LightningModule):
         self._of_one_image = self._of_one_image + (image_ids == image_ids[0]).all()  # no sync
         if self.words is not None:
             found = self._word_loss(self.words, chosen, batch["image_row"], batch_index)
-            loss = self.words.caption_weight * loss + found
+            loss = self.words.options.caption_weight * loss + found
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image_ids))
         return loss
 
@@ -97,24 +97,24 @@ class AlignmentModule(L.LightningModule):
         self, words: WordLoss, chosen: Tensor, image_row: Tensor, batch_index: int
     ) -> Tensor:
         """Every rank compares the same words with its own images and shares the columns."""
-        rows = gather_rows(image_row)
+        rows, options = gather_rows(image_row), words.options
         step = words.choose(rows, (self.global_step, batch_index))
         text = self.projection.project_text(words.embeddings[step.index])
         columns = words.similarity.scores(text[: len(step.compared)], chosen)  # [K, B]
         found: Tensor = words(gather_rows(columns.T.contiguous()).T, step)
         self.log("train/word_loss", found, batch_size=len(rows))
-        loss = words.weight * found
-        if words.mixture:
+        loss = options.weight * found
+        if options.mixture:
             mixed = patch_mixture(
                 text,
                 words.few_patches(chosen),
                 step.positive[:, own_rows(len(image_row))],
-                words.concentration,
-                words.unexplained,
+                options.concentration,
+                options.unexplained,
                 gather_rows,
             )
             self.log("train/mixture_loss", mixed, batch_size=len(rows))
-            loss = loss + words.mixture * mixed
+            loss = loss + options.mixture * mixed
         return loss
 
     def on_fit_start(self) -> None:

@@ -22,8 +22,8 @@ def patch_mixture(
     text: Tensor,
     patch_tokens: Tensor,
     positive: Tensor,
-    concentration: float = 30.0,
-    unexplained: float = 0.1,
+    concentration: float,
+    unexplained: float,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Tensor:
     """Minus the mean log likelihood ratio of an image's patches under the words that it has.
@@ -50,10 +50,10 @@ def patch_mixture(
         >>> from talk2dino.alignment.patch_mixture import patch_mixture
         >>> patches = torch.eye(2)[:, None]  # two images of one patch, at right angles
         >>> words = torch.eye(2)
-        >>> own = patch_mixture(words, patches, torch.tensor([[True, False], [False, True]]))
-        >>> other = patch_mixture(words, patches, torch.tensor([[False, True], [True, False]]))
-        >>> round(float(own), 3), round(float(other), 3)  # -log(0.9 * 2 + 0.1), -log(0.1)
-        (-0.642, 2.303)
+        >>> own = torch.tensor([[True, False], [False, True]])
+        >>> losses = [patch_mixture(words, patches, has, 30.0, 0.1) for has in (own, ~own)]
+        >>> [round(float(loss), 3) for loss in losses]  # -log(0.9 * 2 + 0.1), -log(0.1)
+        [-0.642, 2.303]
     """
     words, patches = F.normalize(text, dim=-1), F.normalize(patch_tokens.to(text.dtype), dim=-1)
     images, count, _ = patches.shape

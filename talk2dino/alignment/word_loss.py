@@ -22,6 +22,68 @@ from talk2dino.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class WordOptions:
+    """The options of training on words, `conf/words/*.yaml`.
+
+    Attributes:
+        weight: of the words' loss.
+        caption_weight: of the loss of whole captions beside it; 0 trains on words alone.
+        min_count: captions that a word or a pair of words must occur in.
+        per_step: words of a step at most, drawn from those of its images.
+        templates: prompts of a word, see `encoders.prompts`; their embeddings are averaged.
+        temperature: with which a word pools patches; None takes that of the similarity.
+        logit_scale: factor on the scores, 1/temperature of the cross-entropies.
+        near_synonym: cosine of two embeddings from which on two words may mean the same: an image
+            with one of them is no wrong image for the other. None takes every word at its letter.
+        synonym: cosine from which on a word is right wherever the other is; None for never.
+        mixture: weight of the loss in which the words of an image compete for its patches, see
+            `patch_mixture`; 0 goes without.
+        mixture_per_step: words of a step that compete at most; an image that lacks some of its
+            words has others explain too much.
+        mixture_patches: random patches of every image that they compete for.
+        concentration: of the words there, see `patch_mixture`.
+        unexplained: share of the patches that no word explains there.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    weight: float = 1.0
+    caption_weight: float = 1.0
+    min_count: int = 30
+    per_step: int = 160
+    templates: str = "plain"
+    temperature: float | None = None
+    logit_scale: float = 30.0
+    near_synonym: float | None = None
+    synonym: float | None = None
+    mixture: float = 0.0
+    mixture_per_step: int = 1024
+    mixture_patches: int = 32
+    concentration: float = 30.0
+    unexplained: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive = ("weight", "logit_scale", "concentration", "mixture_per_step", "mixture_patches")
+        for name in (*positive, *(() if self.temperature is None else ("temperature",))):
+            check_positive(f"words.{name}", getattr(self, name))
+        for name in ("caption_weight", "mixture"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"words.{name}={getattr(self, name)}: use 0 or more")
+        if not 0 < self.unexplained < 1:
+            raise ConfigError(f"words.unexplained={self.unexplained}: use a share between 0 and 1")
+        if self.per_step < 2:
+            raise ConfigError(
+                f"words.per_step={self.per_step}: a word is told apart from others of its step, so "
+                "use 2 or more"
+            )
+        for name in ("near_synonym", "synonym"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"words.{name}={value}: a cosine above 0 and up to 1, or null")
+
+
+@dataclass(frozen=True)
 class StepWords:
     """The words of one step, beside the N images of its batch.
 
@@ -51,31 +113,20 @@ class WordLoss(nn.Module):
         embeddings: `[V, C]` text embeddings of the words, in the space that ψ takes.
         of_image: `[I, W]` int, the words of every image of the store, filled up with V.
         similarity: compares words with images.
-        weight: of this loss.
-        caption_weight: of the loss of whole captions beside it; 0 trains on words alone.
-        per_step: words of a step at most, drawn from those of its images.
-        mixture: weight of the loss in which the words of an image compete for its patches, see
-            `patch_mixture`; 0 goes without.
-        mixture_per_step: words of a step that compete at most; an image that lacks some of its
-            words has others explain too much.
-        mixture_patches: random patches of every image that they compete for.
-        concentration: of the words there.
-        unexplained: share of the patches that no word explains there.
-        logit_scale: factor on the scores, 1/temperature.
-        near_synonym: cosine of two embeddings from which on two words may mean the same: an image
-            with one of them is no wrong image for the other. None takes every word at its letter.
+        options: weights, sizes and scales.
         seed: of the choice of words.
         digest: of the words and of which image has which, which all ranks must agree on.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a mixture without a similarity that compares patches.
 
     Examples:
         >>> import torch
         >>> from talk2dino.alignment.similarity import DotProduct
-        >>> from talk2dino.alignment.word_loss import WordLoss
+        >>> from talk2dino.alignment.word_loss import WordLoss, WordOptions
         >>> of_image = torch.tensor([[0, 2], [1, 2]])  # image 0 has words 0 and 2, image 1 1 and 2
-        >>> words = WordLoss(torch.eye(3), of_image, DotProduct(), logit_scale=1.0)
+        >>> options = WordOptions(logit_scale=1.0)
+        >>> words = WordLoss(torch.eye(3), of_image, DotProduct(), options)
         >>> step = words.choose(torch.tensor([1, 0, 1]), step=(0, 0))  # image 1 twice
         >>> order = step.index.argsort()
         >>> step.positive[order].int()  # [word, image]; an image counts once
@@ -91,49 +142,19 @@ class WordLoss(nn.Module):
         embeddings: Tensor,
         of_image: Tensor,
         similarity: Similarity,
-        weight: float = 1.0,
-        caption_weight: float = 1.0,
-        per_step: int = 160,
-        logit_scale: float = 30.0,
-        near_synonym: float | None = None,
+        options: WordOptions = WordOptions(),
         seed: int = 0,
         digest: str = "",
-        mixture: float = 0.0,
-        mixture_per_step: int = 1024,
-        mixture_patches: int = 32,
-        concentration: float = 30.0,
-        unexplained: float = 0.1,
     ) -> None:
         super().__init__()
-        check_positive("words.weight", weight)
-        check_positive("words.logit_scale", logit_scale)
-        check_positive("words.concentration", concentration)
-        check_positive("words.mixture_per_step", mixture_per_step)
-        check_positive("words.mixture_patches", mixture_patches)
-        for name, value in (("caption_weight", caption_weight), ("mixture", mixture)):
-            if value < 0:
-                raise ConfigError(f"words.{name}={value}: use 0 or more")
-        if not 0 < unexplained < 1:
-            raise ConfigError(f"words.unexplained={unexplained}: use a share between 0 and 1")
-        if mixture and not isinstance(similarity, Dense):
+        if options.mixture and not isinstance(similarity, Dense):
             raise ConfigError(
-                f"words.mixture={mixture}: {type(similarity).__name__} compares no patches; use "
-                "similarity=dense, or words.mixture=0"
+                f"words.mixture={options.mixture}: {type(similarity).__name__} compares no "
+                "patches; use similarity=dense, or words.mixture=0"
             )
-        if per_step < 2:
-            raise ConfigError(
-                f"words.per_step={per_step}: a word is told apart from others of its step, so use "
-                "2 or more"
-            )
-        if near_synonym is not None:
-            check_cosine("words.near_synonym", near_synonym)
         self.embeddings, self.of_image = embeddings, of_image
-        self.similarity = similarity
-        self.weight, self.caption_weight, self.per_step = weight, caption_weight, per_step
-        self.logit_scale, self.near_synonym = logit_scale, near_synonym
+        self.similarity, self.options = similarity, options
         self.seed, self.digest = seed, digest
-        self.mixture, self.concentration, self.unexplained = mixture, concentration, unexplained
-        self.mixture_per_step, self.mixture_patches = mixture_per_step, mixture_patches
 
     def choose(self, image_row: Tensor, step: Sequence[int]) -> StepWords:
         """Draw the words of a step: the same ones on all ranks, and again after resuming.
@@ -151,18 +172,19 @@ class WordLoss(nn.Module):
         keys = torch.rand(count, generator=generator, dtype=torch.float64).to(image_row.device)
         # Always as many rows, some of them without a word, so that no device is waited for.
         keys = keys.masked_fill(~has.any(dim=0), -1)
-        largest = max(self.per_step, self.mixture_per_step) if self.mixture else self.per_step
+        compare = self.options.per_step
+        largest = max(compare, self.options.mixture_per_step) if self.options.mixture else compare
         values, index = keys.topk(min(largest, count))
         again = (image_row[:, None] == image_row[None, :]).tril(-1).any(dim=1)
         counted = (values >= 0)[:, None] & ~again  # [K, N]
         positive = has[:, index].T & counted
-        compared = counted[: self.per_step]
-        if self.near_synonym is not None:
+        compared = counted[:compare]
+        if self.options.near_synonym is not None:
             unit = F.normalize(self.embeddings, dim=-1)
-            first = index[: self.per_step]
-            near = (unit[first] @ unit.T >= self.near_synonym).to(unit.dtype)  # [K, V]
+            first = index[:compare]
+            near = (unit[first] @ unit.T >= self.options.near_synonym).to(unit.dtype)  # [K, V]
             other = near @ has.T.to(unit.dtype) == 0
-            compared = compared & (positive[: self.per_step] | other)
+            compared = compared & (positive[:compare] | other)
         return StepWords(index, positive, compared)
 
     def forward(self, scores: Tensor, words: StepWords) -> Tensor:
@@ -171,7 +193,7 @@ class WordLoss(nn.Module):
         It is 0 if no image has a word.
         """
         positive = words.positive[: len(words.compared)]
-        logits = scores * self.logit_scale
+        logits = scores * self.options.logit_scale
         logits = logits.masked_fill(~words.compared, torch.finfo(logits.dtype).min)
         parts = []
         for dim in (0, 1):
@@ -184,16 +206,10 @@ class WordLoss(nn.Module):
     def few_patches(self, patch_tokens: Tensor) -> Tensor:
         """Those of a mixture: `[B, P, D]` to `[B, mixture_patches, D]`, drawn anew."""
         generator = self.similarity.generator if isinstance(self.similarity, Dense) else None
-        return sample_patches(patch_tokens, self.mixture_patches, generator)
+        return sample_patches(patch_tokens, self.options.mixture_patches, generator)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WordLoss:
         """Move and convert the constants as if they were buffers."""
         self.embeddings, self.of_image = fn(self.embeddings), fn(self.of_image)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def check_cosine(name: str, value: float) -> None:
-    """Refuse what is no cosine above 0 (ConfigError)."""
-    if not 0 < value <= 1:
-        raise ConfigError(f"{name}={value}: a cosine above 0 and up to 1, or null")

@@ -7,7 +7,6 @@ from talk2dino.encoders.text import (
     SentenceTransformerTextEncoder,
     TextEncoder,
     TextFeatures,
-    TokenTextEncoder,
 )
 from talk2dino.encoders.text.base import CachedTextEncoder, average_text_tokens
 from talk2dino.encoders.vision import TimmVisionEncoder, VisionFeatures
@@ -20,7 +19,6 @@ __all__ = [
     "TextEncoder",
     "TextFeatures",
     "TimmVisionEncoder",
-    "TokenTextEncoder",
     "VisionFeatures",
     "average_text_tokens",
     "pool_attention",

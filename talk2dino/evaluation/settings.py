@@ -32,8 +32,11 @@ DECIDING = {
         *("refinement", "vision", "text"),
     ),
 }
-# keys that a refinement did not have at first, with what its results were then
-_LATER: Mapping[str, Any] = {"scope": "window", "power": None}
+# keys that configs did not have at first, with what the results were then
+_LATER: Mapping[str, Mapping[str, Any]] = {
+    "benchmark": {"lambda_bg": 0.2},
+    "refinement": {"scope": "window", "power": None},
+}
 # of an encoder's spec, what changes no figure or stands in its digest
 _NOT_OF_SPEC = ("weights", "batch_size", "image_size")
 # what a table of runs shows in rows and columns of its own, and where the files lie
@@ -56,9 +59,9 @@ def deciding(config: Mapping[str, Any], command: str) -> dict[str, Any]:
     given = chosen.get("refinement")
     if given and "calibrated" in given:  # `auto`, of a run that failed before it was settled
         given = chosen["refinement"] = None
-    if isinstance(given, Mapping):
-        usual = [key for key, value in _LATER.items() if key in given and given[key] == value]
-        chosen["refinement"] = {key: given[key] for key in given if key not in usual}
+    for name, later in _LATER.items():
+        if isinstance(found := chosen.get(name), Mapping):
+            chosen[name] = {k: v for k, v in found.items() if k not in later or v != later[k]}
     if command == "segment" and not given:  # results of before do not name it
         chosen.pop("refinement")
     return chosen

@@ -39,7 +39,6 @@ class FeatureDataModule(L.LightningDataModule):
         prefetch: batches read ahead of the training, by each worker or by a thread; 0 for none.
             None takes 2 with a GPU or workers, and 0 on the CPU, where a thread would compete with
             the training.
-        start_method: of the workers, `fork`, `spawn` or `forkserver`; None is Python's default.
         seed: of the shuffling.
 
     Raises:
@@ -76,7 +75,6 @@ class FeatureDataModule(L.LightningDataModule):
         num_workers: int = 0,
         prefetch: int | None = None,
         seed: int = 0,
-        start_method: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
@@ -87,7 +85,6 @@ class FeatureDataModule(L.LightningDataModule):
                 raise ConfigError(f"data.{key}={count} must be at least 0")
         self.shuffle, self.block_rows, self.mix_blocks = shuffle, block_rows, mix_blocks
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
-        self.start_method = start_method
         self._train: StoreLoader | None = None
         self._val: StoreLoader | None = None
         self._resume: dict[str, Any] = {}
@@ -165,7 +162,6 @@ class FeatureDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             prefetch=ahead if self.prefetch is None else self.prefetch,
             pin_memory=on_gpu,
-            start_method=self.start_method,
         )
 
     def teardown(self, stage: str) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, from_numpy
 
 from talk2dino.alignment.projection import Projection
 from talk2dino.alignment.similarity import Dense, Similarity
-from talk2dino.alignment.similarity.base import check_positive
-from talk2dino.alignment.word_loss import WordLoss, check_cosine
+from talk2dino.alignment.word_loss import WordLoss, WordOptions
 from talk2dino.encoders.build import build_text
 from talk2dino.encoders.text import TextEncoder
 from talk2dino.encoders.text.base import CachedTextEncoder
@@ -45,52 +44,27 @@ def stored_text_encoder(store: FeatureStore, purpose: str) -> TextEncoder:
 
 
 def caption_word_loss(
+    options: WordOptions,
     store: FeatureStore,
     caption_rows: NDArray[np.int64],
     projection: Projection,
     similarity: Similarity,
     seed: int,
-    min_count: int = 30,
-    templates: str = "plain",
-    temperature: float | None = None,
-    weight: float = 1.0,
-    caption_weight: float = 1.0,
-    per_step: int = 160,
-    logit_scale: float = 30.0,
-    near_synonym: float | None = None,
-    synonym: float | None = None,
-    mixture: float = 0.0,
-    mixture_per_step: int = 1024,
-    mixture_patches: int = 32,
-    concentration: float = 30.0,
-    unexplained: float = 0.1,
 ) -> WordLoss:
-    """The loss of the words that a store's captions contain (`conf/words/captions.yaml`).
+    """The loss of the words that a store's captions contain.
 
     Args:
+        options: of the config's `words`.
         store: holds the captions' texts, and names its text encoder.
         caption_rows: `[n]` int64, the captions to train on; others give no words.
         projection: ψ.
         similarity: of the run.
         seed: of the run.
-        min_count: captions that a word or a pair of words must occur in.
-        templates: prompts of a word, see `encoders.prompts`; their embeddings are averaged.
-        temperature: with which a word pools patches; None takes that of the similarity.
-        weight: of the words' loss; this and what follows as in `WordLoss`.
-        caption_weight: of the captions' loss.
-        per_step: words of a step at most.
-        logit_scale: factor on the scores.
-        near_synonym: cosine from which on two words may mean the same; None for never.
-        synonym: cosine from which on a word is right wherever the other is; None for never.
-        mixture: weight of the loss in which words compete for patches.
-        mixture_per_step: words of a step that compete at most.
-        mixture_patches: random patches of every image there.
-        concentration: of the words there.
-        unexplained: share of the patches that no word explains there.
 
     Raises:
         ConfigError: no word is frequent enough, the store has no texts or does not name its text
-            encoder, or the projection reads more than one embedding of a text.
+            encoder, the similarity lacks what an option needs, or the projection reads more than
+            one embedding of a text.
     """
     if projection.text_fields != ("embedding",):
         raise ConfigError(
@@ -103,31 +77,15 @@ def caption_word_loss(
             f"words=captions: store={store.path} holds no texts of its captions; extract again, "
             "or use words=none"
         )
-    similarity = at_temperature(similarity, temperature)
+    similarity = at_temperature(similarity, options.temperature)
     found = caption_words(
-        texts, store.captions["image_row"][caption_rows], len(store.images), min_count
+        texts, store.captions["image_row"][caption_rows], len(store.images), options.min_count
     )
-    embeddings = embed_words(found.words, store, templates)
-    if synonym is not None:
-        check_cosine("words.synonym", synonym)
-        found = with_synonyms(found, embeddings.numpy(), synonym)
-    return WordLoss(
-        embeddings=embeddings,
-        of_image=from_numpy(found.of_image),
-        similarity=similarity,
-        weight=weight,
-        caption_weight=caption_weight,
-        per_step=per_step,
-        logit_scale=logit_scale,
-        near_synonym=near_synonym,
-        seed=seed,
-        digest=found.digest,
-        mixture=mixture,
-        mixture_per_step=mixture_per_step,
-        mixture_patches=mixture_patches,
-        concentration=concentration,
-        unexplained=unexplained,
-    )
+    embeddings = embed_words(found.words, store, options.templates)
+    if options.synonym is not None:
+        found = with_synonyms(found, embeddings.numpy(), options.synonym)
+    of_image = from_numpy(found.of_image)
+    return WordLoss(embeddings, of_image, similarity, options, seed, found.digest)
 
 
 def embed_words(words: tuple[str, ...], store: FeatureStore, templates: str) -> Tensor:
@@ -146,11 +104,10 @@ def at_temperature(similarity: Similarity, temperature: float | None) -> Similar
     """A dense similarity with another temperature.
 
     Raises:
-        ConfigError: it has none, or the temperature is not positive.
+        ConfigError: it has none.
     """
     if temperature is None:
         return similarity
-    check_positive("words.temperature", temperature)
     if not isinstance(similarity, Dense):
         raise ConfigError(
             f"words.temperature={temperature}: {type(similarity).__name__} pools no patches; use "

@@ -32,7 +32,7 @@ from talk2dino.alignment.similarity import (
     SoftHead,
     WeightedAverage,
 )
-from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.alignment.word_loss import WordLoss, WordOptions
 from talk2dino.encoders.attention import pool_attention
 from talk2dino.training.weight_averaging import AverageWeights
 from tests.helpers.pipeline import TRAIN, fails, run
@@ -67,12 +67,13 @@ def case(
     ).double()
 
 
-def words(similarity: Similarity, **options: float) -> WordLoss:
+def words(similarity: Similarity, mixture: float = 0.0) -> WordLoss:
     """Eight words, of which image i has i, i + 1 and 3; six of them a step."""
     embeddings = torch.randn(8, TEXT, generator=torch.Generator().manual_seed(2))
     of_image = torch.tensor([sorted({i % 8, (i + 1) % 8, 3}) for i in range(10) if i not in (2, 3)])
     of_image = torch.cat([of_image[:2], torch.tensor([[2, 3, 8]] * 2), of_image[2:]])
-    return WordLoss(embeddings, of_image, similarity, per_step=6, near_synonym=0.6, **options)
+    options = WordOptions(per_step=6, near_synonym=0.6, mixture=mixture)
+    return WordLoss(embeddings, of_image, similarity, options)
 
 
 def cases() -> dict[str, AlignmentModule]:

@@ -23,7 +23,7 @@ from talk2dino.alignment.similarity import (
     SoftHead,
     SumHeads,
 )
-from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.alignment.word_loss import WordLoss, WordOptions
 from talk2dino.errors import ConfigError
 from tests.helpers.ranks import two_ranks
 
@@ -52,7 +52,7 @@ def embeddings() -> Tensor:
     return torch.randn(WORDS, TEXT, generator=torch.Generator().manual_seed(3))
 
 
-def module_with(similarity: Similarity, **options: Any) -> AlignmentModule:
+def module_with(similarity: Similarity, digest: str = "", **options: Any) -> AlignmentModule:
     torch.manual_seed(1)
     return AlignmentModule(
         projection=ProjectionLayer(TEXT, WIDTH),
@@ -62,7 +62,7 @@ def module_with(similarity: Similarity, **options: Any) -> AlignmentModule:
         scheduler=None,
         val_similarity=DotProduct(),
         encoders={"vision": None, "text": None},
-        words=WordLoss(embeddings(), of_image(), similarity, **options),
+        words=WordLoss(embeddings(), of_image(), similarity, WordOptions(**options), digest=digest),
     ).double()
 
 
@@ -96,7 +96,7 @@ def by_hand(module: AlignmentModule, chosen: Tensor) -> float:
     """The loss of all words, pair by pair, with what stands for the image of each caption."""
     words = module.words
     assert words is not None
-    scale, threshold = words.logit_scale, words.near_synonym
+    scale, threshold = words.options.logit_scale, words.options.near_synonym
     raw = embeddings().double()
     text = module.projection.project_text(raw).detach()
     columns = [ROWS.index(row) for row in dict.fromkeys(ROWS)]
@@ -151,7 +151,10 @@ def test_near_synonyms_change_something() -> None:
 def test_one_word_to_an_image_is_info_nce() -> None:
     count = 6
     words = WordLoss(
-        torch.randn(count, TEXT), torch.arange(count)[:, None], DotProduct(), logit_scale=20.0
+        torch.randn(count, TEXT),
+        torch.arange(count)[:, None],
+        DotProduct(),
+        WordOptions(logit_scale=20.0),
     )
     rows = torch.tensor([4, 1, 5, 0, 2, 3])
     step = words.choose(rows, (0,))
@@ -176,14 +179,15 @@ def test_both_losses_are_weighed() -> None:
 
 
 def test_words_of_a_step_are_drawn_from_its_images() -> None:
-    words = WordLoss(embeddings(), of_image(), DotProduct(), per_step=3, seed=1)
+    three = WordOptions(per_step=3)
+    words = WordLoss(embeddings(), of_image(), DotProduct(), three, seed=1)
     rows = torch.tensor([3, 5, 3])
     allowed = words_of(3) | words_of(5)
     assert len(allowed) > 3
     drawn = [words.choose(rows, (step, 0)).index.tolist() for step in range(20)]
     assert set().union(*drawn) == allowed
     assert all(len(set(one)) == 3 for one in drawn)
-    again = WordLoss(embeddings(), of_image(), DotProduct(), per_step=3, seed=1)
+    again = WordLoss(embeddings(), of_image(), DotProduct(), three, seed=1)
     torch.manual_seed(9)  # torch's own generator has no part in it
     assert [again.choose(rows, (step, 0)).index.tolist() for step in range(20)] == drawn
     again.seed = 2
@@ -214,7 +218,9 @@ def test_a_mixture_equals_the_loop_over_patches() -> None:
 
 def test_a_mixture_of_images_without_words_is_nothing() -> None:
     text = torch.randn(3, WIDTH, requires_grad=True)
-    loss = patch_mixture(text, torch.randn(2, 4, WIDTH), torch.zeros(3, 2, dtype=torch.bool))
+    loss = patch_mixture(
+        text, torch.randn(2, 4, WIDTH), torch.zeros(3, 2, dtype=torch.bool), 30.0, 0.1
+    )
     loss.backward()
     assert float(loss) == 0
     assert text.grad is not None and not text.grad.any()
@@ -251,12 +257,13 @@ def test_words_are_no_part_of_a_checkpoint_and_move_with_the_module() -> None:
         ({"unexplained": 1.0}, "words.unexplained=1.0: use a share between 0 and 1"),
         ({"mixture": -1.0}, "words.mixture=-1.0: use 0 or more"),
         ({"mixture": 1.0}, "words.mixture=1.0: DotProduct compares no patches; use similarity=de"),
+        ({"temperature": 0.0}, "words.temperature is 0.0: it must be positive"),
         ({"near_synonym": 1.5}, "words.near_synonym=1.5: a cosine above 0 and up to 1, or null"),
     ],
 )
 def test_values_out_of_range_are_one_line(option: dict[str, float], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        WordLoss(embeddings(), of_image(), DotProduct(), **option)  # type: ignore[arg-type]
+        module_with(DotProduct(), **option)
 
 
 def disagreeing_rank(rank: int) -> None:

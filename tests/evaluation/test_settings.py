@@ -73,6 +73,8 @@ def test_runs_are_told_apart_by_what_decides_them() -> None:
     }
     later = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "window", "power": None})
     assert deciding(later, "evaluate")["refinement"] == {"_target_": "x.KNN", "k": 8}
+    cleaned = [compared(config(benchmark={"lambda_bg": weight})) for weight in (0.2, 0.3)]
+    assert [one.get("benchmark.lambda_bg") for one in cleaned] == [None, 0.3]  # in no older config
     failed = config(refinement={"calibrated": {"_target_": "x.KNN"}, "uncalibrated": None})
     assert deciding(failed, "evaluate")["refinement"] is None
     picture = config(refinement={"_target_": "x.KNN", "k": 8, "scope": "picture", "power": 3})

@@ -17,7 +17,7 @@ from talk2dino.alignment.module import AlignmentModule
 from talk2dino.alignment.projection import ProjectionLayer
 from talk2dino.alignment.schedules import cosine_with_warmup
 from talk2dino.alignment.similarity import Dense, DotProduct
-from talk2dino.alignment.word_loss import WordLoss
+from talk2dino.alignment.word_loss import WordLoss, WordOptions
 from talk2dino.features import FeatureDataModule
 from talk2dino.training.results import SaveMetrics
 from talk2dino.training.resume import (
@@ -82,7 +82,7 @@ class Copies(LastCheckpoint):
 def some_words() -> WordLoss:
     """Six words, two of each image; three of them a step."""
     of_image = torch.arange(2 * IMAGES).view(IMAGES, 2) % 6
-    return WordLoss(torch.randn(6, 5), of_image, Dense(), per_step=3, seed=3)
+    return WordLoss(torch.randn(6, 5), of_image, Dense(), WordOptions(per_step=3), seed=3)
 
 
 def parts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from talk2dino import load_projection
 from talk2dino.alignment.projection import ProjectionLayer
-from talk2dino.alignment.similarity import Dense, MaxScore
+from talk2dino.alignment.similarity import Dense, MaxScore, Similarity
+from talk2dino.alignment.word_loss import WordLoss, WordOptions
 from talk2dino.encoders.text import OpenClipTextEncoder
 from talk2dino.errors import ConfigError
 from talk2dino.features import FeatureStore, write_store
@@ -24,6 +26,12 @@ from tests.helpers.stores import CLIP, tiny_arrays
 IMAGES, WIDTH = 20, 6  # the last five are held out
 WORDS = ("words.min_count=2", "words.per_step=6")
 THINGS = ("brown dog", "red ball", "young girl", "green field")
+
+
+def loss_of(store: Path, psi: ProjectionLayer, similarity: Similarity, **options: Any) -> WordLoss:
+    """Of the captions before the held-out ones."""
+    given, rows = WordOptions(**{"min_count": 2, **options}), np.arange(2 * (IMAGES - 5))
+    return caption_word_loss(given, FeatureStore(store), rows, psi, similarity, seed=0)
 
 
 def captions() -> list[str]:
@@ -112,7 +120,8 @@ def test_a_stopped_run_goes_on_exactly_and_takes_embeddings_from_the_cache(
         raise AssertionError("embedded again")
 
     monkeypatch.setattr(OpenClipTextEncoder, "encode", encode)
-    trained(store, tmp_path, "resume=true", "trainer.max_epochs=1")
+    former = "words._target_=talk2dino.training.texts.caption_word_loss"
+    trained(store, tmp_path, "resume=true", "trainer.max_epochs=1", former)
     resumed = trained(store, tmp_path, "resume=true")
     assert same(load_projection(whole / "projection.safetensors").state_dict(), resumed)
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 6
@@ -130,12 +139,7 @@ def test_a_run_goes_on_with_its_own_words_only(
 def test_the_vocabulary_is_that_of_the_captions_to_train_on(
     store: Path, encoder: OpenClipTextEncoder
 ) -> None:
-    opened, psi = FeatureStore(store), ProjectionLayer(256, WIDTH)
-    rows = np.arange(2 * (IMAGES - 5))
-
-    def built(**options: Any) -> Any:
-        return caption_word_loss(opened, rows, psi, Dense(), seed=0, min_count=2, **options)
-
+    built: Any = partial(loss_of, store, ProjectionLayer(256, WIDTH), Dense())
     words = built()
     names = sorted({*" ".join(THINGS).split(), *THINGS})
     assert len(words.embeddings) == len(names)
@@ -185,18 +189,18 @@ def test_stores_and_similarities_that_do_not_fit_are_one_line(
     encoder: OpenClipTextEncoder, store: Path, tmp_path: Path
 ) -> None:
     info = encoder.describe()
-    psi, rows = ProjectionLayer(256, WIDTH), np.arange(30)
+    psi = ProjectionLayer(256, WIDTH)
     stores = {
         "holds no texts of its captions; extract again": {"without_texts": True, "text": info},
         "does not name its text encoder, which words=captions needs": {},
         "has other weights now": {"text": {**info, "weights_sha256": "0" * 64}},
     }
     for number, (line, options) in enumerate(stores.items()):
-        other = FeatureStore(make_store(tmp_path / str(number), **options))
+        other = make_store(tmp_path / str(number), **options)
         with pytest.raises(ConfigError, match=line):
-            caption_word_loss(other, rows, psi, Dense(), seed=0, min_count=2)
+            loss_of(other, psi, Dense())
     with pytest.raises(ConfigError, match=r"words\.temperature=0\.2: MaxScore pools no patches"):
-        caption_word_loss(FeatureStore(store), rows, psi, MaxScore(), 0, 2, temperature=0.2)
+        loss_of(store, psi, MaxScore(), temperature=0.2)
     psi.text_fields = ("second_last_tokens", "eot_index")  # type: ignore[misc]
     with pytest.raises(ConfigError, match="use projection=mlp, or words=none"):
-        caption_word_loss(FeatureStore(store), rows, psi, Dense(), seed=0)
+        loss_of(store, psi, Dense())

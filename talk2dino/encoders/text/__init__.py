@@ -1,6 +1,6 @@
 """Frozen text encoders: CLIP through open_clip, sentence-transformers, BERT."""
 
-from talk2dino.encoders.text.base import TextEncoder, TextFeatures, TokenTextEncoder, encode_fields
+from talk2dino.encoders.text.base import TextEncoder, TextFeatures, encode_fields
 from talk2dino.encoders.text.clip import OpenClipTextEncoder
 from talk2dino.encoders.text.sentence import BertTextEncoder, SentenceTransformerTextEncoder
 
@@ -10,6 +10,5 @@ __all__ = [
     "SentenceTransformerTextEncoder",
     "TextEncoder",
     "TextFeatures",
-    "TokenTextEncoder",
     "encode_fields",
 ]

@@ -61,13 +61,6 @@ class TextFeatures:
     eot_index: Tensor
 
 
-class TokenTextEncoder(TextEncoder, Protocol):
-    """A text encoder that also gives token-level outputs."""
-
-    def encode_tokens(self, texts: Sequence[str]) -> TextFeatures:
-        """Return pooled and token-level outputs; all texts are padded to the same L."""
-
-
 class FrozenTextEncoder(nn.Module):
     """The text encoder of a library: one frozen network, its only submodule.
 
