@@ -57,8 +57,9 @@ def segment(config: DictConfig) -> None:
     )
     check_formats(formats)
     options.refuse_idle(formats)
-    jobs = plan(str(config.image), str(config.output))
-    command.require_output_folder(jobs[0].overlay.parent, "output")
+    jobs = plan(str(config.image), str(config.output), config.get("subfolders", False))
+    for folder in sorted({job.overlay.parent for job in jobs}):
+        command.require_output_folder(folder, "output")
     calibration = find_calibration(config.calibration, config.checkpoint)
     build_refinement(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)

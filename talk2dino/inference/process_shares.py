@@ -80,7 +80,7 @@ class Share:
             return
         parts = self._folder()
         parts.mkdir(exist_ok=True)
-        named = {job.overlay.name: reason for job, reason in broken.items()}
+        named = {_key(job): reason for job, reason in broken.items()}
         write_json(self._record(self.place.rank), named)
         with shard_lock(parts, 0):
             found = self._all_broken()
@@ -99,13 +99,17 @@ class Share:
                 named |= read_json(self._record(rank), dict, "record of a rank")
             except DataError:
                 return None
-        return {j: named[j.overlay.name] for j in self.jobs if j.overlay.name in named}
+        return {job: named[_key(job)] for job in self.jobs if _key(job) in named}
 
     def _folder(self) -> Path:
         return self.jobs[0].folder / PARTS
 
     def _record(self, rank: int) -> Path:
         return self._folder() / f"segment-{rank:05d}-of-{self.place.world_size:05d}.json"
+
+
+def _key(job: Job) -> str:
+    return job.overlay.relative_to(job.folder).as_posix()
 
 
 def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
