@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,16 +134,20 @@ def _keys(value: object) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def plan(image: str, output: str | Path, subfolders: bool = False) -> list[Job]:
+def plan(
+    image: str, output: str | Path, subfolders: bool = False, formats: Sequence[str] = ()
+) -> list[Job]:
     """The jobs for a picture, a folder of pictures, or a pattern such as `photos/*.jpg`.
 
     Args:
         image: as the config says it.
         output: the overlay of a picture, or a folder: one that is there, or ends in a slash.
         subfolders: keep the folders of the pictures, see `Job.name`, below `output`.
+        formats: of annotations, which cannot write every name of a file.
 
     Raises:
-        DataError: no picture there, or two whose results would have one name.
+        DataError: no picture there, two whose results would have one name, or a name that no format
+            can write.
         ConfigError: an output of another kind than PNG, several pictures but one output file, or
             results on top of pictures.
     """
@@ -172,7 +177,23 @@ def plan(image: str, output: str | Path, subfolders: bool = False) -> list[Job]:
                 f"output={output}: image={image} means several pictures, so output must be a folder"
             )
     _check_collisions(jobs, image, subfolders)
+    if formats or subfolders:
+        _check_names(jobs, image)
     return jobs
+
+
+def _check_names(jobs: list[Job], image: str) -> None:
+    for job in jobs:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in job.name):
+            raise DataError(
+                f"image={image}: {job.name!a} has a control character, or bytes that are not "
+                "UTF-8, which formats= and subfolders= cannot write; rename it"
+            )
+        if ".." in Path(job.name).parts:
+            raise DataError(
+                f"image={image}: {job.name} leads back by ..; put no .. behind a wildcard, for "
+                "formats= and subfolders= name pictures by their folders"
+            )
 
 
 def _literal(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,17 @@ def test_equal_names_in_two_folders(tmp_path: Path) -> None:
     draw(photos / "2023" / "a.jpg")
     with pytest.raises(DataError, match=r"2023/a\.jpg and 2023/a\.png would .*; rename one"):
         plan(f"{photos}/**/*", out, subfolders=True)
+
+
+def test_names_that_no_format_can_write(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name in (b"caf\xe9/a.png", b"a\nb.png"):
+        draw(Path(os.fsdecode(bytes(photos) + b"/" + name)))
+        assert plan(f"{photos}/**/*", tmp_path)  # nothing names them
+        with pytest.raises(DataError, match="which formats= and subfolders= cannot write; rename"):
+            plan(f"{photos}/**/*", tmp_path, formats=["coco"])
+        shutil.rmtree(photos)
+    draw(photos / "é" / "ö ü.png", photos / "b" / "c.png")
+    assert len(plan(f"{photos}/**/*", tmp_path, formats=["coco"])) == 2
+    with pytest.raises(DataError, match=r"b/\.\./b/c\.png leads back by \.\.; put no \.\."):
+        plan(f"{photos}/b*/../b/*", tmp_path, formats=["coco"])
