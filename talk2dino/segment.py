@@ -28,7 +28,12 @@ from talk2dino.errors import DataError
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
-from talk2dino.inference.process_shares import Share, annotations_folder, write_annotations
+from talk2dino.inference.process_shares import (
+    Share,
+    annotations_folder,
+    refuse_no_folder,
+    write_annotations,
+)
 from talk2dino.inference.result_files import (
     Job,
     plan,
@@ -57,8 +62,11 @@ def segment(config: DictConfig) -> None:
     )
     check_formats(formats)
     options.refuse_idle(formats)
-    jobs = plan(str(config.image), str(config.output))
-    command.require_output_folder(jobs[0].overlay.parent, "output")
+    jobs = plan(str(config.image), str(config.output), config.get("subfolders", False), formats)
+    for parent in sorted({job.overlay.parent for job in jobs}):
+        command.require_output_folder(parent, "output")
+    folder = annotations_folder(jobs, str(config.image))
+    refuse_no_folder(folder, formats, jobs)
     calibration = find_calibration(config.calibration, config.checkpoint)
     build_refinement(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -79,7 +87,6 @@ def segment(config: DictConfig) -> None:
     cut = options.cut if formats else None
     share = Share.of(jobs, settings, maps, formats, options)
     left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]
-    folder = annotations_folder(jobs, str(config.image))
     if not config.overwrite:
         refuse_foreign_outputs(left, maps)
         refuse_changed(folder, formats)

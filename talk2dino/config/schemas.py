@@ -193,6 +193,7 @@ class SegmentConfig(ModelConfig):
     tolerance: float
     polygons: bool
     image_root_url: str
+    subfolders: bool
     resume: bool
     overwrite: bool
 

@@ -23,7 +23,7 @@ from rich.progress import track
 from talk2dino.annotations.base import AnnotatedPicture, Annotation, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.encoders.devices import ProcessRank, process_rank
-from talk2dino.errors import DataError
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.files import PARTS, in_turn, read_json, user_path, write_json
 from talk2dino.inference.result_files import Job
 
@@ -102,9 +102,9 @@ class Share:
         if self.alone:
             yield dict(broken)
             return
-        names = _digest([job.image.name for job in self.jobs])
+        names = _digest([_key(job) for job in self.jobs])
         mine = {"settings": self.settings, "names": names, "pictures": len(self.jobs)}
-        unread = {job.overlay.name: [why, self._unread.get(job)] for job, why in broken.items()}
+        unread = {_key(job): [why, self._unread.get(job)] for job, why in broken.items()}
         with in_turn(self._folder()):
             write_json(self._record(self.place.rank), {**mine, "broken": unread})
             records = self._records()
@@ -142,7 +142,7 @@ class Share:
     def _broken(self, records: Sequence[Mapping[str, Any]]) -> dict[Job, str]:
         """Pictures that a rank could not read, in order, if they are still the same files."""
         named = {name: noted for record in records for name, noted in record["broken"].items()}
-        noted = {j: named[j.overlay.name] for j in self.jobs if j.overlay.name in named}
+        noted = {j: named[_key(j)] for j in self.jobs if _key(j) in named}
         return {job: why for job, (why, read) in noted.items() if read == _stamp(job)}
 
     def _stop(self, undone: Sequence[int], others: Mapping[int, int]) -> None:
@@ -175,29 +175,66 @@ def _stamp(job: Job) -> dict[str, int] | None:
         return None
 
 
+def _key(job: Job) -> str:
+    return job.overlay.relative_to(job.folder).as_posix()
+
+
 def annotations_folder(jobs: Sequence[Job], image: str) -> Path:
     """Where the data sets of several pictures, or of one that is named alone, go."""
     alone = user_path(image).is_file()
     return jobs[0].folder / (f"{jobs[0].overlay.stem}_annotations" if alone else "annotations")
 
 
-def annotated(jobs: Iterable[Job]) -> Iterator[AnnotatedPicture]:
+def refuse_no_folder(folder: Path, formats: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Refuse to begin where the data sets could not be put in the end (ConfigError).
+
+    Args:
+        folder: gets a folder for each format.
+        formats: those to be written.
+        jobs: whose results must not lie among them.
+    """
+    for one in (folder, *(folder / name for name in formats)) if formats else ():
+        if not one.is_dir() and (one.exists() or one.is_symlink()):
+            raise ConfigError(f"{one}: is no folder, and formats= needs one there; move it away")
+    for job in jobs if formats else ():
+        if job.overlay.is_relative_to(folder):
+            raise ConfigError(
+                f"subfolders=true: the results of {job.name} would lie among the data sets in "
+                f"{folder}; rename the folder of the picture"
+            )
+
+
+def annotated(jobs: Iterable[Job], classes: int) -> Iterator[AnnotatedPicture]:
     """The pictures of jobs that are done, with the masks that their JSON keeps.
 
     Args:
         jobs: written with `options`.
+        classes: how many there are.
+
+    Raises:
+        DataError: a JSON that is damaged.
     """
     for job in jobs:
-        noted = read_json(job.figures, dict, "figures of talk2dino.segment")
-        masks = noted["annotations"]["masks"]
-        height, width = noted["size"]
-        yield AnnotatedPicture(
-            job.name,
-            height,
-            width,
-            [Annotation(one["class"], one["counts"], one["score"]) for one in masks],
-            job.image,
-        )
+        with _damaged(job.figures) as noted:
+            height, width = map(int, noted["size"])
+            masks = [
+                Annotation(
+                    range(classes).index(one["class"]), str(one["counts"]), float(one["score"])
+                )
+                for one in noted["annotations"]["masks"]
+            ]
+        yield AnnotatedPicture(job.name, height, width, masks, job.image)
+
+
+@contextmanager
+def _damaged(file: Path) -> Iterator[dict[str, Any]]:
+    """The content of a picture's JSON; a DataError if it holds other things than are looked for."""
+    noted = read_json(file, dict, "figures of talk2dino.segment")
+    try:
+        yield noted
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file}: damaged ({reason}); remove it and use resume=true") from error
 
 
 def write_annotations(
@@ -212,7 +249,7 @@ def write_annotations(
 
     Args:
         jobs: one or more, all done with `options`.
-        synonyms: words of each class.
+        synonyms: words of each class, in order.
         folder: gets a folder for each format.
         formats: names of `annotations.data_sets.FORMATS`.
         options: of the formats.
@@ -220,12 +257,13 @@ def write_annotations(
 
     Raises:
         ConfigError: such files.
+        DataError: a job's JSON is damaged.
     """
-    first = read_json(jobs[0].figures, dict, "figures of talk2dino.segment")
-    categories = [
-        Category(one["name"], tuple(synonyms[one["name"]]), tuple(one["color"]))
-        for one in first["classes"]
-        if one["name"] in synonyms  # what is left over is none
-    ]
-    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1))
+    with _damaged(jobs[0].figures) as first:
+        colors = {one["name"]: one["color"] for one in first["classes"]}
+        categories = []
+        for name, words in synonyms.items():
+            red, green, blue = map(int, colors[name])
+            categories.append(Category(name, tuple(words), (red, green, blue)))
+    pictures = annotated(track(jobs, "annotations", disable=len(jobs) == 1), len(categories))
     return write_data_sets(pictures, categories, folder, formats, options, overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,15 +134,20 @@ def _keys(value: object) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def plan(image: str, output: str | Path) -> list[Job]:
+def plan(
+    image: str, output: str | Path, subfolders: bool = False, formats: Sequence[str] = ()
+) -> list[Job]:
     """The jobs for a picture, a folder of pictures, or a pattern such as `photos/*.jpg`.
 
     Args:
         image: as the config says it.
         output: the overlay of a picture, or a folder: one that is there, or ends in a slash.
+        subfolders: keep the folders of the pictures, see `Job.name`, below `output`.
+        formats: of annotations, which cannot write every name of a file.
 
     Raises:
-        DataError: no picture there, or two whose results would have one name.
+        DataError: no picture there, two whose results would have one name, or a name that no format
+            can write.
         ConfigError: an output of another kind than PNG, several pictures but one output file, or
             results on top of pictures.
     """
@@ -161,17 +167,33 @@ def plan(image: str, output: str | Path) -> list[Job]:
             target = output if named else output.with_name(f"{output.name}.png")
         jobs = [Job(path, target, target.parent, path.name)]
     else:
-        root = _literal(path)
-        jobs = [
-            Job(one, output / f"{one.stem}.png", output, one.relative_to(root).as_posix())
-            for one in _several(image, path, output)
-        ]
-        if not as_folder and (output.suffix.lower() in picture_suffixes() or output.exists()):
+        jobs, root = [], _literal(path)
+        for one in _several(image, path, output):
+            name = one.relative_to(root)
+            place = output / name.parent if subfolders else output
+            jobs.append(Job(one, place / f"{one.stem}.png", output, name.as_posix()))
+        if not as_folder and (output.suffix.lower() in picture_suffixes() or output.is_file()):
             raise ConfigError(
                 f"output={output}: image={image} means several pictures, so output must be a folder"
             )
-    _check_collisions(jobs, image)
+    _check_collisions(jobs, image, subfolders)
+    if formats or subfolders:
+        _check_names(jobs, image)
     return jobs
+
+
+def _check_names(jobs: list[Job], image: str) -> None:
+    for job in jobs:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in job.name):
+            raise DataError(
+                f"image={image}: {job.name!a} has a control character, or bytes that are not "
+                "UTF-8, which formats= and subfolders= cannot write; rename it"
+            )
+        if ".." in Path(job.name).parts:
+            raise DataError(
+                f"image={image}: {job.name} leads back by ..; put no .. behind a wildcard, for "
+                "formats= and subfolders= name pictures by their folders"
+            )
 
 
 def _literal(path: Path) -> Path:
@@ -222,7 +244,7 @@ def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path) -
             )
 
 
-def _check_collisions(jobs: list[Job], image: str) -> None:
+def _check_collisions(jobs: list[Job], image: str, subfolders: bool) -> None:
     sources = {job.image.resolve() for job in jobs}
     for job in jobs:
         for target in (job.overlay, job.labels):
@@ -234,9 +256,11 @@ def _check_collisions(jobs: list[Job], image: str) -> None:
     counts = Counter(target for job in jobs for target in (job.overlay, job.labels))
     twice = next((target for target, count in counts.items() if count > 1), None)
     if twice is not None:
-        names = [job.image.name for job in jobs if twice in (job.overlay, job.labels)]
+        names = [job.name for job in jobs if twice in (job.overlay, job.labels)]
+        apart = len({name.rpartition("/")[0] for name in names}) > 1 and not subfolders
+        fix = "subfolders=true keeps their folders" if apart else "rename one"
         raise DataError(
-            f"image={image}: {' and '.join(names)} would both become {twice.name}; rename one"
+            f"image={image}: {' and '.join(names[:2])} would both become {twice.name}; {fix}"
         )
 
 
@@ -247,8 +271,8 @@ def refuse_heatmap_collisions(jobs: Sequence[Job], names: Sequence[str], image: 
         for target in job.heatmaps(names).values():
             if target in taken:
                 raise DataError(
-                    f"image={image}: {target.name} would be a heat map of {job.image.name} and "
-                    f"belongs to {taken[target].image.name}; rename one"
+                    f"image={image}: {target.name} would be a heat map of {job.name} and "
+                    f"belongs to {taken[target].name}; rename one"
                 )
 
 

@@ -174,3 +174,49 @@ def test_a_list_needs_no_brackets(given: list[str], tmp_path: Path) -> None:
     run("segment", *given, "formats=coco,geojson")
     made = {path.name for path in (tmp_path / "out" / "annotations").iterdir()}
     assert made == {"coco", "geojson"}
+
+
+def test_what_is_in_the_way_is_said_before_the_model_is_loaded(
+    given: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data_sets = tmp_path / "out" / "annotations"
+    data_sets.parent.mkdir()
+    given = [*given, "checkpoint=none.pth", "formats=[coco]", "overwrite=true"]
+    data_sets.touch()
+    assert fails(capfd, "segment", *given).startswith(f"{data_sets}: is no folder")
+    data_sets.unlink()
+    data_sets.mkdir()
+    (data_sets / "coco").symlink_to("nowhere")
+    assert fails(capfd, "segment", *given).startswith(f"{data_sets / 'coco'}: is no folder")
+    (data_sets / "coco").unlink()
+    (tmp_path / "photos").rename(tmp_path / "annotations")
+    below = [f"image={tmp_path}/annot*/*", "subfolders=true"]
+    said = fails(capfd, "segment", *given, *below)
+    assert "the results of annotations/a.png would lie among the data sets" in said
+    for more in (["formats=[]"], ["subfolders=false"]):
+        assert "none.pth" in fails(capfd, "segment", *given, *below, *more)
+
+
+def test_damaged_figures_are_told_in_one_line(
+    given: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [*given, "formats=[coco]", "resume=true"]
+    run("segment", *given)
+    for name in ("a", "b"):
+        file = tmp_path / "out" / f"{name}.json"
+        whole = json.loads(file.read_text())
+        noted = whole["annotations"]
+        mask = noted["masks"][0]
+        for broken in (
+            {"annotations": {**noted, "masks": None}},
+            {"annotations": {key: noted[key] for key in noted if key != "masks"}},
+            {"annotations": {**noted, "masks": [{**mask, "class": 3}]}},
+            {"annotations": {**noted, "masks": [{**mask, "class": -1}]}},
+            {"size": [1]},
+            *([{"classes": whole["classes"][1:]}, {"classes": 3}] if name == "a" else []),
+        ):
+            file.write_text(json.dumps({**whole, **broken}))
+            said = fails(capfd, "segment", *given)
+            assert said.startswith(f"{file}: damaged (") and said.endswith("use resume=true")
+        file.write_text(json.dumps(whole))
+    run("segment", *given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +195,28 @@ def test_ranks_that_saw_different_pictures_say_so(
     assert "rank 0 saw another list of 4 pictures, this one 5; 3 of 5 pictures are not" in said
     assert [started(rank, "resume=true")[0] for rank in (1, 0)] == [0, 0]
     assert gathered(tmp_path) == "abdef"
+
+
+def test_equal_names_are_shared_and_resumed_in_their_folders(
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "photos" / "out"
+    for name, new in (("a", "2023/a"), ("b", "2024/a"), ("c", "2024/c"), ("d", "d")):
+        (photos / new).parent.mkdir(exist_ok=True)
+        (photos / f"{name}.png").rename(photos / f"{new}.png")
+    command = [*given, f"image={photos}/**/[acd].png", f"output={out}", "subfolders=true"]
+    for more in ("resume=false", "resume=true"):
+        for rank in ("1", "0"):
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("RANK", rank)
+            with suppress(SystemExit):
+                run(*command, "heatmaps=true", more)
+        said = capfd.readouterr()
+        assert "1 of 4 pictures could not be read" in said.err
+    assert "2 of 2 pictures were done before" in said.out
+    assert (out / "2024" / "a_heat_cat.png").is_file() and (out / "d_labels.png").is_file()
+    listed = json.loads((out / "annotations" / "coco" / "instances.json").read_text())["images"]
+    assert [one["file_name"] for one in listed] == ["2023/a.png", "2024/a.png", "d.png"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from talk2dino.errors import DataError
 from talk2dino.inference.result_files import plan
 
 
@@ -45,3 +47,35 @@ def test_an_output_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
             (job,) = plan(str(tmp_path / name), f"{tmp_path}/{output}")
             assert job.overlay == tmp_path / output / f"{name[0]}.png"
         assert plan(str(tmp_path), f"{tmp_path}/{output}")[0].folder == tmp_path / output
+
+
+def test_equal_names_in_two_folders(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    draw(photos / "2023" / "a.png", photos / "2024" / "a.jpg", photos / "b.png")
+    said = r"2023/a\.png and 2024/a\.jpg would both become a\.png; subfolders=true keeps their fold"
+    with pytest.raises(DataError, match=said):
+        plan(f"{photos}/**/*", out)
+    jobs = plan(f"{photos}/**/*", out, subfolders=True)
+    assert [job.figures.relative_to(out).as_posix() for job in jobs] == [
+        "2023/a.json",
+        "2024/a.json",
+        "b.json",
+    ]
+    assert {job.folder for job in jobs} == {out}
+    draw(photos / "2023" / "a.jpg")
+    with pytest.raises(DataError, match=r"2023/a\.jpg and 2023/a\.png would .*; rename one"):
+        plan(f"{photos}/**/*", out, subfolders=True)
+
+
+def test_names_that_no_format_can_write(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name in (b"caf\xe9/a.png", b"a\nb.png"):
+        draw(Path(os.fsdecode(bytes(photos) + b"/" + name)))
+        assert plan(f"{photos}/**/*", tmp_path)  # nothing names them
+        with pytest.raises(DataError, match="which formats= and subfolders= cannot write; rename"):
+            plan(f"{photos}/**/*", tmp_path, formats=["coco"])
+        shutil.rmtree(photos)
+    draw(photos / "é" / "ö ü.png", photos / "b" / "c.png")
+    assert len(plan(f"{photos}/**/*", tmp_path, formats=["coco"])) == 2
+    with pytest.raises(DataError, match=r"b/\.\./b/c\.png leads back by \.\.; put no \.\."):
+        plan(f"{photos}/b*/../b/*", tmp_path, formats=["coco"])
