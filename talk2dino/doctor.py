@@ -31,7 +31,7 @@ PACKAGES = (
 TASKS = {  # by the extra that brings their modules
     "quickstart": "quickstart: bundled encoders and photographs",
     "text": "text encoders of sentence-transformers",
-    "fast": "PAMR and search compiled for the CPU",
+    "fast": "PAMR compiled for the CPU",
     "heic": "photographs of telephones (HEIC, AVIF)",
     "export": "export to ONNX",
     "app": "web page",

@@ -30,7 +30,7 @@ class WordOptions:
         caption_weight: of the loss of whole captions beside it; 0 trains on words alone.
         min_count: captions that a word or a pair of words must occur in.
         per_step: words of a step at most, drawn from those of its images.
-        templates: prompts of a word, see `encoders.prompts`; their embeddings are averaged.
+        templates: prompts of a word, see `encoders.text.prompts`; their embeddings are averaged.
         temperature: with which a word pools patches; None takes that of the similarity.
         logit_scale: factor on the scores, 1/temperature of the cross-entropies.
         near_synonym: cosine of two embeddings from which on two words may mean the same: an image

@@ -287,8 +287,8 @@ class Talk2DINO(TextSide):
                 cleans the scores by the attention maps; True is 0.55.
             pamr: refine the edges.
             short_side: working size in pixels, rounded to whole patches; None takes 448.
-            templates: a set of `encoders.prompts`, or sentences with `{}` for the name; None takes
-                the set that suits the text encoder.
+            templates: a set of `encoders.text.prompts`, or sentences with `{}` for the name; None
+                takes the set that suits the text encoder.
             negatives: words that are looked for and count as background where they win.
             prompts: by class name, whole sentences that replace its templates and synonyms.
             refinement: `KNN(…)` spreads scores between patches that look alike, before `pamr`;

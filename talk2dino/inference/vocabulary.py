@@ -84,7 +84,7 @@ def read_words(
             to the words that stand for it. Exemplars among them are left to `exemplars_of`.
         negatives: words whose pixels count as background.
         prompts: by class name, whole sentences in place of templates and synonyms.
-        templates: name of a set of `encoders.prompts`, or sentences with `{}` for the name.
+        templates: name of a set of `encoders.text.prompts`, or sentences with `{}` for the name.
 
     Raises:
         ConfigError: no class, an empty or repeated name, or prompts for no class.

@@ -101,7 +101,7 @@ def segment_video(
     smoother: Smoother | None = None,
     advance: Advance = lambda done, total: None,
 ) -> VideoFigures:
-    """Write a video with the classes in color over it; two frames are in memory at a time.
+    """Write a video with the classes in color over it; six frames are in memory at a time.
 
     Frames keep their times, and have square pixels. Sound is left out, as are a last row and column
     that make the size odd. What cannot be decoded, and frames of another size or without a time of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from talk2dino.errors import DataError, say
 WRITTEN_BY = "talk2dino.video"  # comment of every video of ours
 DAMAGED = 10_000  # packets that cannot be decoded, after which a video ends
 FINE = 90_000  # ticks a second at least, so that a frame can be moved by next to nothing
+AHEAD = 4  # frames that are looked at before the time of one is chosen
 JUMP = 1.0  # seconds by which a frame alone is too far ahead
 
 
@@ -116,7 +118,7 @@ class Frames:
                     late += last + step - wanted  # joined files
                     wanted = last + step
                 else:
-                    wanted = last + 1
+                    wanted = last + (step if following is None else 1)
             elif (
                 following is not None
                 and last < following + late
@@ -136,19 +138,30 @@ class Frames:
     def _timed(self) -> Iterator[tuple[Any, int | None]]:
         """Frames with their times in ticks: pts or, where these go back more often, dts.
 
-        So does FFmpeg; an AVI has no pts, and what stands there is the order of decoding.
+        So does FFmpeg; an AVI has no pts, and what stands there is the order of decoding. A few
+        frames are waited for, so that the first ones are judged, too.
         """
         seen: dict[str, int] = {}
         faults = {"pts": 0, "dts": 0}
+        waiting: deque[Any] = deque()
+
+        def timed() -> tuple[Any, int | None]:
+            frame = waiting.popleft()
+            plain = frame.pts is not None and (faults["pts"] <= faults["dts"] or frame.dts is None)
+            time = frame.pts if plain else frame.dts
+            return frame, None if time is None else time * self.finer
+
         for frame in self._decoded():
             for kind in faults:
                 now = getattr(frame, kind)
                 if now is not None:
                     faults[kind] += now <= seen.get(kind, now - 1)
                     seen[kind] = now
-            plain = frame.pts is not None and (faults["pts"] <= faults["dts"] or frame.dts is None)
-            time = frame.pts if plain else frame.dts
-            yield frame, None if time is None else time * self.finer
+            waiting.append(frame)
+            if len(waiting) > AHEAD:
+                yield timed()
+        while waiting:
+            yield timed()
 
     def _decoded(self) -> Iterator[Any]:
         """Frame by frame; a packet that cannot be decoded is left out."""

@@ -27,7 +27,7 @@ class TextEncoder(Protocol):
 
     Attributes:
         embed_dim: width C of an embedding.
-        templates: name of the prompt templates that suit it, see `encoders.prompts`.
+        templates: name of the prompt templates that suit it, see `encoders.text.prompts`.
     """
 
     embed_dim: int
