@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -132,9 +133,10 @@ class ExitStatus(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse a folder in which files of other origin have the names of a sweep's results."""
+        """Refuse jobs that write over each other, and a folder with files of other origin."""
         folder = Path(config.hydra.sweep.dir)
         try:
+            _require_own_outputs(config)
             refuse_foreign_run(folder, lambda: _is_sweep(folder), SWEEP_FILES)
         except ConfigError as error:
             stop(str(error))  # of other errors of a callback Hydra only warns
@@ -145,6 +147,19 @@ class ExitStatus(Callback):
         if failed:
             print(f"{failed} failed; see {FAILED} in their run folders", file=sys.stderr)
             raise SystemExit(1)
+
+
+def _require_own_outputs(config: DictConfig) -> None:
+    """Refuse a sweep whose jobs have one `output` (ConfigError)."""
+    typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    given = OverridesParser.create().parse_overrides(typed)
+    swept = [one.key_or_group for one in given if one.is_sweep_override()]
+    own = any(one.key_or_group == "output" and "${" in str(one.input_line) for one in given)
+    if "output" in config and swept and "output" not in swept and not own:
+        raise ConfigError(
+            f"output: the jobs of a sweep over {swept[0]} would write over each other; name it by "
+            f"what differs, for instance 'output=out/${{{swept[0]}}}'"
+        )
 
 
 def _is_sweep(folder: Path) -> bool:

@@ -233,3 +233,17 @@ def test_boxes_lie_where_the_square_was_cut(shape: tuple[int, int]) -> None:
     found = np.array(from_square(box, SIDE, shape))
     want = np.array((left, top, left + side // 2, top + side // 2))
     assert np.abs(found - want).max() <= 1 + side / SIDE
+
+
+def test_jobs_of_a_sweep_have_results_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`-m query=cat,dog` would leave the results of the dog alone."""
+    monkeypatch.chdir(tmp_path)
+    sweep = ("search", "-m", "checkpoint=nowhere", "store=nowhere", "query=cat,dog")
+    said = fails(capfd, *sweep)
+    assert said.startswith("output: the jobs of a sweep over query would write over each other")
+    with pytest.raises(SystemExit) as stopped:
+        run(*sweep, "output=found/${query}")
+    assert stopped.value.code == 1  # each began, and found no store
+    assert "2 failed" in capfd.readouterr().err
