@@ -104,8 +104,8 @@ class EmbedRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    # checked by `typed_classes`, which stops at the first fault: pydantic notes every one
-    classes: Annotated[Any, WithJsonSchema(_CLASSES)] = Field(
+    # elements are checked by `typed_classes`, which stops at the first fault: pydantic notes all
+    classes: Annotated[str | list[Any] | dict[str, Any] | None, WithJsonSchema(_CLASSES)] = Field(
         None, description="as in `/segment`", examples=[["cat", ["sofa", "couch"]]]
     )
 
@@ -128,7 +128,10 @@ async def refuse_unread(request: Request) -> None:
         name = next(iter(request.query_params))
         raise DataError(f"{name!r:.60}: stands in the address, where nothing is read; send a field")
     if not request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
-        json.loads(await request.body(), object_pairs_hook=read_object)
+        try:
+            json.loads(await request.body(), object_pairs_hook=read_object)
+        except RecursionError as error:  # FastAPI, which reads it first, stands less deep
+            raise DataError("body: too many lists in lists; give names and synonyms") from error
         return
     several = {name for name, one in SegmentForm.model_fields.items() if _is_list(one.annotation)}
     for name, count in Counter(key for key, _ in (await request.form()).multi_items()).items():

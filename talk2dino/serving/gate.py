@@ -138,7 +138,8 @@ class Gate:
         except _GoneError:
             pass
         except Exception:
-            if status == 499:  # nothing was answered
+            if status == 499:  # nothing was answered; uvicorn does
+                status = 500
                 raise
             logging.getLogger("uvicorn.error").exception("%s %s", scope["method"], scope["path"])
         finally:
@@ -182,6 +183,7 @@ class Gate:
             body = await asyncio.wait_for(self._body(scope, receive), self.rules.timeout)
             _refuse_broken_form(scope, body)
             task = asyncio.create_task(self._application(scope, body, in_time))
+            del body  # the application alone holds it
         except asyncio.TimeoutError:
             raise self._late("was not complete") from None
         finally:
@@ -204,16 +206,15 @@ class Gate:
             gone.cancel()
             task.cancel()
 
-    async def _application(self, scope: Message, body: bytes, send: Send) -> None:
-        """Run it with a body that is there already."""
-        given = False
+    async def _application(self, scope: Message, body: bytes | None, send: Send) -> None:
+        """Run it with a body that is there already, and is forgotten once it was handed over."""
 
         async def receive() -> Message:
-            nonlocal given
-            if given:
+            nonlocal body
+            if body is None:
                 await asyncio.get_running_loop().create_future()  # until the task ends
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            given, body = body, None
+            return {"type": "http.request", "body": given, "more_body": False}
 
         await self.app(scope, receive, send)
 

@@ -29,6 +29,7 @@ from talk2dino.serving.service import Service, TooLargeError, Wanted
 log = logging.getLogger(__name__)
 
 LOCAL_FILES = "/data/local-files/"
+SETUP = 1 << 20  # characters of a labeling setup
 HOPS = 3  # redirects that are followed, to hosts that are allowed
 _SETTINGS = ("model_background", "model_instances", "model_minimum_area")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
@@ -55,7 +56,7 @@ class Control:
     options: Options
 
 
-def read_controls(setup: object) -> list[Control]:
+def read_controls(setup: object, most: int = 256) -> list[Control]:
     """The brushes of a labeling setup.
 
     `<Label value="Car" predicted_values="car,truck"/>` says the words of a label, which is its own
@@ -63,29 +64,36 @@ def read_controls(setup: object) -> list[Control]:
     model_minimum_area="50">` says the score of the background (`true`: the model's own, which is
     the default; `false`: every pixel gets a label), and whether connected areas are regions.
 
+    Args:
+        setup: XML.
+        most: labels of a control, and controls.
+
     Raises:
+        TooLargeError: more of them, or XML of more than a megabyte.
         DataError: no XML, without `BrushLabels` for an `Image`, a label that is there twice, or an
             attribute that is nearly one of these.
         ConfigError: an attribute out of its range.
     """
     if not isinstance(setup, str) or not setup.strip():
         raise DataError("label_config: a labeling setup is missing")
+    if len(setup) > SETUP:
+        raise TooLargeError(f"label_config: {len(setup)} characters; give at most {SETUP}")
     try:
         root: Element = fromstring(setup, forbid_dtd=True)
     except (ParseError, DefusedXmlException, ValueError, RecursionError) as error:
         raise DataError(f"label_config: not the XML of a labeling setup ({error})") from error
     images = {one.get("name", ""): one.get("value", "") for one in root.iter("Image")}
-    found = [
-        _control(one, images[one.get("toName", "")])
-        for one in root.iter("BrushLabels")
-        if images.get(one.get("toName", ""), "").startswith("$")
-    ]
+    brushes = root.iter("BrushLabels")
+    found = [b for b in brushes if images.get(b.get("toName", ""), "").startswith("$")]
+    for number, one in enumerate(found, 1):  # of nested ones each holds the labels of all within
+        if max(number, sum(1 for _ in one.iter("Label"))) > most:
+            raise TooLargeError(f"label_config: more than {most} labels; leave some out")
     if not found:
         raise DataError(
             'label_config: holds no <BrushLabels toName="…"> of an <Image value="$…">, which is '
             "what this model fills"
         )
-    return found
+    return [_control(one, images[one.get("toName", "")]) for one in found]
 
 
 def _control(tag: Element, value: str) -> Control:
@@ -300,7 +308,8 @@ class MLBackend:
         Raises:
             DataError: there is nothing in it that this model fills.
         """
-        for control in read_controls(given.get("schema") or given.get("label_config")):
+        most = self.service.limits.max_words
+        for control in read_controls(given.get("schema") or given.get("label_config"), most):
             self.service.check_words(self._classes(control)[0], ())
         return {"model_version": self.version}
 
@@ -321,7 +330,7 @@ class MLBackend:
             raise DataError("tasks: a list of tasks is missing")
         if len(tasks) > self.service.limits.batch_size:
             tasks = tasks[:1]
-        controls = read_controls(given.get("label_config"))
+        controls = read_controls(given.get("label_config"), self.service.limits.max_words)
         working = [asyncio.create_task(self._task(one, controls)) for one in tasks]
         try:
             done = await asyncio.gather(*working)

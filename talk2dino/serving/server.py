@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import socket
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -66,6 +69,7 @@ class Routes:
         Exemplars show classes in pictures with masks, beside `classes` or instead of them.
         """
         await refuse_unread(request)
+        self.service.check_length(form.negatives or "", "negatives")
         weight = form.exemplar_weight
         exemplars = brought_exemplars(
             [name for names in form.exemplar_classes for name in names.split(",")],
@@ -98,8 +102,9 @@ class Routes:
         """
         await refuse_unread(request)
         given = body.classes
-        text = given if given is None or isinstance(given, str) else json.dumps(given)
-        classes = self.service.words(text)
+        if isinstance(given, (list, dict)):
+            given = json.dumps(given, ensure_ascii=False)
+        classes = self.service.words(given)
         self.service.check_words(classes, ())
         embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
         with listening() as said:
@@ -136,8 +141,8 @@ class Routes:
         """Label Studio: pre-annotations of tasks."""
         return await self.backend.predict(body)
 
-    async def webhook(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Label Studio: something was annotated; nothing is learned from it."""
+    async def webhook(self) -> dict[str, Any]:
+        """Label Studio: something was annotated; nothing is learned from it, so it is not read."""
         return {"status": "ok", "result": None}
 
 
@@ -166,12 +171,10 @@ def _answer(
 
 def in_header(said: Sequence[str]) -> str:
     """Warnings as JSON that proxies let through: at most `HEADER` bytes."""
-    for count in range(len(said), -1, -1):
-        left = [f"and {len(said) - count} more"] if count < len(said) else []
-        made = json.dumps([*said[:count], *left])
-        if len(made) <= HEADER:
-            break
-    return made
+    ends = list(accumulate(len(json.dumps(one)) + 2 for one in said))
+    count = len(said) if ends[-1:] <= [HEADER] else bisect_right(ends, HEADER - 30)
+    left = [f"and {len(said) - count} more"] if count < len(said) else []
+    return json.dumps([*said[:count], *left])
 
 
 PNG = "image/png"
@@ -200,11 +203,26 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
         title="talk2dino",
         version=talk2dino.__version__,
         description="Segment a picture into classes that are named in words.",
+        servers=[{"url": "."}],  # from the description itself, as the links of its page: a proxy
+        docs_url=None,  # may lead here below a path of its own
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,  # a client that does not follow would take nothing for an answer
+    )
+    files = "static-offline-docs"
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="talk2dino",
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon.png",
         swagger_ui_parameters={"validatorUrl": None},
     )
+
+    async def docs() -> Response:
+        return page
+
+    app.add_api_route("/docs", docs, include_in_schema=False)
     png: dict[str, Any] = {"content": {"image/png": {}, "application/json": {}}}
     post: dict[str, Any] = {"methods": ["POST"], "responses": ERRORS}
     get: dict[str, Any] = {"methods": ["GET"], "responses": {401: ERRORS[401]}}
@@ -239,7 +257,8 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
         return _error(error.status_code, f"{error.detail}{more}", error.headers)
 
     async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        # PyTorch says it in a class or in words of its own for each device
+        if re.search("(?i)MemoryError|(out of|enough|allocate) memory", repr(error)):
             return _error(503, "not enough memory for this request; send smaller pictures")
         return _error(500, "the service failed; its log tells why")
 

@@ -31,12 +31,12 @@ from talk2dino.serving.batching import Batcher, Budget, in_thread
 from talk2dino.serving.forms import requested_words
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
-LETTERS = 200  # of a word on average, with quotes and commas
-PICTURES = 4  # of exemplars of a request, each as large as may be: their pixels together
 FORMATS = frozenset(
     (*("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF"), *("JPEG2000", "PPM"))
 )
 LONGEST = 200  # characters of a word
+LETTERS = 200  # of a word on average, with quotes and commas
+PICTURES = 4  # of exemplars of a request, each as large as may be: their pixels together
 WORKERS = 2  # threads for all that is not the encoder
 
 
@@ -196,7 +196,9 @@ class Service:
             self.check_picture(exemplar.mask, f"mask of {name}")
         looking = self.model.segmenter(None, False, side)
         sizes = [size_of(exemplar.image) or (0, 0) for _, exemplar in brought]
-        pixels, together = sum(map(math.prod, sizes)), PICTURES * self.limits.max_megapixels
+        masks = [size_of(exemplar.mask) or (0, 0) for _, exemplar in brought]
+        pixels = sum(max(map(math.prod, each)) for each in zip(sizes, masks, strict=True))
+        together = PICTURES * self.limits.max_megapixels
         if pixels > together * 1_000_000:
             raise TooLargeError(
                 f"exemplar_images: {pixels / 1e6:.0f} million pixels together; give at most "
@@ -237,6 +239,16 @@ class Service:
         if side < 1:
             raise ConfigError(f"short_side={side}: give pixels, for instance 448")
         return side
+
+    def check_length(self, text: str, key: str = "classes") -> None:
+        """Refuse what is longer than so many words are, before it is taken apart.
+
+        Raises:
+            TooLargeError: more than `LETTERS` for each word that the limits allow.
+        """
+        most = LETTERS * self.limits.max_words
+        if len(text) > most:
+            raise TooLargeError(f"{key}: {len(text)} letters; give at most {most}")
 
     def check_words(self, classes: NamedClasses, negatives: Sequence[str]) -> None:
         """Refuse words that nobody means, and too many.
@@ -300,9 +312,7 @@ class Service:
             return self.classes
         if text is None and shown:
             return {}
-        most = LETTERS * self.limits.max_words
-        if text and len(text) > most:
-            raise TooLargeError(f"classes: {len(text)} letters; give at most {most}")
+        self.check_length(text or "")
         named = requested_words(text or "")
         if not isinstance(self.classes, ClassEmbeddings):
             return self.shown(named)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import shutil
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -33,10 +35,11 @@ from tests.helpers.pipeline import need
 httpx = pytest.importorskip("httpx")
 need("fastapi_offline", "uvicorn", "prometheus_client", "defusedxml")
 
+from talk2dino.serving import ml_backend, server  # noqa: E402
 from talk2dino.serving.gate import Gate, Metrics, Rules  # noqa: E402
 from talk2dino.serving.ml_backend import MLBackend, TaskPictures, read_controls  # noqa: E402
 from talk2dino.serving.server import Routes, Server, bind, build_app, in_header  # noqa: E402
-from talk2dino.serving.service import Limits, Service  # noqa: E402
+from talk2dino.serving.service import Limits, Service, TooLargeError  # noqa: E402
 
 TOKEN = "a token of 22 letters!"
 WORDS = ["cat", ["sofa", "couch"]]
@@ -654,6 +657,8 @@ def test_exemplars_have_pixels_together(model: Talk2DINO) -> None:
         answer = shown(client, ["rust"] * 5, [inside] * 5, [flat] * 5)
         assert answer.status_code == 413
         assert "1 million pixels together; give at most 0.84 million" in answer.json()["detail"]
+        masks = shown(client, ["rust"] * 5, [inside] * 5, [picture(5)] * 5)  # are decoded as well
+        assert masks.json() == answer.json()
         assert shown(client, ["rust"] * 2, [inside] * 2, [flat] * 2).status_code == 200
 
 
@@ -764,3 +769,163 @@ def test_a_client_of_asyncio(client: Any, model: Talk2DINO) -> None:
                     np.testing.assert_array_equal(found, labels)
 
     asyncio.run(visit())
+
+
+def through_the_gate(app: Any, body: bytes = b"") -> tuple[list[Any], str]:
+    """What a POST to `/embed` is sent, and the metrics after it; last what the gate raises."""
+    from prometheus_client import generate_latest
+
+    metrics = Metrics()
+    sent: list[Any] = []
+    gate = Gate(app, Rules(Limits().body, 10, 4), metrics, ["/embed"])
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/embed",
+        "headers": [(b"host", b"localhost")],
+    }
+    asked = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if asked:
+            await asyncio.get_running_loop().create_future()
+        asked = True
+        return {"type": "http.request", "body": b"".join([body, b"."])}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        try:
+            await gate(scope, receive, send)
+        except RuntimeError as error:
+            sent.append(error)
+
+    asyncio.run(ask())
+    return sent, generate_latest(metrics.registry).decode()
+
+
+def test_the_gate_keeps_no_body() -> None:
+    """Whoever reads it holds the only reference: not three copies of every upload."""
+    held = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal held
+        body = (await receive()).pop("body")
+        held = sys.getrefcount(body)
+        await send({"type": "http.response.start", "status": 200})
+
+    through_the_gate(app, bytes(1000))
+    assert 0 < held <= 2  # this function's, and that of the call
+
+
+def test_what_nothing_answered_counts_as_500() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("before the answer")
+
+    sent, metrics = through_the_gate(app)
+    assert [type(one) for one in sent] == [RuntimeError]
+    assert 'talk2dino_requests_total{path="/embed",status="500"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("given", [5, True, 1.5])
+def test_embed_takes_text_lists_and_objects_alone(client: Any, given: Any) -> None:
+    answer = client.post("/embed", json={"classes": given})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["detail"].startswith(f"classes={given!r}: give a valid string or")
+
+
+def test_lists_in_lists_just_below_the_depth_that_json_has(client: Any) -> None:
+    """Read twice, the second time from deeper in the program."""
+    for depth in range(940, 1000):
+        content = b'{"classes": ' + b"[" * depth + b"]" * depth + b"}"
+        answer = client.post("/embed", content=content, headers=JSON)
+        assert answer.status_code < 500, (depth, answer.text)
+
+
+def test_letters_of_any_script_count_once(client: Any) -> None:
+    words = [f"{n} {'слово ' * 25}" for n in range(8)]
+    assert len(client.post("/embed", json={"classes": words}).json()["rows"]) == 8
+
+
+def test_negatives_are_as_short_as_classes(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(server, "read_negatives", read.append)
+    answer = segment(client, picture(), negatives="a," * 801)
+    assert (answer.status_code, read) == (413, [])
+    assert answer.json()["detail"] == "negatives: 1602 letters; give at most 1600"
+
+
+def test_labeling_setups_are_measured_before_they_are_read(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nested controls hold each the labels of all within: work that grows with their square."""
+    read: list[Any] = []
+    monkeypatch.setattr(ml_backend, "refuse_typo", lambda *given: read.append(given))
+    begin = '<View><Image name="i" value="$i"/>'
+    one, label, end = '<BrushLabels toName="i">', '<Label value="{}"/>', "</BrushLabels>"
+    labels = "".join(label.format(n) for n in range(9))
+    for setup in (one + labels + end, one * 9 + label + end * 9):
+        answer = client.post("/setup", json={"schema": f"{begin}{setup}</View>"})
+        assert answer.status_code == 413 and read == []
+        assert answer.json()["detail"] == "label_config: more than 8 labels; leave some out"
+    refused = predict(client, [{"data": {}}], SETUP + " " * (1 << 20))
+    assert refused.status_code == 413 and "characters; give at most 1048576" in refused.text
+    with pytest.raises(TooLargeError, match="more than 256 labels"):
+        read_controls(f"{begin}{one * 257}{label}{end * 257}</View>")
+
+
+def test_a_webhook_is_not_read(client: Any) -> None:
+    """Annotations are as large as pictures, and nothing is done with them."""
+    answer = client.post("/webhook", content=b"[" * 1000, headers=JSON)
+    assert answer.json() == {"status": "ok", "result": None}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_memory_that_pytorch_did_not_get(
+    model: Talk2DINO, client: Any, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(model, "_encode", broken)
+    answer = segment(client, picture())
+    assert answer.status_code == 503 and "not enough memory" in answer.json()["detail"]
+    assert metric(client, "talk2dino_open_requests") == 0
+
+
+def test_every_warning_is_written_once_for_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    class Counting:
+        @staticmethod
+        def dumps(given: Any) -> str:
+            made = json.dumps(given)
+            written.append(len(made))
+            return made
+
+    said = [f"classes: {n} {'слово ' * 30}" for n in range(250)]
+    monkeypatch.setattr(server, "json", Counting)
+    assert len(in_header(said)) <= server.HEADER
+    assert sum(written) <= len(json.dumps(said)) + server.HEADER
+    exact = ["x" * 994, "y" * (server.HEADER - 1002)]
+    assert json.loads(in_header(exact)) == exact
+    assert json.loads(in_header([*exact, "z"])) == [exact[0], "and 2 more"]
+
+
+def test_the_page_works_below_a_path_of_a_proxy(client: Any) -> None:
+    """Its links, and the address of its requests, begin where it stands."""
+    page = client.get("/docs").text
+    links = re.findall(r"""(?:href|src|url)[=:]\s*["']([^"']+)""", page)
+    assert len(links) == 4
+    for link in links:
+        assert not link.startswith("/") and client.get(f"/{link}").status_code == 200
+    assert client.get("/openapi.json").json()["servers"] == [{"url": "."}]
