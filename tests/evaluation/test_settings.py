@@ -24,7 +24,7 @@ OTHERS = {
         *("compare_untrained", "pictures", "label_maps", "examples", "resume"),
     },
     "segment": {
-        *("image", "output", "heatmaps", "resume", "overwrite", "accelerator"),
+        *("image", "output", "subfolders", "heatmaps", "resume", "overwrite", "accelerator"),
         *("calibration", "exemplars", "exemplar_weight"),  # their digests are compared
         # annotations are gathered from the pictures' own records
         *("formats", "instances", "minimum_area", "tolerance", "polygons", "image_root_url"),
