@@ -239,7 +239,7 @@ class MapImage:
         if self.limits is None:
             return values.astype(np.uint8, copy=False)
         low, high = self.limits.T[:, :, None, None].astype(np.float32)
-        known = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+        known = np.where(np.isfinite(values), values, low)  # black, whatever 0 would be
         scaled = (known - low) / np.maximum(high - low, 1e-12)
         whole: npt.NDArray[np.uint8] = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
         return whole

@@ -709,3 +709,14 @@ def test_what_would_be_black_is_said(tmp_path: Path) -> None:
             (y, x), (height, width) = image.first, image.shape
             pixels, _ = image.read(range(y, y + height), range(x, x + width))
             assert (pixels[:, 0, :3] == 0).all() and pixels[0, 0, -1] == 255
+
+
+def test_numbers_that_are_none_are_black_whatever_zero_is(tmp_path: Path) -> None:
+    """Of decibels all are below zero, which would be white."""
+    decibels = np.full((1, 20, 20), -15, np.float32)
+    decibels[0, 3, 4] = np.nan
+    source = write(tmp_path / "map.tif", decibels, nodata=-9999)
+    with MapImage(source, value_range=[-20, -10]) as image:
+        where = [range(a, a + n) for a, n in zip(image.first, image.shape, strict=True)]
+        pixels = image.read(*where)[0]
+    assert set(pixels[:, 3, 4].tolist()) == {0} and np.unique(pixels).tolist() == [0, 128]
