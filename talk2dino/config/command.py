@@ -155,10 +155,10 @@ def _require_own_outputs(config: DictConfig) -> None:
     given = OverridesParser.create().parse_overrides(typed)
     swept = [one.key_or_group for one in given if one.is_sweep_override()]
     own = any(one.key_or_group == "output" and "${" in str(one.input_line) for one in given)
-    if "output" in config and swept and "output" not in swept and not own:
+    if config.get("output") is not None and swept and "output" not in swept and not own:
         raise ConfigError(
             f"output: the jobs of a sweep over {swept[0]} would write over each other; name it by "
-            f"what differs, for instance 'output=out/${{{swept[0]}}}'"
+            "what differs, or by the job: 'output=out/${hydra:job.num}'"
         )
 
 

@@ -244,7 +244,7 @@ class TextSide(nn.Module):
     def embed_exemplars(
         self, exemplars: Exemplar | Sequence[Exemplar], short_side: int | None = None
     ) -> Tensor:
-        """The row of a class that these show, `[D]` of unit length, see `exemplars.class_rows`.
+        """The row of a class that these show, `[D]` of unit length, see `shown_classes.class_rows`.
 
         Rows of earlier calls are not computed again.
 
@@ -273,7 +273,7 @@ class TextSide(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Rows of classes that are shown and, without a calibration, the mean patch of them all.
 
-        Arguments and errors as `embed_exemplars`, results as `exemplars.class_rows`. With a
+        Arguments and errors as `embed_exemplars`, results as `shown_classes.class_rows`. With a
         calibration a row does not depend on the other classes.
 
         Args:
@@ -343,8 +343,8 @@ class TextSide(nn.Module):
         if shown and self.calibration is None and not all(name in shown for name in words.names):
             say(
                 "classes: some are shown and some are said, and this checkpoint has no "
-                "calibration; words may then win everywhere over what is shown: run "
-                "talk2dino.calibrate, or show all classes",
+                "calibration; what few pictures show alone hardly ever wins against words: give it "
+                "its word, too, or show more of it",
                 stacklevel=3,
             )
         made, mean = self.shown_rows(list(shown.values()), short_side)

@@ -243,7 +243,10 @@ def test_jobs_of_a_sweep_have_results_of_their_own(
     sweep = ("search", "-m", "checkpoint=nowhere", "store=nowhere", "query=cat,dog")
     said = fails(capfd, *sweep)
     assert said.startswith("output: the jobs of a sweep over query would write over each other")
-    with pytest.raises(SystemExit) as stopped:
-        run(*sweep, "output=found/${query}")
-    assert stopped.value.code == 1  # each began, and found no store
-    assert "2 failed" in capfd.readouterr().err
+    calibrations = ("calibrate", "-m", "checkpoint=a,b", "store=nowhere")  # each beside its own
+    for allowed in ((*sweep, "output=found/${query}"), (*sweep, "output=out/${hydra:job.num}"),
+                    calibrations):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            run(*allowed)
+        assert stopped.value.code == 1  # each began, and found no store
+        assert "2 failed" in capfd.readouterr().err
