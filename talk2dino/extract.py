@@ -38,10 +38,11 @@ def extraction(config: DictConfig) -> Extraction:
     store = command.require_output_folder(user_path(config.store), "store")
     place = process_rank()
     device = choose_device(config.accelerator)
+    source = command.build(config.source)
     return Extraction(
-        source=command.build(config.source),
+        source=source,
         vision=command.build(config.vision).to(device),
-        text=command.build(config.text).to(device),
+        text=command.build(config.text).to(device) if source.caption_count() else None,
         store=store,
         split=config.split,
         image_fields=list(config.features.image_fields),
@@ -128,6 +129,8 @@ def say_left_out(job: Extraction, console: Console) -> None:
 def check_space(job: Extraction, console: Console) -> None:
     """Print the store's expected size and refuse when the disk cannot hold it."""
     needed, free = job.expected_bytes(), shutil.disk_usage(job.store).free
+    if job.text is None:
+        console.print("no captions, so no text encoder: a store to search, not to train on")
     console.print(
         f"{len(job.source)} images into {job.num_shards} shards, {needed / 1e9:.2f} GB of features"
     )

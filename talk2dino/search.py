@@ -19,9 +19,9 @@ from talk2dino.config.model_and_classes import class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
-from talk2dino.files import read_text, user_path
+from talk2dino.files import read_json, read_text, user_path
 from talk2dino.finding.found_files import JSON, PAGE, Written, refuse_foreign_results, write_found
-from talk2dino.finding.recall import recall
+from talk2dino.finding.recall import check_recall, recall
 from talk2dino.finding.scan import PATCHES, Found, searched_field
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 
@@ -47,6 +47,8 @@ def search(config: DictConfig) -> None:
     """Find the pictures and write both files."""
     queries = query_words(config.query) if config.query is not None else None
     store = FeatureStore(config.store)
+    if config.recall:
+        check_recall(store)
     field = searched_field(store)
     images = None if config.images is None else user_path(config.images)
     if images is not None and not images.is_dir():
@@ -90,17 +92,23 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
         ConfigError: no query, an empty one, or one twice.
         DataError: a file that cannot be read.
     """
-    text = given.strip() if isinstance(given, str) else ""
-    suffix = Path(text).suffix.lower()
-    if suffix == ".txt" and user_path(text).is_file():  # has no colors and no background
-        lines = [line for line in read_text(user_path(text)).split("\n") if line.strip()]
-        if not lines:
-            raise DataError(f"query={text}: is empty; write a query on each line")
-        return typed_classes(lines, f"query={text}")
-    single = isinstance(given, str) and text[:1] not in ("[", "{")
-    if single and suffix not in (".txt", ".json") and not is_file(text):
-        given = [given]
-    return class_words(given, key="query")
+    if not isinstance(given, str) or given.lstrip()[:1] in ("[", "{") or is_file(given.strip()):
+        return class_words(given, key="query")
+    text = given.strip()
+    suffix, file = Path(text).suffix.lower(), user_path(text)
+    if suffix not in (".txt", ".json"):
+        return class_words([given], key="query")
+    if not file.is_file():
+        raise DataError(f"query={text}: no such file; to look for these words: query=['{text}']")
+    if suffix == ".json":
+        listed = read_json(file, object, "a list of queries")
+        if isinstance(listed, list) and not any(isinstance(one, dict) for one in listed):
+            return typed_classes(listed, f"query={text}")  # "background" is a word like any other
+        return class_words(given, key="query")  # the class list of a benchmark
+    lines = [line for line in read_text(file).split("\n") if line.strip()]
+    if not lines:
+        raise DataError(f"query={text}: is empty; write a query on each line")
+    return typed_classes(lines, f"query={text}")
 
 
 def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:

@@ -121,7 +121,10 @@ def text_width(store: FeatureStore) -> int:
         if name in store.captions:
             return store.captions[name].shape[-1]
     if store.text is None or not store.text.embed_dim:
-        raise ConfigError(f"store={store.path}: has neither embedding nor the width of its text")
+        raise ConfigError(
+            f"store={store.path}: holds no captions; train on a store that was extracted from "
+            "images with captions"
+        )
     return store.text.embed_dim
 
 

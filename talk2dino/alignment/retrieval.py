@@ -115,7 +115,7 @@ def retrieval_ranks(
         (tensor([1, 1, 2]), tensor([1, 2, 2]))
     """
     text_image = text_image.cpu()
-    _check_pairs(text_image, images)
+    check_owners(text_image, images)
     rows = [slice(start, start + chunk_size) for start in range(0, len(text_image), chunk_size)]
     scores = torch.cat([score_rows(part).detach().float().cpu() for part in rows])  # [T, I]
     right = scores.gather(1, text_image[:, None])[:, 0]  # [T]
@@ -128,7 +128,12 @@ def retrieval_ranks(
     return text_ranks, image_ranks
 
 
-def _check_pairs(text_image: Tensor, images: int) -> None:
+def check_owners(text_image: Tensor, images: int) -> None:
+    """Refuse rows of captions' images `[T]` that lie outside, or that leave an image out.
+
+    Raises:
+        DataError: with the first wrong row.
+    """
     if len(text_image) == 0 or int(text_image.min()) < 0 or int(text_image.max()) >= images:
         raise DataError(
             f"retrieval: caption rows must name images 0 to {images - 1}, found "

@@ -19,6 +19,7 @@ from torch import Tensor
 import talk2dino
 from talk2dino.datasets.captions.base import from_square
 from talk2dino.datasets.pictures import read_picture
+from talk2dino.datasets.tars import Member, read_member, tar_members
 from talk2dino.errors import DataError
 from talk2dino.evaluation.report import report_templates
 from talk2dino.files import read_json, refuse_foreign_run, replacing, write_text
@@ -79,11 +80,12 @@ def write_found(
         results: query after query, the best first.
         folder: where to.
         facts: plain values that stand before the results, and on the page.
-        images: folder of the pictures, which gives boxes in their pixels and thumbnails.
+        images: folder of the pictures, or of their tars, for boxes in their pixels and thumbnails.
         first: results of each query that are returned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written, sections = Written(), list[tuple[str, list[Shown]]]()
+    pictures = None if images is None else Pictures(images)
     room = PICTURES
     head = json.dumps({"written_by": f"{WRITTEN_BY} {talk2dino.__version__}", **facts}, indent=1)
     with replacing(folder / JSON) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -93,7 +95,7 @@ def write_found(
             kept = list(found)
             limits = _limits(kept)
             for one in kept:
-                picture = None if images is None else _picture(images, one, written.missing)
+                picture = None if pictures is None else pictures.read(one, written.missing)
                 entries.append(_entry(one, None if picture is None else picture.size))
                 if number < QUERIES:
                     thumbnail = _thumbnail(one, picture, limits) if room > 0 else None
@@ -146,21 +148,40 @@ def _limits(found: Sequence[Found]) -> tuple[float, float]:
     return min(float(g.min()) for g in grids), max(float(g.max()) for g in grids)
 
 
-def _picture(images: Path, found: Found, missing: dict[str, str]) -> Image.Image | None:
-    """The picture of a result, upright; None if there is none, with the reason in `missing`."""
-    name = found.file_name
-    if name is None:
-        missing[f"row {found.row}"] = "the store has no names of pictures"
-        return None
-    file = images / name
-    try:
-        if not file.resolve().is_relative_to(images.resolve()):
+class Pictures:
+    """The pictures of results, in a folder of files or of tars."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tars: dict[Path, dict[str, Member]] = {}
+
+    def read(self, found: Found, missing: dict[str, str]) -> Image.Image | None:
+        """The picture of a result, upright; None if there is none, with the reason in `missing`."""
+        name = found.file_name
+        if name is None:
+            missing[f"row {found.row}"] = "the store has no names of pictures"
+            return None
+        try:
+            return self._read(name)
+        except Exception as error:  # broken files make decoders raise anything
+            absent = "not in this folder" if isinstance(error, FileNotFoundError) else str(error)
+            missing[name] = " ".join(absent.split())
+            return None
+
+    def _read(self, name: str) -> Image.Image:
+        tar, _, member = name.partition("/")
+        inside = member and (self.folder / tar).is_file()
+        file = self.folder / (tar if inside else name)
+        if not file.resolve().is_relative_to(self.folder.resolve()):
             raise OSError("lies outside of the folder")
-        return read_picture(file)
-    except Exception as error:  # broken files make decoders raise anything
-        absent = "not in this folder" if isinstance(error, FileNotFoundError) else str(error)
-        missing[name] = " ".join(absent.split())
-        return None
+        if not inside:
+            return read_picture(file)
+        if file not in self._tars:  # as in the store: sources name `00000.tar/000000012.jpg`
+            self._tars[file] = {one.name: one for one in tar_members(file)}
+        place = self._tars[file].get(member)
+        if place is None:
+            raise OSError(f"not in {tar}")
+        return read_picture(BytesIO(read_member(file, place.offset, place.size)), name)
 
 
 def _thumbnail(

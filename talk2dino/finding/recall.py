@@ -17,13 +17,35 @@ from talk2dino.alignment.inputs import (
     projected_visual,
 )
 from talk2dino.alignment.projection import Projection
-from talk2dino.alignment.retrieval import retrieval_from_scores
+from talk2dino.alignment.retrieval import check_owners, retrieval_from_scores
 from talk2dino.alignment.similarity.base import Similarity
-from talk2dino.errors import Advance
+from talk2dino.errors import Advance, DataError, StoreError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.finding.scan import PATCHES, Scan, picture_scores, searched_field
+from talk2dino.segmentation.memory import GB, machine_memory
 
 IMAGES = 64  # compared at once as in training
+BYTES = 10  # for each caption and image: a score, its copy, two comparisons
+
+
+def check_recall(store: FeatureStore) -> None:
+    """Refuse what cannot be compared, before anything is loaded.
+
+    Raises:
+        StoreError: no captions.
+        DataError: an image without one, or more scores than the machine has memory for.
+    """
+    captions, images = len(store.captions), len(store.images)
+    if not captions:
+        raise StoreError(f"store={store.path}: holds no captions, so recall=true has no queries")
+    check_owners(torch.from_numpy(store.captions["image_row"][:]), images)
+    needed, there = BYTES * captions * images, machine_memory()
+    if needed > there:
+        raise DataError(
+            f"recall=true: {captions} captions by {images} images take {needed / GB:.1f} GB of "
+            f"memory, this machine has {there / GB:.1f} GB; use a store of fewer images "
+            "(source.limit=5000)"
+        )
 
 
 @torch.no_grad()
@@ -36,7 +58,7 @@ def recall(
 ) -> dict[str, dict[str, float]]:
     """Recall of all captions of a store, from their stored embeddings.
 
-    Scores of all captions and images are held, up to `captions * images * 14` bytes with ranks.
+    Scores of all captions and images are held, up to `captions * images * BYTES` with ranks.
 
     Args:
         store: with caption embeddings.
@@ -63,23 +85,22 @@ def recall(
     text, mask = projected_text(_single(read), projection, similarity)
     images, dense = len(store.images), searched_field(store) == PATCHES
     owners = torch.from_numpy(store.captions["image_row"][:])
-    found, trained = torch.empty(2, len(text), images)
+    scored = torch.empty(len(text), images)
     rows = F.normalize(text.float(), dim=-1, eps=1e-6)
     for start, scores in Scan(store, rows, torch.arange(len(rows)), projection):
         some = picture_scores(scores, best if dense else 1).cpu()
-        found[:, start : start + some.shape[1]] = some
+        scored[:, start : start + some.shape[1]] = some
         advance(start + some.shape[1], 2 * images)
+    searched = retrieval_from_scores(scored.__getitem__, owners, images)
     for start in range(0, images, IMAGES):
         chosen = np.arange(start, min(start + IMAGES, images))
         batch = {name: torch.from_numpy(store.images[name][chosen]).to(device) for name in fields}
         visual = projected_visual(_single(batch), projection, similarity)
         masks = () if mask is None else (mask,)
-        trained[:, start : start + len(chosen)] = similarity.scores(text, visual, *masks).cpu()
+        scored[:, start : start + len(chosen)] = similarity.scores(text, visual, *masks).cpu()
         advance(images + start + len(chosen), 2 * images)
-    return {
-        name: retrieval_from_scores(scores.__getitem__, owners, images)
-        for name, scores in (("search", found), ("training", trained))
-    }
+    trained = retrieval_from_scores(scored.__getitem__, owners, images)
+    return {"search": searched, "training": trained}
 
 
 def _single(batch: Mapping[str, Any]) -> dict[str, Any]:

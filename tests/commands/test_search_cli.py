@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from PIL import Image
 
 from talk2dino import Talk2DINO
 from talk2dino.datasets.captions.base import crop_square, from_square
-from talk2dino.features import FeatureStore
+from talk2dino.errors import DataError
+from talk2dino.features import FeatureStore, write_store
 from talk2dino.finding.found_files import HEIGHT, WIDEST, _thumbnail
+from talk2dino.finding.recall import check_recall
 from talk2dino.finding.scan import Found
 from talk2dino.inference.model import Talk2DINO as Model
+from talk2dino.search import query_words
 from tests.helpers.pipeline import fails, run
-from tests.helpers.stores import extract, tiny_store
+from tests.helpers.stores import ENCODERS, extract, tiny_store
 
 SIDE = 64
 
@@ -139,6 +143,107 @@ def test_recall_of_the_captions(
     content = read(tmp_path / "out")
     assert content["queries"] == [] and content["recall"].keys() == {"search", "training"}
     assert "Captions that find their picture" in (tmp_path / "out" / "found.html").read_text()
+
+
+def test_pictures_without_captions_are_found_and_train_nothing(
+    photos: Path, store: Path, psi: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same features as with captions, so the same results; no text encoder is built."""
+    alone = tmp_path / "alone"
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / ".hidden").mkdir()
+    shutil.copy(photos / "deep" / "1.png", tmp_path / "photos" / ".hidden" / "1.png")
+    given = ("source=pictures", f"source.images={tmp_path / 'photos'}", "text.name=nonesuch")
+    vision = (*ENCODERS[:3], "features=all", f"vision.image_size={SIDE}", "num_workers=0")
+    run("extract", *given, *vision, f"store={alone}", "images_per_shard=4")
+    said = " ".join(capfd.readouterr().out.split())
+    assert "no text encoder" in said and "6 images, 0 captions" in said
+    assert "1 files are left out, such as captions.csv (is no picture)" in said
+    found, other = FeatureStore(alone), FeatureStore(store)
+    assert found.verify() == [] and found.text is None and not found.captions.fields
+    assert len(found.manifest.shards) == 2
+    for name in found.images.fields:
+        np.testing.assert_array_equal(found.images[name][:], other.images[name][:])
+    asked = (f"checkpoint={psi}", "query=a cat", f"images={photos}")
+    for where in (alone, store):
+        run("search", *asked, f"store={where}", f"output={tmp_path / where.name / 'out'}")
+    results = [read(tmp_path / where.name / "out")["queries"] for where in (alone, store)]
+    assert results[0] == results[1]
+    line = fails(capfd, "search", *asked, f"store={alone}", "recall=true")
+    assert "holds no captions, so recall=true has no queries" in line
+    line = fails(capfd, "train", "experiment=vits_dense", f"store={alone}", "trainer=cpu")
+    assert "holds no captions; train on" in line
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").touch()
+    none = ("source=pictures", f"source.images={tmp_path / 'none'}", f"store={tmp_path / 's'}")
+    assert "no picture in it (its first file is a.txt)" in fails(capfd, "extract", *none)
+
+
+def test_thumbnails_come_out_of_tars_too(
+    photos: Path, psi: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(2):
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
+            for name in range(3 * number, 3 * number + 3):
+                tar.add(photos / "deep" / f"{name}.png", f"{name}.png")
+                (tmp_path / "a.txt").write_text("a thing")
+                tar.add(tmp_path / "a.txt", f"{name}.txt")
+    store = tmp_path / "store"
+    common = (*ENCODERS, "features=all", f"vision.image_size={SIDE}", "num_workers=0")
+    run("extract", "source=webdataset", f"source.tars={tars}", *common, f"store={store}")
+    given = (f"store={store}", f"checkpoint={psi}", f"output={tmp_path / 'out'}", "query=cat")
+    run("search", *given, f"images={tars}")
+    assert "could not be read" not in capfd.readouterr().err
+    for entry in read(tmp_path / "out")["queries"][0]["found"]:
+        name = Path(entry["file_name"]).name
+        with Image.open(photos / "deep" / name) as picture:
+            square = (entry["square"], SIDE, picture.size[::-1])
+            assert entry["box"] == list(from_square(*square))
+    (tars / "1.tar").unlink()
+    (tars / "0.tar").write_bytes((tars / "0.tar").read_bytes()[:3000])
+    run("search", *given, f"images={tars}")
+    said = capfd.readouterr().err
+    assert "6 pictures could not be read" in said
+    assert "1.tar/3.png: not in this folder" in said and "0.tar: is cut off" in said
+
+
+def test_recall_is_refused_where_it_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = np.ones((3, 4, 8), np.float16)
+    captions = {"image_row": [0, 1, 1], "embedding": np.ones((3, 8))}
+    write_store(tmp_path / "store", {"patch_tokens": features}, captions)
+    with pytest.raises(DataError, match=r"image row 2 has no caption \(1 such images\)"):
+        check_recall(FeatureStore(tmp_path / "store"))
+    captions = {"image_row": [0, 1, 2], "embedding": np.ones((3, 8))}
+    write_store(tmp_path / "whole", {"patch_tokens": features}, captions)
+    check_recall(FeatureStore(tmp_path / "whole"))
+    monkeypatch.setattr("talk2dino.finding.recall.machine_memory", lambda: 89)
+    with pytest.raises(DataError, match="3 captions by 3 images take"):
+        check_recall(FeatureStore(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("a man, on a bicycle", {"a man, on a bicycle": ("a man, on a bicycle",)}),
+        ("sofa; couch", {"sofa": ("sofa", "couch")}),
+        ("['what is robots.txt']", {"what is robots.txt": ("what is robots.txt",)}),
+        ("q.json", {"background": ("background",), "sofa": ("sofa", "couch")}),
+        ("entries.json", {"cat": ("kitty",)}),
+    ],
+)
+def test_queries_arrive_as_typed(
+    given: str, want: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.json").write_text('["background", ["sofa", "couch"]]')
+    (tmp_path / "entries.json").write_text('[{"name": "cat", "synonyms": ["kitty"]}]')
+    assert query_words(given) == want
+    with pytest.raises(DataError, match=r"no such file; to look for these words: query=\['what"):
+        query_words("what is robots.txt")
 
 
 def test_recall_is_refused_for_other_weights(

@@ -102,7 +102,8 @@ class CaptionFolder(FileSource):
         if not pairs:
             raise DataError(
                 f"source.images={self.images}: no captions.csv, captions.jsonl or captions.txt and "
-                "no .txt beside an image; add one of them"
+                "no .txt beside an image; add one of them, or use source=pictures for a store "
+                "without captions, which talk2dino.search reads"
             )
         return pairs
 

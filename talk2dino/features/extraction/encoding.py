@@ -168,7 +168,7 @@ def encode_shards(
     source: Source,
     shards: Sequence[range],
     images: ImageEncoding,
-    captions: CaptionEncoding,
+    captions: CaptionEncoding | None,
     num_workers: int,
     advance: Callable[[int], None],
 ) -> Iterator[ShardRows]:
@@ -178,7 +178,7 @@ def encode_shards(
         source: captioned images.
         shards: ascending positions of each shard's images; none is empty.
         images: the vision side.
-        captions: the text side.
+        captions: the text side; None for images without captions.
         num_workers: processes that decode while the encoders run.
         advance: called with the number of images of every batch that is done.
     """
@@ -194,15 +194,17 @@ def encode_shards(
             if fields is not None:
                 rows.add_images(batch.entries, fields.arrays())
             rows.skipped += batch.skipped
-            captions.fill(rows)
+            if captions is not None:
+                captions.fill(rows)
             advance(len(batch.positions))
             if batch.positions[-1] == shard[-1]:
                 break
-        captions.fill(rows, at_least=1)
+        if captions is not None:
+            captions.fill(rows, at_least=1)
         # A shard without readable image, or without caption, still has the fields of the others.
         if not rows.ids:
             rows.add_images([], images.empty())
-        if not rows.captions:
+        if captions is not None and not rows.captions:
             rows.add_caption_fields(captions.empty())
         yield rows
 

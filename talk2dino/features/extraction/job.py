@@ -47,7 +47,7 @@ class Extraction:
     Attributes:
         source: captioned images.
         vision: vision encoder on its device.
-        text: text encoder.
+        text: text encoder, or None where the source has no captions; the store then names none.
         store: folder to fill; created if absent.
         split: first part of the shards' names.
         image_fields: what to store of an image, out of `IMAGE_CHOICES`.
@@ -67,7 +67,7 @@ class Extraction:
 
     source: Source
     vision: TimmVisionEncoder
-    text: TextEncoder
+    text: TextEncoder | None
     store: Path
     split: str = "train"
     image_fields: Sequence[str] = EXTRACTED
@@ -86,7 +86,12 @@ class Extraction:
 
     def __post_init__(self) -> None:
         check_image_fields(self.image_fields, self.patches_per_image)
-        check_caption_fields(self.caption_fields, self.text)
+        if self.text is not None:
+            check_caption_fields(self.caption_fields, self.text)
+        elif self.source.caption_count():
+            raise ConfigError(
+                "text=null: the source has captions; give the encoder that reads them"
+            )
         check_precision(self.precision)
         check_precision(self.text_precision, "text_precision")
         if self.dtype not in ("float16", "float32"):
@@ -111,8 +116,11 @@ class Extraction:
     def expected_bytes(self) -> int:
         """Size of the features of the whole store; ids, names and texts come on top."""
         per_image = image_bytes(self.vision, self.image_fields, self.dtype, self.patches_per_image)
+        needed = len(self.source) * per_image
+        if self.text is None:
+            return needed
         per_caption = caption_bytes(self.text, self.caption_fields, self.dtype)
-        return len(self.source) * per_image + self.source.caption_count() * per_caption
+        return needed + self.source.caption_count() * per_caption
 
     def run(self, advance: Callable[[int], None] = lambda images: None) -> Manifest | None:
         """Write this rank's missing shards, then the manifest if all shards are there.
@@ -131,7 +139,8 @@ class Extraction:
             WriteError: it holds files of other origin under a store's names, or cannot be written.
             ConfigError: `compiled` where torch finds no compiler.
         """
-        vision, text = self.vision.describe(), self.text.describe()
+        vision = self.vision.describe()
+        text = None if self.text is None else self.text.describe()
         done = open_for_append(self.store, self._settings(vision, text), self.split)
         if self.source.left_out and not self.rank:
             listed = self.store / f"{self.split}-left-out.jsonl"
@@ -147,10 +156,10 @@ class Extraction:
             shards=self.num_shards,
             split=self.split,
             vision=VisionInfo(**vision),
-            text=EncoderInfo(**text),
+            text=None if text is None else EncoderInfo(**text),
         )
 
-    def _settings(self, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    def _settings(self, vision: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the bytes of a shard.
 
         They include the batch sizes: a batch of another size may sum in another order.
@@ -161,11 +170,12 @@ class Extraction:
             | {"rope_in_attention": self.vision.rope_in_attention, "precision": self.precision}
             | {"batch_size": self.vision.batch_size, "compile": self.compiled}
             | {k: v for k, v in vision["spec"].items() if k == "layers"},
-            "text": {k: text[k] for k in ("name", "weights_sha256")}
+            "text": text
+            and {k: text[k] for k in ("name", "weights_sha256")}
             | {k: v for k, v in text["spec"].items() if k in ("pooling", "max_length")}
             | {"precision": self.text_precision, "batch_size": text["spec"].get("batch_size")},
             "image_fields": list(self.image_fields),
-            "caption_fields": list(self.caption_fields),
+            "caption_fields": list(self.caption_fields) if text else [],
             "dtype": self.dtype,
             "patches_per_image": self.patches_per_image,
             "images_per_shard": self.images_per_shard,
@@ -190,16 +200,18 @@ class Extraction:
             self.patches_per_image,
             self.compiled,
         )
-        captions = CaptionEncoding(
-            self.text, self.caption_fields, self.dtype, self.text_precision, images.device
-        )
+        captions = None
+        if self.text is not None:
+            captions = CaptionEncoding(
+                self.text, self.caption_fields, self.dtype, self.text_precision, images.device
+            )
         positions = [self._images_of(k) for k in shards]
         yield from zip(
             shards,
             encode_shards(self.source, positions, images, captions, self.num_workers, advance),
             strict=True,
         )
-        self.cut += captions.cut
+        self.cut += captions.cut if captions else 0
 
     def _write(self, shards: Iterator[tuple[int, ShardRows]]) -> None:
         """Write each shard in a thread while the next one grows; at most two are in memory."""

@@ -234,14 +234,16 @@ class ShardRows:
         self._encoded += len(next(iter(fields.values())))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Both tables, as `write_shard` takes them."""
+        """Both tables, as `write_shard` takes them; the second is empty without text encoder."""
         images: dict[str, Any] = {"id": np.array(self.ids, np.int64), "file_name": self.file_names}
         images |= {name: values[: len(self.ids)] for name, values in self._images.items()}
+        if not self._captions:
+            return images, {}
         captions: dict[str, Any] = {
             "id": np.array([number for number, _, _ in self.captions], np.int64),
             "image_row": np.array([row for _, row, _ in self.captions], np.int64),
             "text": [text for _, _, text in self.captions],
         }
-        for name in self._captions[0] if self._captions else ():
+        for name in self._captions[0]:
             captions[name] = np.concatenate([fields[name] for fields in self._captions])
         return images, captions
