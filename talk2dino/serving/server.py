@@ -10,7 +10,6 @@ import socket
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from io import BytesIO
 from itertools import accumulate
 from typing import Any
@@ -106,9 +105,8 @@ class Routes:
             given = json.dumps(given, ensure_ascii=False)
         classes = self.service.words(given)
         self.service.check_words(classes, ())
-        embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
         with listening() as said:
-            made = await self.service.call(embed, classes)
+            made = await self.service.call(self.service.embed, classes)
         words, vectors = made.words, made.rows.tolist()
         rows = [
             {"class": name, "word": word, "vector": row}

@@ -581,6 +581,42 @@ def test_full_queue_time_and_clients_that_hang_up(model: Talk2DINO) -> None:
         assert segment(client, picture()).status_code == 200
 
 
+def test_exemplars_of_a_request_whose_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further one is looked at, of a request or of the service; and other words do not wait."""
+    model, looks, look = hash_model(), list[int](), Talk2DINO._look
+
+    def counted(*given: Any) -> Any:
+        looks.append(1)
+        return look(model, *given)
+
+    monkeypatch.setattr(model, "_look", counted)
+    ours = tuple(Exemplar(picture(n), np.asarray(Image.open(BytesIO(mask())))) for n in range(3))
+    several = [picture(n) for n in range(5, 10)]
+
+    def brought(client: Any) -> Any:
+        return shown(client, ["rust"] * 5, [mask()] * 5, several, classes="moss")
+
+    def embedded(client: Any) -> Any:
+        return client.post("/embed", json={"classes": ["rust", "moss"]})
+
+    model.encode_text("tree")
+    for began, ask, every in ((None, brought, 5), ({"rust": ours}, embedded, 3)):
+        looks.clear()
+        with serving(model, classes=began, timeout=2) as client, Blocked(model) as encoder:
+            with ThreadPoolExecutor(1) as pool:
+                late = pool.submit(ask, client)
+                assert encoder.asked.wait(10)
+                assert model.embed_classes(["tree"]).rows.shape[0] == 1
+                assert late.result().status_code == 408
+            assert looks == [1]
+            encoder.let.set()
+            while metric(client, "talk2dino_open_requests"):
+                time.sleep(0.01)
+            assert looks == [1]
+            assert ask(client).status_code == 200
+            assert len(looks) == every  # the first of them was kept
+
+
 def test_the_token(model: Talk2DINO) -> None:
     with serving(model, token=TOKEN) as client:
         assert client.get("/health").status_code == 200  # probes need none
