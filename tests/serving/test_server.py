@@ -36,6 +36,7 @@ httpx = pytest.importorskip("httpx")
 need("fastapi_offline", "uvicorn", "prometheus_client", "defusedxml")
 
 from talk2dino.serving import ml_backend, server  # noqa: E402
+from talk2dino.serving.forms import SLOWLY, read_body  # noqa: E402
 from talk2dino.serving.gate import Gate, Metrics, Rules  # noqa: E402
 from talk2dino.serving.ml_backend import MLBackend, TaskPictures, read_controls  # noqa: E402
 from talk2dino.serving.server import Routes, Server, bind, build_app, in_header  # noqa: E402
@@ -469,6 +470,16 @@ def test_health_metrics_and_description(client: Any) -> None:
         (421, "without a token", lambda c: c.get("/health", headers={"Host": "evil.example:80"})),
         (422, "tasks", lambda c: c.post("/predict", json={})),
         (422, "tasks", lambda c: c.post("/predict", json={"tasks": {"a": 1}})),
+        (422, "body: not JSON (Expec", lambda c: c.post("/predict", content=b"{", headers=JSON)),
+        (422, "body: not JSON (Expec", lambda c: c.post(
+            "/predict", content=b" " * (1 << 20) + b"{", headers=JSON)),
+        (422, "body: list; give an object", lambda c: c.post("/predict", json=[])),
+        (422, "Content-Type: is missing; send JSON", lambda c: c.post("/setup", content=b"{}")),
+        (422, "Content-Type: text/plain; send JSON", lambda c: c.post(
+            "/predict", content=b"{}", headers={"Content-Type": "text/plain"})),
+        (400, "parsing", lambda c: c.post("/setup", content=b'{"a": "\xff"}', headers=JSON)),
+        (400, "parsing", lambda c: c.post("/setup", content=b"[" * 200_000, headers=JSON)),
+        (400, "parsing", lambda c: c.post("/predict", content=b"[" * 1_200_000, headers=JSON)),
         (422, "has no data", lambda c: predict(c, [None])),
         (422, "'photo'", lambda c: predict(c, [{"data": {}}])),
         (422, "must be an address", lambda c: predict(c, [{"data": {"photo": 5}}])),
@@ -726,6 +737,53 @@ def predict(client: Any, tasks: list[Any], setup: str = SETUP) -> Any:
 
 def data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def test_others_are_answered_while_tasks_are_read(
+    model: Talk2DINO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let = threading.Event(), threading.Event()
+
+    def waiting(*given: Any) -> Any:
+        asked.set()
+        assert let.wait(20)
+        return read_body(*given)
+
+    task = {"data": {"photo": data_url(picture())}}
+    monkeypatch.setattr(server, "read_body", waiting)
+    with serving(model) as client, ThreadPoolExecutor(1) as pool:
+        for ask in (
+            lambda: predict(client, [task]),
+            lambda: client.post("/setup", json={"schema": SETUP}),
+        ):
+            asked.clear(), let.clear()
+            answer = pool.submit(ask)
+            try:
+                assert asked.wait(10)
+                assert client.get("/health", timeout=5).status_code == 200
+            finally:
+                let.set()
+            assert answer.result().status_code == 200
+
+
+def test_large_json_lets_other_threads_run() -> None:
+    """C code that reads all of it in one go would let none; the same is read either way."""
+    small = {"tasks": [{"data": {"a": "é\n\U0001f600", "b": [1, -2.5, 1e9, None, True, {}]}}]}
+    one = json.dumps(small)
+    assert read_body(f"{one}{' ' * SLOWLY}".encode(), "application/json") == small
+    content = f'{{"tasks": [{"[]," * SLOWLY}0]}}'.encode()
+    done, ran = threading.Event(), 0
+
+    def read() -> None:
+        read_body(content, "application/json; charset=utf-8")
+        done.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not done.wait(0.001):
+        ran += 1
+    thread.join()
+    assert ran > 20
 
 
 def test_pre_annotations(client: Any, model: Talk2DINO) -> None:
