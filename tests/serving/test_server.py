@@ -398,6 +398,12 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "short_side", lambda c: segment(c, picture(), short_side=-3)),
         (413, "short_side", lambda c: segment(c, picture(), short_side=10**30)),
         (422, "pamr", lambda c: segment(c, picture(), pamr="perhaps")),
+        (422, "pamr='5': give true or false", lambda c: segment(c, picture(), pamr=5)),
+        (422, "instances='-1': give true or false", lambda c: segment(c, picture(), instances=-1)),
+        (422, "negatives: 'rust' is also a class that is shown", lambda c: shown(
+            c, "rust", classes="sky", negatives="rust")),
+        (422, "model_instances='5': give true or false", lambda c: c.post(
+            "/setup", json={"schema": SETUP.replace("toName", 'model_instances="5" toName')})),
         (422, "pmar: no such field; did you mean pamr?", lambda c: segment(
             c, picture(), pmar=True)),
         (422, "threshold: no such field; there are image, classes, background", lambda c: segment(
