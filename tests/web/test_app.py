@@ -356,6 +356,11 @@ def test_names_of_kept_class_embeddings(model: Talk2DINO, photo: Path, tmp_path:
     for words in ("dog", "cat; kitten"):
         with pytest.raises(ConfigError, match="is not in it; its classes are cat, grass, sky"):
             answer(model, view, Request(words), kept)
+    accented = model.embed_classes(["caf\u00e9", "sky"])
+    assert answer(model, view, Request("cafe\u0301, sky"), accented).result
+    assert accented.select(["sky", "cafe\u0301"]).words.names == ("sky", "caf\u00e9")
+    with pytest.raises(ConfigError, match="give each name once"):
+        accented.select(["cafe\u0301", "caf\u00e9"])
 
 
 def test_annotations_to_take_away(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:
