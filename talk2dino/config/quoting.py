@@ -49,6 +49,25 @@ def text_keys(schema: type, lists: bool = False) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in inside)
 
 
+def _switches(schema: type) -> Iterator[str]:
+    """Dotted keys of a command's schema that hold true or false."""
+    for name, hint in get_type_hints(schema).items():
+        if hint is bool:
+            yield name
+        elif is_dataclass(hint):
+            yield from (f"{name}.{inner}" for inner in _switches(hint))  # type: ignore[arg-type]
+
+
+def _refuse_number(argument: str, switches: set[str]) -> None:
+    """Refuse a number for true or false (ConfigError), which OmegaConf takes for true."""
+    match = _ARGUMENT.fullmatch(argument)
+    if match is None or match[2].strip("+=") not in switches:
+        return
+    for value in match[3].split(","):
+        if re.fullmatch(r"[+-]?[\d_]+", value.strip(" '\"")) and value not in ("0", "1"):
+            raise ConfigError(f"{match[2].strip('+=')}={match[3]:.60}: give true or false")
+
+
 def quote_overrides(arguments: Sequence[str], schema: type | None) -> list[str]:
     """The arguments for Hydra, with quotes around texts and around the texts of lists.
 
@@ -61,8 +80,11 @@ def quote_overrides(arguments: Sequence[str], schema: type | None) -> list[str]:
         schema: the command's dataclass; None for a command without one.
 
     Raises:
-        ConfigError: a list that cannot be read.
+        ConfigError: a list that cannot be read, or a number for true or false.
     """
+    switches = set(_switches(schema)) if schema is not None else set()
+    for argument in arguments:
+        _refuse_number(argument, switches)
     sweep = bool({"-m", "--multirun"} & set(arguments))
     keys = set(text_keys(schema)) if schema is not None else set()
     lists = set(text_keys(schema, lists=True)) if schema is not None else set()

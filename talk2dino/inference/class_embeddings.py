@@ -32,6 +32,7 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection
+from talk2dino.datasets.benchmarks.classes import composed
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError, say
@@ -170,10 +171,14 @@ class ClassEmbeddings:
     def select(self, names: Sequence[str]) -> ClassEmbeddings:
         """Only these classes, in this order; negative words stay.
 
+        Accents may be typed in either of Unicode's forms; names are as they were embedded.
+
         Raises:
             ConfigError: no name, one that is not there, or one twice.
         """
         known, first = self.words.names, int(self.words.has_negatives)
+        own = {composed(name): name for name in known}
+        names = [name if name in known else own.get(composed(name), name) for name in names]
         unknown = [name for name in names if name not in known]
         if unknown or not names or len(set(names)) < len(names):
             wrong = f"{unknown[0]!r} is not in it" if unknown else "give each name once"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -296,17 +295,19 @@ class TextSide(nn.Module):
             advance(order[id(exemplar)] + 1, len(order))
             return seen
 
-        def rows(group: Sequence[Sequence[Exemplar]], _: object) -> Tensor:
+        def rows(group: Sequence[Sequence[Exemplar]]) -> Tensor:
             seen = [[looked(one) for one in exemplars] for exemplars in group]
             known = None if calibration is None else calibration.reference(psi, self.device)
             made, mean = class_rows(seen, None if known is None else Spread.of(known.tokens))
-            return (made if mean is None else torch.cat([made, mean[None]]))[None]
+            return made if mean is None else torch.cat([made, mean[None]])
 
         found = []
         for group in [classes] if calibration is None else [[one] for one in classes]:
             key = tuple(",".join(one.digest for one in exemplars) for exemplars in group)
             kind = (self._compared_with, *state)
-            found.append(self._cache.get([key], kind, partial(rows, group))[0])
+            row = self._cache.rows.get((kind, key))
+            row = rows(group) if row is None else row  # unlocked: other callers' words do not wait
+            found.append(self._cache.get([key], kind, lambda _: row[None])[0])  # noqa: B023
         every = torch.cat(found)
         return every[: len(classes)], every[-1] if calibration is None else None
 

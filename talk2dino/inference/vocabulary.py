@@ -138,12 +138,14 @@ def named_groups(classes: ClassWords) -> dict[str, tuple[WordOrExemplar, ...]]:
 
 
 def _refuse_shut(groups: Mapping[str, Sequence[WordOrExemplar]], negatives: Sequence[str]) -> None:
-    """Refuse a negative that is a class's word (ConfigError)."""
+    """Refuse a negative that is a class's word, or the name of one without (ConfigError)."""
     shut = set(map(composed, negatives))
     for name, entries in groups.items():
-        for word in {composed(entry) for entry in entries if isinstance(entry, str)}:
+        said = {composed(entry) for entry in entries if isinstance(entry, str)}
+        for word in said or {composed(name)}:
             if word in shut:
-                raise ConfigError(f"negatives: {word!r} is also a word of the class {name!r}")
+                what = f"a word of the class {name!r}" if said else "a class that is shown"
+                raise ConfigError(f"negatives: {word!r} is also {what}; leave out one of the two")
 
 
 def say_equal(

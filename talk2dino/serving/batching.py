@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -17,19 +18,39 @@ from talk2dino.inference.vocabulary import EncodedPicture
 T = TypeVar("T")
 Encode = Callable[[Sequence[Tensor], int], list[EncodedPicture]]
 
+_left: ContextVar[Event] = ContextVar("left")  # is set when a thread's caller was cancelled
+
+
+class LeftError(Exception):
+    """Nobody waits for the result any more."""
+
+
+def stop_if_left(*_: object) -> None:
+    """End a function of `in_thread` whose caller was cancelled; long ones call it between steps.
+
+    Raises:
+        LeftError: it was.
+    """
+    left = _left.get(None)
+    if left is not None and left.is_set():
+        raise LeftError
+
 
 async def in_thread(pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
     """Run a function in a thread; a caller that is cancelled still waits until it has ended.
 
     So whatever the caller holds meanwhile (memory, its place in the queue) is not given away while
-    the thread goes on. A function that has not begun does not begin then. What it says is heard
-    where the caller listens (`errors.listening`).
+    the thread goes on. A function that has not begun does not begin then, and one that asks
+    `stop_if_left` ends there. What it says is heard where the caller listens (`errors.listening`).
     """
-    running = pool.submit(copy_context().run, function, *arguments)
+    context, left = copy_context(), Event()
+    context.run(_left.set, left)
+    running = pool.submit(context.run, function, *arguments)
     waiting = asyncio.wrap_future(running)
     try:
         return await asyncio.shield(waiting)
     except asyncio.CancelledError:
+        left.set()
         if not running.cancel():
             with suppress(Exception):
                 await waiting

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import json.scanner
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
-from fastapi import Form, Request, UploadFile
+from fastapi import Form, HTTPException, Request, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from starlette.datastructures import UploadFile as Uploaded
 
@@ -158,7 +159,7 @@ def what_is_wrong(request: Request, errors: Sequence[Mapping[str, Any]]) -> str:
     if path == "/segment":
         wanted, how = "multipart/form-data", "send a form, curl -F image=@cat.jpg -F classes=cat"
     if not sent.lower().startswith(wanted):
-        return f"Content-Type: {sent[:60] or 'is missing'}; {how}, as {wanted}"
+        return _sent_as(sent, wanted, how)
     if not where:
         return f"body: {first['msg']}"
     name = where[0]
@@ -179,6 +180,49 @@ def what_is_wrong(request: Request, errors: Sequence[Mapping[str, Any]]) -> str:
         if e["loc"][1:2] == first["loc"][1:2]
     ]
     return f"{name}={given!r:.60}: give {' or '.join(dict.fromkeys(hints))}"
+
+
+def _sent_as(kind: str, wanted: str, how: str) -> str:
+    return f"Content-Type: {kind[:60] or 'is missing'}; {how}, as {wanted}"
+
+
+SLOWLY = 1 << 20  # bytes of JSON, from which on it is read a value at a time
+
+
+class _Patient(json.JSONDecoder):
+    """Reads as Python does without its C library, which lets no other thread run until it is done.
+
+    So the service answers others meanwhile; long texts, such as pictures, take no longer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+
+def read_body(content: bytes, kind: str) -> dict[str, Any]:
+    """The object of JSON that a body is; for a thread, since pictures may be in it.
+
+    Args:
+        content: the body.
+        kind: its `Content-Type`.
+
+    Raises:
+        DataError: not said to be JSON, none, or not an object.
+        HTTPException: letters that cannot be decoded, or too many lists in lists (400).
+    """
+    sent = kind.strip()
+    if not sent.lower().startswith("application/json"):
+        raise DataError(_sent_as(sent, "application/json", "send JSON"))
+    try:
+        found = json.loads(content, cls=_Patient if len(content) > SLOWLY else None)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise HTTPException(400, "There was an error parsing the body") from error
+    except ValueError as error:
+        raise DataError(f"body: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"body: {type(found).__name__}; give an object, {{…}}")
+    return found
 
 
 def requested_words(text: str, key: str = "classes") -> dict[str, tuple[str, ...]]:

@@ -180,7 +180,7 @@ class TaskPictures:
         if not isinstance(source, str):
             raise DataError(f"a task's picture is {source!r:.60}; it must be an address")
         if source[:5].lower() == "data:":
-            return self._sized(_data(source))
+            return self._sized(await asyncio.to_thread(_data, source))
         if source.startswith(LOCAL_FILES) and self.root is not None:
             return await asyncio.to_thread(self._local, source, self.root)
         if source.startswith("/") and not source.startswith("//") and self.home is not None:
@@ -330,7 +330,8 @@ class MLBackend:
             raise DataError("tasks: a list of tasks is missing")
         if len(tasks) > self.service.limits.batch_size:
             tasks = tasks[:1]
-        controls = read_controls(given.get("label_config"), self.service.limits.max_words)
+        most = self.service.limits.max_words
+        controls = await self.service.call(read_controls, given.get("label_config"), most)
         working = [asyncio.create_task(self._task(one, controls)) for one in tasks]
         try:
             done = await asyncio.gather(*working)

@@ -10,7 +10,6 @@ import socket
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from io import BytesIO
 from itertools import accumulate
 from typing import Any
@@ -35,6 +34,7 @@ from talk2dino.serving.forms import (
     EmbedRequest,
     Filled,
     brought_exemplars,
+    read_body,
     read_negatives,
     refuse_unread,
     what_is_wrong,
@@ -106,9 +106,8 @@ class Routes:
             given = json.dumps(given, ensure_ascii=False)
         classes = self.service.words(given)
         self.service.check_words(classes, ())
-        embed = partial(self.service.model.embed_classes, short_side=self.service.short_side)
         with listening() as said:
-            made = await self.service.call(embed, classes)
+            made = await self.service.call(self.service.embed, classes)
         words, vectors = made.words, made.rows.tolist()
         rows = [
             {"class": name, "word": word, "vector": row}
@@ -129,21 +128,31 @@ class Routes:
         """Figures in Prometheus form."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def setup(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def setup(self, request: Request) -> dict[str, Any]:
         """Label Studio: a project says its labeling setup."""
-        return self.backend.setup(body)
+        made: dict[str, Any] = await self.service.call(
+            self.backend.setup, await self._sent(request)
+        )
+        return made
 
     async def versions(self) -> dict[str, Any]:
         """Label Studio: the versions of the model, which are one."""
         return {"versions": [self.backend.version]}
 
-    async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def predict(self, request: Request) -> Response:
         """Label Studio: pre-annotations of tasks."""
-        return await self.backend.predict(body)
+        made = await self.backend.predict(await self._sent(request))
+        return Response(await self.service.call(json.dumps, made), media_type="application/json")
 
     async def webhook(self) -> dict[str, Any]:
         """Label Studio: something was annotated; nothing is learned from it, so it is not read."""
         return {"status": "ok", "result": None}
+
+    async def _sent(self, request: Request) -> dict[str, Any]:
+        """What Label Studio sent, read in a thread."""
+        given = (await request.body(), request.headers.get("content-type", ""))
+        found: dict[str, Any] = await self.service.call(read_body, *given)
+        return found
 
 
 def _answer(
@@ -178,6 +187,7 @@ def in_header(said: Sequence[str]) -> str:
 
 
 PNG = "image/png"
+OBJECT = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
 HEADER = 2000  # nginx takes four to eight kilobytes for all headers together
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "the token is missing or another"},
@@ -237,7 +247,8 @@ def build_app(routes: Routes, rules: Rules) -> Gate:
         ("/predict", routes.predict),
         ("/webhook", routes.webhook),
     ):
-        app.add_api_route(path, route, tags=["Label Studio"], **post)
+        sent = None if path == "/webhook" else {"requestBody": OBJECT}
+        app.add_api_route(path, route, tags=["Label Studio"], openapi_extra=sent, **post)
 
     async def said(request: Request, error: Exception) -> Response:
         return _error(413 if isinstance(error, TooLargeError) else 422, str(error))

@@ -22,12 +22,12 @@ from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
 from talk2dino.inference.exemplars import WEIGHT, Exemplar
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import SegmentedImage
-from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar
+from talk2dino.inference.vocabulary import OpenVocabulary, WordOrExemplar, exemplars_of
 from talk2dino.segmentation.memory import WorkingMemory, machine_memory
 from talk2dino.segmentation.refinement.knn import KNN
 from talk2dino.segmentation.refinement.pamr import PAMR
 from talk2dino.segmentation.windows import SHORT_SIDE
-from talk2dino.serving.batching import Batcher, Budget, in_thread
+from talk2dino.serving.batching import Batcher, Budget, in_thread, stop_if_left
 from talk2dino.serving.forms import requested_words
 
 # those whose decoders run nothing but a decoder: EPS, for one, would start Ghostscript
@@ -216,7 +216,23 @@ class Service:
             encoded = await self._batcher(pixels, side)
             yield await self.call(vocabulary, encoded)
 
+    def embed(self, classes: NamedClasses) -> ClassEmbeddings:
+        """Vectors of classes, as `Talk2DINO.embed_classes` gives them.
+
+        Raises:
+            LeftError: nobody waits for them any more.
+        """
+        self._look(classes, self.short_side)
+        return self.model.embed_classes(classes, short_side=self.short_side)
+
+    def _look(self, classes: NamedClasses, side: int) -> None:
+        """Look at the exemplars, whose rows the model keeps; LeftError between two of them."""
+        if not isinstance(classes, ClassEmbeddings):
+            shown = exemplars_of(classes)
+            self.model.shown_rows(list(shown.values()), side, stop_if_left)
+
     def _vocabulary(self, wanted: Wanted, classes: Any) -> OpenVocabulary:
+        self._look(classes, self.side(wanted.short_side))
         return self.model.open_vocabulary(
             classes,
             wanted.background,

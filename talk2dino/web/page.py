@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from html import escape
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
@@ -36,6 +38,8 @@ from talk2dino.web.session import (
     scores_at,
 )
 
+KEPT = 8  # folders of annotations, whose files Gradio copies at once
+
 
 class Page:
     """Drop a picture, name classes, look.
@@ -62,6 +66,7 @@ class Page:
         self.calibration = calibration
         self.words, self.short_side = words, short_side
         self.folder = TemporaryDirectory()  # of annotations to be fetched
+        self.made: deque[Path] = deque()  # folders in it, the latest last
         self.views = Views()
 
     def build(self) -> gr.Blocks:
@@ -235,7 +240,12 @@ class Page:
         if view is None or view.result is None:
             return gr.skip()
         folder = Path(mkdtemp(dir=self.folder.name))
-        made = [str(path) for path in annotation_files(view, folder, instances)]
+        try:
+            made = [str(path) for path in annotation_files(view, folder, instances)]
+        finally:
+            self.made.append(folder)
+            while len(self.made) > KEPT:
+                rmtree(self.made.popleft(), ignore_errors=True)
         return gr.update(value=made, visible=True)
 
     def click(self, event: gr.SelectData, visitor: gr.Request) -> str:

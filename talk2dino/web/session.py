@@ -16,7 +16,7 @@ from PIL import Image
 
 from talk2dino.annotations.data_sets import FORMATS, MARK
 from talk2dino.calibration.calibration import AUTO
-from talk2dino.datasets.benchmarks.classes import parted, typed_classes
+from talk2dino.datasets.benchmarks.classes import composed, parted, typed_classes
 from talk2dino.datasets.pictures import read_picture
 from talk2dino.errors import DataError
 from talk2dino.inference.class_embeddings import ClassEmbeddings
@@ -59,8 +59,10 @@ class Request:
         found: dict[str, tuple[WordOrExemplar, ...]] = {}
         if parted(self.words, ",") or not self.examples:
             found |= typed_classes(self.words)
+        names = {composed(name): name for name in found}  # an accent may be typed in two ways
         for example in self.examples:
-            found[example.name] = (*found.get(example.name, ()), example.exemplar)
+            name = names.get(example.name, example.name)
+            found[name] = (*found.get(name, ()), example.exemplar)
         return found
 
 

@@ -14,6 +14,17 @@ from talk2dino.config.schemas import SCHEMAS, SegmentConfig
 from talk2dino.errors import ConfigError
 
 
+@pytest.mark.parametrize("given", ["pamr=5", "+pamr=-1", "++pamr='10'", "pamr=1_0", "polygons=7"])
+def test_a_number_is_no_switch(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"=.*: give true or false"):
+        quote_overrides([given], SegmentConfig)
+    nested = ["sample_segmentations.pamr=true,2", "resume=1", "-m"]
+    with pytest.raises(ConfigError, match="pamr=true,2: give true or false"):
+        quote_overrides(nested, SCHEMAS["train"])
+    fine = ["pamr=1", "pamr=0", "pamr=true", "pamr=off", "pamr=${polygons}", "minimum_area=5"]
+    assert quote_overrides(fine, SegmentConfig) == fine
+
+
 def through_hydra(*arguments: str) -> list[Any]:
     """The values that Hydra reads from a `segment` command line."""
     parser = OverridesParser.create()

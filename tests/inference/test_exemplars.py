@@ -523,6 +523,19 @@ def test_a_name_in_both_is_one_class(
     torch.testing.assert_close(made.rows[1:3], F.normalize(text[1:] + shown, dim=1))
 
 
+def test_a_negative_is_no_class_that_is_shown(model: Talk2DINO) -> None:
+    exemplar = Exemplar(halves(), half(halves()))
+    for classes in ({"caf\u00e9": exemplar, "sky": "sky"}, {"caf\u00e9": [exemplar], "sky": "sky"}):
+        with pytest.raises(
+            ConfigError, match="negatives: 'caf\u00e9' is also a class that is shown"
+        ):
+            model.segment(halves(), classes, negatives=["cafe\u0301"], short_side=SIDE)
+    said: dict[str, Any] = {"thing": ["word", exemplar], "sky": "sky"}  # its name is no word of it
+    model.embed_classes(said, negatives=["thing"], short_side=SIDE)
+    with pytest.raises(ConfigError, match="'word' is also a word of the class 'thing'"):
+        model.embed_classes(said, negatives=["word"], short_side=SIDE)
+
+
 def test_folders_that_are_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def refused(said: str, weight: float = 0.5) -> None:
         with pytest.raises((DataError, ConfigError)) as error:

@@ -36,6 +36,7 @@ httpx = pytest.importorskip("httpx")
 need("fastapi_offline", "uvicorn", "prometheus_client", "defusedxml")
 
 from talk2dino.serving import ml_backend, server  # noqa: E402
+from talk2dino.serving.forms import SLOWLY, read_body  # noqa: E402
 from talk2dino.serving.gate import Gate, Metrics, Rules  # noqa: E402
 from talk2dino.serving.ml_backend import MLBackend, TaskPictures, read_controls  # noqa: E402
 from talk2dino.serving.server import Routes, Server, bind, build_app, in_header  # noqa: E402
@@ -397,6 +398,12 @@ def test_health_metrics_and_description(client: Any) -> None:
         (422, "short_side", lambda c: segment(c, picture(), short_side=-3)),
         (413, "short_side", lambda c: segment(c, picture(), short_side=10**30)),
         (422, "pamr", lambda c: segment(c, picture(), pamr="perhaps")),
+        (422, "pamr='5': give true or false", lambda c: segment(c, picture(), pamr=5)),
+        (422, "instances='-1': give true or false", lambda c: segment(c, picture(), instances=-1)),
+        (422, "negatives: 'rust' is also a class that is shown", lambda c: shown(
+            c, "rust", classes="sky", negatives="rust")),
+        (422, "model_instances='5': give true or false", lambda c: c.post(
+            "/setup", json={"schema": SETUP.replace("toName", 'model_instances="5" toName')})),
         (422, "pmar: no such field; did you mean pamr?", lambda c: segment(
             c, picture(), pmar=True)),
         (422, "threshold: no such field; there are image, classes, background", lambda c: segment(
@@ -469,6 +476,16 @@ def test_health_metrics_and_description(client: Any) -> None:
         (421, "without a token", lambda c: c.get("/health", headers={"Host": "evil.example:80"})),
         (422, "tasks", lambda c: c.post("/predict", json={})),
         (422, "tasks", lambda c: c.post("/predict", json={"tasks": {"a": 1}})),
+        (422, "body: not JSON (Expec", lambda c: c.post("/predict", content=b"{", headers=JSON)),
+        (422, "body: not JSON (Expec", lambda c: c.post(
+            "/predict", content=b" " * (1 << 20) + b"{", headers=JSON)),
+        (422, "body: list; give an object", lambda c: c.post("/predict", json=[])),
+        (422, "Content-Type: is missing; send JSON", lambda c: c.post("/setup", content=b"{}")),
+        (422, "Content-Type: text/plain; send JSON", lambda c: c.post(
+            "/predict", content=b"{}", headers={"Content-Type": "text/plain"})),
+        (400, "parsing", lambda c: c.post("/setup", content=b'{"a": "\xff"}', headers=JSON)),
+        (400, "parsing", lambda c: c.post("/setup", content=b"[" * 200_000, headers=JSON)),
+        (400, "parsing", lambda c: c.post("/predict", content=b"[" * 1_200_000, headers=JSON)),
         (422, "has no data", lambda c: predict(c, [None])),
         (422, "'photo'", lambda c: predict(c, [{"data": {}}])),
         (422, "must be an address", lambda c: predict(c, [{"data": {"photo": 5}}])),
@@ -581,6 +598,42 @@ def test_full_queue_time_and_clients_that_hang_up(model: Talk2DINO) -> None:
         assert segment(client, picture()).status_code == 200
 
 
+def test_exemplars_of_a_request_whose_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further one is looked at, of a request or of the service; and other words do not wait."""
+    model, looks, look = hash_model(), list[int](), Talk2DINO._look
+
+    def counted(*given: Any) -> Any:
+        looks.append(1)
+        return look(model, *given)
+
+    monkeypatch.setattr(model, "_look", counted)
+    ours = tuple(Exemplar(picture(n), np.asarray(Image.open(BytesIO(mask())))) for n in range(3))
+    several = [picture(n) for n in range(5, 10)]
+
+    def brought(client: Any) -> Any:
+        return shown(client, ["rust"] * 5, [mask()] * 5, several, classes="moss")
+
+    def embedded(client: Any) -> Any:
+        return client.post("/embed", json={"classes": ["rust", "moss"]})
+
+    model.encode_text("tree")
+    for began, ask, every in ((None, brought, 5), ({"rust": ours}, embedded, 3)):
+        looks.clear()
+        with serving(model, classes=began, timeout=2) as client, Blocked(model) as encoder:
+            with ThreadPoolExecutor(1) as pool:
+                late = pool.submit(ask, client)
+                assert encoder.asked.wait(10)
+                assert model.embed_classes(["tree"]).rows.shape[0] == 1
+                assert late.result().status_code == 408
+            assert looks == [1]
+            encoder.let.set()
+            while metric(client, "talk2dino_open_requests"):
+                time.sleep(0.01)
+            assert looks == [1]
+            assert ask(client).status_code == 200
+            assert len(looks) == every  # the first of them was kept
+
+
 def test_the_token(model: Talk2DINO) -> None:
     with serving(model, token=TOKEN) as client:
         assert client.get("/health").status_code == 200  # probes need none
@@ -690,6 +743,53 @@ def predict(client: Any, tasks: list[Any], setup: str = SETUP) -> Any:
 
 def data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def test_others_are_answered_while_tasks_are_read(
+    model: Talk2DINO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let = threading.Event(), threading.Event()
+
+    def waiting(*given: Any) -> Any:
+        asked.set()
+        assert let.wait(20)
+        return read_body(*given)
+
+    task = {"data": {"photo": data_url(picture())}}
+    monkeypatch.setattr(server, "read_body", waiting)
+    with serving(model) as client, ThreadPoolExecutor(1) as pool:
+        for ask in (
+            lambda: predict(client, [task]),
+            lambda: client.post("/setup", json={"schema": SETUP}),
+        ):
+            asked.clear(), let.clear()
+            answer = pool.submit(ask)
+            try:
+                assert asked.wait(10)
+                assert client.get("/health", timeout=5).status_code == 200
+            finally:
+                let.set()
+            assert answer.result().status_code == 200
+
+
+def test_large_json_lets_other_threads_run() -> None:
+    """C code that reads all of it in one go would let none; the same is read either way."""
+    small = {"tasks": [{"data": {"a": "é\n\U0001f600", "b": [1, -2.5, 1e9, None, True, {}]}}]}
+    one = json.dumps(small)
+    assert read_body(f"{one}{' ' * SLOWLY}".encode(), "application/json") == small
+    content = f'{{"tasks": [{"[]," * SLOWLY}0]}}'.encode()
+    done, ran = threading.Event(), 0
+
+    def read() -> None:
+        read_body(content, "application/json; charset=utf-8")
+        done.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not done.wait(0.001):
+        ran += 1
+    thread.join()
+    assert ran > 20
 
 
 def test_pre_annotations(client: Any, model: Talk2DINO) -> None:

@@ -275,6 +275,20 @@ def test_examples_beside_words(model: Talk2DINO, photo: Path, layers: dict[str, 
     assert View(examples=view.examples).nbytes == held + 3 * mask.nbytes  # the picture once
 
 
+def test_the_two_forms_of_an_accent_are_one_class(
+    model: Talk2DINO, photo: Path, layers: dict[str, Path]
+) -> None:
+    """As macOS types it, and as others do; the class is called as its word was typed."""
+    view = open_picture(model, photo, SHORT_SIDE)
+    for typed, painted_as in (("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")):
+        (one,) = add_example(model, view, painted_as, [layers["half"]], ()).examples
+        request = Request(f"sky, {typed}; bar", examples=(one,))
+        assert request.classes == {"sky": ("sky",), typed: (typed, "bar", one.exemplar)}
+        done = answer(model, view, request)
+        assert done.result is not None and done.result.classes == ["sky", typed]
+        compile(python_call("run", done), "call", "exec")
+
+
 def test_examples_are_refused(model: Talk2DINO, photo: Path, layers: dict[str, Path]) -> None:
     view = open_picture(model, photo, SHORT_SIDE)
     refused = {
@@ -342,6 +356,11 @@ def test_names_of_kept_class_embeddings(model: Talk2DINO, photo: Path, tmp_path:
     for words in ("dog", "cat; kitten"):
         with pytest.raises(ConfigError, match="is not in it; its classes are cat, grass, sky"):
             answer(model, view, Request(words), kept)
+    accented = model.embed_classes(["caf\u00e9", "sky"])
+    assert answer(model, view, Request("cafe\u0301, sky"), accented).result
+    assert accented.select(["sky", "cafe\u0301"]).words.names == ("sky", "caf\u00e9")
+    with pytest.raises(ConfigError, match="give each name once"):
+        accented.select(["cafe\u0301", "caf\u00e9"])
 
 
 def test_annotations_to_take_away(model: Talk2DINO, photo: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from talk2dino.web.session import Views
+from talk2dino.web.session import Views, annotation_files
 from tests.helpers.encoders import hash_model
 from tests.helpers.pipeline import need
 
@@ -207,6 +207,26 @@ def test_nothing_but_ones_own_is_given(address: str, tmp_path: Path) -> None:
     assert owner.segment()["success"]
     told = other.segment()
     assert not told["success"] and PRIVATE in told["output"]["error"]
+
+
+def test_annotations_do_not_pile_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was handed out can be fetched when the page's own files have gone."""
+    from talk2dino.web import page
+
+    folders: list[Path] = []
+
+    def noted(view: Any, folder: Path, instances: bool) -> list[Path]:
+        folders.append(folder)
+        return annotation_files(view, folder, instances)
+
+    monkeypatch.setattr(page, "annotation_files", noted)
+    owner = Visitor(address, 904)
+    assert owner.open(picture(50, 30))["success"]
+    assert owner.segment()["success"]
+    told = [owner.call("annotate", "click", False) for _ in range(page.KEPT + 3)]
+    assert sorted(folders[0].parent.iterdir()) == sorted(folders[-page.KEPT :])
+    links = [file["url"] for file in told[0]["output"]["data"][0]["value"]]
+    assert len(links) == 5 and {owner.get(link)[0] for link in links} == {200}
 
 
 def test_it_answers_after_uploads_that_break_off(address: str) -> None:
