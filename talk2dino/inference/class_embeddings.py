@@ -192,6 +192,14 @@ class ClassEmbeddings:
         offsets = None if self.offsets is None else self.offsets[chosen]
         return replace(self, words=words, rows=self.rows[chosen], exemplars=shown, offsets=offsets)
 
+    def refuse_words(self, *given: object) -> None:
+        """Refuse templates, negatives and prompts, which are settled here (ConfigError)."""
+        if any(given):
+            raise ConfigError(
+                f"classes={self.origin}: holds embeddings, so templates, negatives and prompts "
+                "are settled; leave them out, or embed the classes with them"
+            )
+
     def _rows_of(self, number: int) -> list[int]:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
 

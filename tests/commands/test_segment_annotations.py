@@ -144,6 +144,8 @@ def test_errors_are_one_line(
     assert said.startswith(f"{foreign.parent}: is there and holds other files")
     assert foreign.read_text() == "{}"
     given = [*given, "checkpoint=none.pth"]  # found out later than all of these
+    for more in ("negatives=[dog]", "templates=photo"):
+        assert "holds embeddings, so" in fails(capfd, "segment", *given, more)
     for value, said in {
         "formats=[coca]": "formats=[coca]: no such format; choose among coco, yolo, labelstudio",
         "tolerance=-1": "tolerance=-1.0: use 0 to",
