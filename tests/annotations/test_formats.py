@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +17,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from talk2dino.annotations.base import AnnotatedPicture, Category, Options
+from talk2dino.annotations.base import _NO_TEXT, AnnotatedPicture, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.annotations.labelstudio import brush
-from talk2dino.errors import ConfigError
+from talk2dino.datasets.benchmarks.classes import check_word
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.segmented import SegmentedImage
 
 HEIGHT, WIDTH = 150, 200
@@ -353,6 +355,12 @@ def test_cvat(segmented: SegmentedImage) -> None:
             yield one.attrib["label"], mask
 
     same(united(masks()), truth(segmented), 1)
+
+
+def test_what_xml_cannot_hold_is_no_word() -> None:
+    for letter in _NO_TEXT.findall("".join(map(chr, range(sys.maxunicode + 1)))):
+        with pytest.raises(DataError, match="control character"):
+            check_word(f"a{letter}b", "classes")
 
 
 def test_cvat_in_datumaro(segmented: SegmentedImage, tmp_path: Path) -> None:
