@@ -320,7 +320,7 @@ def test_keys_of_a_cloud_storage_are_not_quoted(
 
 
 def test_labelstudio_in_its_sdk(segmented: SegmentedImage, tmp_path: Path) -> None:
-    pytest.importorskip("label_studio_sdk")
+    pytest.importorskip("label_studio_sdk", minversion="2.1")  # before, it takes no brush for valid
     from label_studio_sdk.converter.brush import decode_from_annotation
     from label_studio_sdk.label_interface import LabelInterface
 
@@ -364,7 +364,7 @@ def test_what_xml_cannot_hold_is_no_word() -> None:
 
 
 def test_cvat_in_datumaro(segmented: SegmentedImage, tmp_path: Path) -> None:
-    datumaro = pytest.importorskip("datumaro")
+    datumaro = pytest.importorskip("datumaro", minversion="1.13")  # 0.5 reads no masks
     segmented.save_annotations(tmp_path, ["cvat"], "a.png")
     (tmp_path / "cvat" / "images").mkdir()  # where it wants the pictures
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cvat" / "images" / "a.png")
