@@ -160,7 +160,6 @@ def test_errors_are_one_line(
         ("polygons=true", "", "coco"),
         ("polygons=true", "yolo", "yolo,coco"),
         ("tolerance=0.5", "", "geojson"),
-        ("tolerance=0.5", "coco", "coco,geojson"),
         ("image_root_url=https://x/", "coco,yolo", "coco,yolo,labelstudio"),
     ):
         key = value.partition("=")[0]
@@ -168,6 +167,8 @@ def test_errors_are_one_line(
         advice = f"add formats='[{more}]' or leave {key} out"
         assert f"{value}: does nothing with formats=[{formats}]; {advice}" in line
         assert "none.pth" in fails(capfd, "segment", *given, value, f"formats=[{more}]")
+    line = fails(capfd, "segment", *given, "tolerance=0.5", "formats=[coco,cvat]")
+    assert "formats=[coco,cvat]; add polygons=true or leave tolerance out" in line
     both = ("polygons=true", "tolerance=0.5", "formats=coco")
     assert "none.pth" in fails(capfd, "segment", *given, *both)
 

@@ -210,6 +210,11 @@ def test_plan(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in this folder"):
         plan(str(tmp_path / "empty"), tmp_path / "out")
+    (tmp_path / "empty" / "notes.txt").touch()
+    (tmp_path / "empty" / "deeper").mkdir()
+    (tmp_path / "empty" / "deeper" / "a.png").write_bytes(one.read_bytes())
+    with pytest.raises(DataError, match=r"folder; 1 pictures in its sub.*empty/\*\*/\*' takes"):
+        plan(str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(DataError, match="no picture fits it as pattern"):
         plan(str(pictures / "*.webp"), tmp_path / "out")
     Image.new("RGB", (4, 4)).save(pictures / "b.png")
