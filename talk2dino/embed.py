@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
+    check_words,
     embed_exemplars,
     listed,
     load_model,
@@ -21,6 +22,7 @@ def embed(config: DictConfig) -> None:
     classes = named_classes(config)
     if isinstance(classes, ClassEmbeddings):
         raise ConfigError(f"classes={classes.origin}: holds embeddings already; give words")
+    check_words(config, classes)
     output = check_new(config.output)
     command.require_output_folder(output.parent, "output")
     if config.exemplars is None:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from talk2dino.config import command
-from talk2dino.config.model_and_classes import class_words, load_model, require
+from talk2dino.config.model_and_classes import check_words, class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.errors import ConfigError, require_extra
 from talk2dino.files import refuse_foreign, user_path
@@ -54,6 +54,8 @@ def export(config: DictConfig) -> None:
     output = user_path(config.output)
     single = output.suffix == ".onnx"
     classes = class_words(config.classes) if config.classes is not None else None
+    if classes is not None:
+        check_words(config, classes)
     command.require_output_folder(output.parent if single else output, "output")
     check_output(config, output, single)
     model = load_model(config, "cpu", classes)

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
     build_refinement,
+    check_words,
     listed,
     named_classes,
     open_vocabulary,
@@ -18,7 +19,6 @@ from talk2dino.config.model_and_classes import (
 )
 from talk2dino.errors import ConfigError, check_number
 from talk2dino.files import user_path
-from talk2dino.inference.segmented import background_threshold
 from talk2dino.maps.blocks import MapResult, output_files, refuse_foreign_maps, segment_map
 from talk2dino.maps.geotiff import MapImage
 
@@ -26,7 +26,7 @@ from talk2dino.maps.geotiff import MapImage
 def run_map(config: DictConfig) -> None:
     """Segment the file that the config names."""
     classes = named_classes(config)
-    background_threshold(config.background)  # refuses it before the model is loaded
+    check_words(config, classes)
     build_refinement(config)
     check_number("minimum_area", config.minimum_area, 1, 10**12)
     if config.minimum_area > 1 and not config.polygons:

@@ -19,6 +19,7 @@ from talk2dino.calibration.calibration import find_calibration
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import (
     build_refinement,
+    check_words,
     listed,
     named_classes,
     open_vocabulary,
@@ -41,7 +42,7 @@ from talk2dino.inference.result_files import (
     refuse_heatmap_collisions,
     write,
 )
-from talk2dino.inference.segmented import SegmentedImage, background_threshold
+from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import OpenVocabulary, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
 from talk2dino.segmentation.overlay import legend_colors
@@ -51,7 +52,7 @@ def segment(config: DictConfig) -> None:
     """Segment the picture, or all pictures of the folder or pattern, that the config names."""
     classes = named_classes(config)
     words, shown = _words_and_digests(classes)
-    background_threshold(config.background)  # refuses it before the model is loaded
+    check_words(config, classes)
     formats = listed(config.formats)
     options = Options(
         config.instances,

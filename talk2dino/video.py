@@ -9,10 +9,9 @@ from omegaconf import DictConfig
 import talk2dino
 from talk2dino.config import command
 from talk2dino.config.command import progress
-from talk2dino.config.model_and_classes import class_words, open_vocabulary, require
+from talk2dino.config.model_and_classes import check_words, class_words, open_vocabulary, require
 from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
-from talk2dino.inference.segmented import background_threshold
 from talk2dino.segmentation.overlay import legend_colors
 from talk2dino.videos.frames import Smoother, segment_video
 from talk2dino.videos.video_files import WRITTEN_BY, is_our_video, open_video
@@ -27,7 +26,7 @@ def require_all(config: DictConfig) -> None:
 def video(config: DictConfig) -> None:
     """Segment the frames of a video; writes the overlay and a JSON of figures beside it."""
     classes = class_words(config.classes, config.background)
-    background_threshold(config.background)  # refuses it before the model is loaded
+    check_words(config, classes)
     smoother = Smoother(config.smoothing)
     source, output = user_path(config.video), user_path(config.output)
     open_video(source).close()

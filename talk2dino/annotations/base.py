@@ -89,10 +89,12 @@ class Options:
             if value == item.default or for_ & set(formats):
                 continue
             shown = str(value).lower() if isinstance(value, bool) else value
-            fix = sorted(for_)[0] if for_ else "coco"
+            fix = f"formats='[{','.join([*formats, sorted(for_ or {'coco'})[0]])}]'"
+            if item.name == "tolerance" and "coco" in formats:
+                fix = "polygons=true"
             raise ConfigError(
                 f"{item.name}={shown}: does nothing with formats=[{','.join(formats)}]; "
-                f"add formats='[{','.join([*formats, fix])}]' or leave {item.name} out"
+                f"add {fix} or leave {item.name} out"
             )
 
     @property

@@ -23,7 +23,8 @@ from talk2dino.errors import ConfigError, say
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses, is_file
 from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
-from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of
+from talk2dino.inference.segmented import background_threshold, refuse_background
+from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of, read_words
 
 CHECKPOINTS = (
     "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
@@ -151,6 +152,27 @@ def named_classes(config: DictConfig, brought: bool = False) -> NamedClasses:
     if config.exemplar_weight != WEIGHT and not brought and not words.keys() & shown.keys():
         say(f"{idle}, so it does nothing")
     return {name: (*words.get(name, ()), *shown.get(name, ())) for name in {**words, **shown}}
+
+
+def check_words(config: DictConfig, classes: NamedClasses) -> None:
+    """Refuse, before the model is loaded, what it would refuse of a command with these keys.
+
+    Args:
+        config: with `templates`, maybe `negatives` and `background`.
+        classes: of `class_words` or `named_classes`.
+
+    Raises:
+        UserError: a wrong background, one that is also a class, a negative that is no word or one
+            of a class, unknown templates, or negatives or templates beside class embeddings.
+    """
+    threshold = background_threshold(config.get("background"))
+    negatives, templates = listed(config.get("negatives")), config.templates
+    if not isinstance(classes, ClassEmbeddings):
+        read_words(classes, negatives, templates="plain" if templates is None else templates)
+    else:
+        classes.refuse_words(templates, negatives)
+    if threshold is not None:
+        refuse_background(list(classes))
 
 
 def require_classes(config: DictConfig, *keys: str) -> None:

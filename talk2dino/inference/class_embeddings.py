@@ -32,7 +32,7 @@ from torch import Tensor
 
 from talk2dino.alignment.checkpoint import identify_projection
 from talk2dino.alignment.projection import Projection
-from talk2dino.datasets.benchmarks.classes import composed
+from talk2dino.datasets.benchmarks.classes import check_word, composed
 from talk2dino.encoders.vision import TimmVisionEncoder
 from talk2dino.encoders.weights import state_dict_digest
 from talk2dino.errors import CheckpointError, ConfigError, DataError, say
@@ -100,7 +100,7 @@ class ClassEmbeddings:
         """Read a file of `save`; `key` is for errors.
 
         Raises:
-            DataError: no such file, or not one of class embeddings.
+            DataError: no such file, not one of class embeddings, or what `check_word` refuses.
         """
         where = f"{key}={path}"
         file = user_path(path)
@@ -120,6 +120,8 @@ class ClassEmbeddings:
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, known is {VERSION}")
             words = _read_words(content)
+            for word in (*words.names, *filter(None, words.row_words)):
+                check_word(word, where)
             made_with: dict[str, Any] = {}
             for part in _PARTS:
                 if part == "text" and not any(words.rows) and content["made_with"][part] is None:
@@ -196,6 +198,14 @@ class ClassEmbeddings:
         shown = {name: self.exemplars[name] for name in names if name in self.exemplars}
         offsets = None if self.offsets is None else self.offsets[chosen]
         return replace(self, words=words, rows=self.rows[chosen], exemplars=shown, offsets=offsets)
+
+    def refuse_words(self, *given: object) -> None:
+        """Refuse templates, negatives and prompts, which are settled here (ConfigError)."""
+        if any(given):
+            raise ConfigError(
+                f"classes={self.origin}: holds embeddings, so templates, negatives and prompts "
+                "are settled; leave them out, or embed the classes with them"
+            )
 
     def _rows_of(self, number: int) -> list[int]:
         return [row for row, one in enumerate(self.words.row_classes) if one == number]
@@ -296,8 +306,6 @@ def _read_words(content: Mapping[str, Any]) -> Words:
     numbers = tuple(0 if e["class"] is None else e["class"] + shift for e in entries)
     if not names or sorted(set(numbers)) != list(range(len(names) + shift)):
         raise ValueError("rows and classes do not belong together")
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("a class has no name")
     rows = tuple(tuple(map(str, entry["sentences"])) for entry in entries)
     return Words(names, rows, numbers, has_negatives, tuple(str(e["word"]) for e in entries))
 

@@ -133,7 +133,10 @@ class Exemplar:
 
 
 def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[Exemplar, ...]]:
-    """The exemplars of a folder by class, in the order of the names; every file is read once.
+    """The exemplars of a folder by class; every file is read once.
+
+    Classes are in the order of their names; exemplars in that of their digests, so that no row
+    depends on what the files are called, not even by rounding.
 
     Args:
         folder: holds a folder per class, and that `NAME.jpg` (any kind of picture) and
@@ -164,10 +167,7 @@ def read_folder(folder: str | Path, weight: float = WEIGHT) -> dict[str, tuple[E
         if name in found:
             raise DataError(f"{where}: two folders are called {name!r}; put them together")
         found[name] = tuple(Exemplar(*pair, weight) for pair in _pairs(one))
-    for exemplars in found.values():
-        for exemplar in exemplars:
-            exemplar.read()
-    return found
+    return {name: tuple(sorted(shown, key=lambda one: one.digest)) for name, shown in found.items()}
 
 
 _LAYOUT = "a folder per class holds pictures and masks: crack/wall.jpg with crack/wall_mask.png"

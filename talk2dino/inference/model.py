@@ -15,7 +15,6 @@ from torch import Tensor
 from talk2dino.alignment.checkpoint import read_checkpoint, save_projection
 from talk2dino.alignment.projection import Projection, visual_side
 from talk2dino.calibration.calibration import AUTO, FILE, find_calibration
-from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.captions.base import crop_square
 from talk2dino.datasets.pictures import ImageLike, as_list, to_picture, to_pixels
 from talk2dino.encoders.build import build_vision
@@ -27,7 +26,7 @@ from talk2dino.errors import CheckpointError, ConfigError, check_number, say
 from talk2dino.files import user_path
 from talk2dino.inference.class_embeddings import Classes
 from talk2dino.inference.model_card import read_results, refuse_foreign_card, write_card
-from talk2dino.inference.segmented import SegmentedImage, background_threshold
+from talk2dino.inference.segmented import SegmentedImage, background_threshold, refuse_background
 from talk2dino.inference.text_side import TextSide
 from talk2dino.inference.vocabulary import EncodedPicture, OpenVocabulary, say_equal
 from talk2dino.segmentation.refinement.knn import KNN
@@ -331,10 +330,8 @@ class Talk2DINO(TextSide):
         """
         threshold = background_threshold(background, self.background)
         words, rows, offsets = self._rows(classes, templates, negatives, prompts, short_side)
-        if BACKGROUND in words.names and (threshold is not None or words.has_negatives):
-            raise ConfigError(
-                f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
-            )
+        if threshold is not None or words.has_negatives:
+            refuse_background(words.names)
         if len(words.names) == 1 and threshold is None and not words.has_negatives:
             say(
                 f"classes: {words.names[0]!r} is alone, so every pixel becomes it, whatever is "

@@ -220,6 +220,8 @@ def _several(image: str, path: Path, output: Path) -> list[Path]:
     if found:
         _say_left_out(image, path, files, output)
         return found
+    if below := _left_below(image, path, output):
+        raise DataError(f"image={image}: no pictures in this folder; {below}")
     endings = sorted({one.suffix.lower() for one in files if one.is_file() and one.suffix})
     if endings:
         raise DataError(f"image={image}: no pictures that can be read ({unread(endings)})")
@@ -234,14 +236,16 @@ def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path) -
     if unread_here:
         why = unread(sorted({one.suffix.lower() for one in unread_here}))
         say(f"image={image}: {len(unread_here)} pictures are left out; {why}")
-    if path.is_dir():
-        every = (one for one in path.glob("*/**/*") if not one.is_relative_to(output))
-        below = sum(map(is_picture, every))
-        if below:
-            say(
-                f"image={image}: {below} pictures in its subfolders are left out; "
-                f"image='{image.rstrip('/')}/**/*' takes them"
-            )
+    if below := _left_below(image, path, output):
+        say(f"image={image}: {below}")
+
+
+def _left_below(image: str, path: Path, output: Path) -> str:
+    """How many pictures lie in a folder's subfolders, and how to take them; empty for none."""
+    every = path.glob("*/**/*") if path.is_dir() else ()
+    count = sum(is_picture(one) and not one.is_relative_to(output) for one in every)
+    takes = f"image='{image.rstrip('/')}/**/*' takes them"
+    return f"{count} pictures in its subfolders are left out; {takes}" if count else ""
 
 
 def _check_collisions(jobs: list[Job], image: str, subfolders: bool) -> None:

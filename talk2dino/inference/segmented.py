@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import BytesIO
@@ -140,10 +140,7 @@ class SegmentedImage:
         if threshold is not None:
             check_number("background", threshold, 0.0, 1.0)
             threshold = float(threshold)
-            if BACKGROUND in self.names:
-                raise ConfigError(
-                    f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
-                )
+            refuse_background(self.names)
         return self.from_scores(
             self.image,
             self.names,
@@ -355,6 +352,14 @@ def _named(file_name: str | Path) -> str:
 
 
 BACKGROUND_SCORE = 0.55  # the original's for ViT-B (evaluation configs)
+
+
+def refuse_background(names: Container[str]) -> None:
+    """Refuse a class called background beside what is left over (ConfigError)."""
+    if BACKGROUND in names:
+        raise ConfigError(
+            f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
+        )
 
 
 def background_threshold(

@@ -188,11 +188,7 @@ class TextSide(nn.Module):
             made_with |= {CALIBRATION: self._compared_with} if shown else {}
             offsets = None if offsets is None else offsets.cpu()
             return ClassEmbeddings(words, rows.cpu(), used, made_with, shown, offsets=offsets)
-        if templates or negatives or prompts:
-            raise ConfigError(
-                f"classes={given.origin}: holds embeddings, so templates, negatives and prompts "
-                "are settled; leave them out, or embed the classes with them"
-            )
+        given.refuse_words(templates, negatives, prompts)
         return given.check(self.vision, self.text_spec, self.projection, self._compared_with)
 
     def search(

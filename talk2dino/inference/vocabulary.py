@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from talk2dino.datasets.benchmarks.classes import (
-    BACKGROUND,
     composed,
     grouped_words,
     is_list,
@@ -23,7 +22,7 @@ from talk2dino.datasets.pictures import ImageLike, as_list, size_of
 from talk2dino.encoders.text.prompts import prompts as named_prompts
 from talk2dino.errors import ConfigError, say
 from talk2dino.inference.exemplars import Exemplar
-from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.inference.segmented import SegmentedImage, refuse_background
 from talk2dino.segmentation.class_maps import ClassMaps
 from talk2dino.segmentation.memory import WorkingMemory
 from talk2dino.segmentation.segmenter import EncodedImage, Segmenter
@@ -101,10 +100,8 @@ def read_words(
             raise ConfigError("prompts: the list is empty; give a sentence")
     negative = words_of(negatives, "negatives")
     _refuse_shut(groups, negative)
-    if negative and BACKGROUND in groups:
-        raise ConfigError(
-            f"classes: {BACKGROUND!r} is also what is left over; leave out one of the two"
-        )
+    if negative:
+        refuse_background(groups)
     rows = [(0, *row) for row in zip(negative, _sentences(negative, templates), strict=True)]
     for number, (name, entries) in enumerate(groups.items(), start=1 if negative else 0):
         stated = tuple(entry for entry in entries if isinstance(entry, str))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +17,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from talk2dino.annotations.base import AnnotatedPicture, Category, Options
+from talk2dino.annotations.base import _NO_TEXT, AnnotatedPicture, Category, Options
 from talk2dino.annotations.data_sets import write_data_sets
 from talk2dino.annotations.labelstudio import brush
-from talk2dino.errors import ConfigError
+from talk2dino.datasets.benchmarks.classes import check_word
+from talk2dino.errors import ConfigError, DataError
 from talk2dino.inference.segmented import SegmentedImage
 
 HEIGHT, WIDTH = 150, 200
@@ -318,7 +320,7 @@ def test_keys_of_a_cloud_storage_are_not_quoted(
 
 
 def test_labelstudio_in_its_sdk(segmented: SegmentedImage, tmp_path: Path) -> None:
-    pytest.importorskip("label_studio_sdk")
+    pytest.importorskip("label_studio_sdk", minversion="2.1")  # before, it takes no brush for valid
     from label_studio_sdk.converter.brush import decode_from_annotation
     from label_studio_sdk.label_interface import LabelInterface
 
@@ -355,8 +357,14 @@ def test_cvat(segmented: SegmentedImage) -> None:
     same(united(masks()), truth(segmented), 1)
 
 
+def test_what_xml_cannot_hold_is_no_word() -> None:
+    for letter in _NO_TEXT.findall("".join(map(chr, range(sys.maxunicode + 1)))):
+        with pytest.raises(DataError, match="control character"):
+            check_word(f"a{letter}b", "classes")
+
+
 def test_cvat_in_datumaro(segmented: SegmentedImage, tmp_path: Path) -> None:
-    datumaro = pytest.importorskip("datumaro")
+    datumaro = pytest.importorskip("datumaro", minversion="1.13")  # 0.5 reads no masks
     segmented.save_annotations(tmp_path, ["cvat"], "a.png")
     (tmp_path / "cvat" / "images").mkdir()  # where it wants the pictures
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cvat" / "images" / "a.png")

@@ -144,6 +144,8 @@ def test_errors_are_one_line(
     assert said.startswith(f"{foreign.parent}: is there and holds other files")
     assert foreign.read_text() == "{}"
     given = [*given, "checkpoint=none.pth"]  # found out later than all of these
+    for more in ("negatives=[dog]", "templates=photo"):
+        assert "holds embeddings, so" in fails(capfd, "segment", *given, more)
     for value, said in {
         "formats=[coca]": "formats=[coca]: no such format; choose among coco, yolo, labelstudio",
         "tolerance=-1": "tolerance=-1.0: use 0 to",
@@ -158,7 +160,6 @@ def test_errors_are_one_line(
         ("polygons=true", "", "coco"),
         ("polygons=true", "yolo", "yolo,coco"),
         ("tolerance=0.5", "", "geojson"),
-        ("tolerance=0.5", "coco", "coco,geojson"),
         ("image_root_url=https://x/", "coco,yolo", "coco,yolo,labelstudio"),
     ):
         key = value.partition("=")[0]
@@ -166,6 +167,8 @@ def test_errors_are_one_line(
         advice = f"add formats='[{more}]' or leave {key} out"
         assert f"{value}: does nothing with formats=[{formats}]; {advice}" in line
         assert "none.pth" in fails(capfd, "segment", *given, value, f"formats=[{more}]")
+    line = fails(capfd, "segment", *given, "tolerance=0.5", "formats=[coco,cvat]")
+    assert "formats=[coco,cvat]; add polygons=true or leave tolerance out" in line
     both = ("polygons=true", "tolerance=0.5", "formats=coco")
     assert "none.pth" in fails(capfd, "segment", *given, *both)
 

@@ -19,7 +19,7 @@ from talk2dino.config.model_and_classes import class_words
 from talk2dino.datasets.pictures import picture_suffixes, to_pixels
 from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.result_files import Job, plan, refuse_heatmap_collisions
-from tests.helpers.pipeline import fails, run
+from tests.helpers.pipeline import fails, need, run
 
 
 @pytest.fixture
@@ -150,6 +150,41 @@ def test_errors_are_one_line(
         assert message in fails(capfd, "segment", *arguments)
 
 
+def test_wrong_words_are_told_before_the_model_is_loaded(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["checkpoint=none.pth", f"image={pictures}", f"output={tmp_path / 'out'}"]
+    given += [f"hydra.run.dir={tmp_path / 'run'}", "classes=[background,cat]"]
+    for said, more in {
+        "'background' is also what is left over": ["background=true"],
+        "'background' is also what is left over; ": ["negatives=[dog]"],
+        "negatives: 'cat' is also a word of the class 'cat'": ["negatives=[cat]"],
+        "negatives: '' is neither a word": ["negatives=['']"],
+        "negatives: 'a\\tb' has a control character": ["negatives=['a\tb']"],
+        "templates='nonesuch' is unknown": ["templates=nonesuch"],
+        "templates='' is unknown": ["templates=''"],
+        "background=7": ["background=7"],
+        "formats=[coco,coco]: coco is there twice": ["formats=[coco,coco]"],
+        "none.pth: no such file": ["negatives=[dog]", "classes=[cat]", "templates=photo"],
+    }.items():
+        assert said in fails(capfd, "segment", *given, *more)
+
+
+def test_other_commands_tell_wrong_words_as_early(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    need("rasterio", "av", "onnx", "onnxscript", "onnxruntime")
+    given = ["checkpoint=none.pth", f"hydra.run.dir={tmp_path / 'run'}", "classes=[cat]"]
+    shut = "negatives: 'cat' is also a word of the class 'cat'"
+    for name, more, said in (
+        ("map", [f"image={tmp_path}/x.tif", "negatives=[cat]"], shut),
+        ("video", [f"video={tmp_path}/x.mp4", "negatives=[cat]"], shut),
+        ("embed", [f"output={tmp_path}/x.safetensors", "negatives=[cat]"], shut),
+        ("export", [f"output={tmp_path}/x", "templates=nonesuch"], "templates='nonesuch' is"),
+    ):
+        assert said in fails(capfd, name, *given, *more)
+
+
 def test_without_a_checkpoint_it_says_how_to_get_one(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +209,11 @@ def test_plan(pictures: Path, tmp_path: Path) -> None:
     assert names == ["a.png", "b.jpg"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in this folder"):
+        plan(str(tmp_path / "empty"), tmp_path / "out")
+    (tmp_path / "empty" / "notes.txt").touch()
+    (tmp_path / "empty" / "deeper").mkdir()
+    (tmp_path / "empty" / "deeper" / "a.png").write_bytes(one.read_bytes())
+    with pytest.raises(DataError, match=r"folder; 1 pictures in its sub.*empty/\*\*/\*' takes"):
         plan(str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(DataError, match="no picture fits it as pattern"):
         plan(str(pictures / "*.webp"), tmp_path / "out")

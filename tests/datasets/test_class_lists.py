@@ -35,7 +35,7 @@ def is_word(text: str) -> bool:
     return bool(text.strip()) and not kinds & {"Cc", "Cs"} and not set(text) & set(UNSEEN)
 
 
-UNSEEN = "\u00ad\u200b\u2060\ufeff"
+UNSEEN = "\u00ad\u200b\u2060\ufeff\ufffe\uffff"
 letters = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters=UNSEEN)
 words = st.text(letters, min_size=1, max_size=10).map(str.strip).filter(is_word)
 plain = words.filter(lambda word: not set(word) & set(";#"))

@@ -66,7 +66,8 @@ class ClassList:
 
 
 _ENTRY_KEYS = ("name", "id", "synonyms", "color")
-_UNSEEN = "\u00ad\u200b\u2060\ufeff"  # soft hyphen, no space, no break, byte order mark
+# soft hyphen, no space, no break, byte order mark; the last two are no characters, of XML neither
+_UNSEEN = "\u00ad\u200b\u2060\ufeff\ufffe\uffff"
 MAX_VALUE = 65535  # of a 16-bit label map
 _NO_CLASS = (BACKGROUND, "bg", "unlabeled", "unlabelled", "unknown", "void", "ignore")
 _SHIPPED = Path(__file__).parent / "class_lists"
