@@ -23,6 +23,7 @@ from talk2dino.config import command
 from talk2dino.config.model_and_classes import load_model, require
 from talk2dino.datasets.benchmarks.classes import BACKGROUND
 from talk2dino.datasets.benchmarks.labeled_folders import FolderBenchmark
+from talk2dino.encoders.text.prompts import prompts
 from talk2dino.errors import Advance, ConfigError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.files import user_path
@@ -58,6 +59,8 @@ def calibrate(config: DictConfig) -> None:
     output = check_writable(config.output or _beside(config.checkpoint))
     rule = command.build(config.rule)
     describe_rule(rule)  # refuses what a file could not name
+    if config.templates is not None:
+        prompts([], config.templates)  # refuses unknown ones
     store = None if config.store is None else FeatureStore(config.store)
     if store is not None:
         store.require(images=[FIELD])

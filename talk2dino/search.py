@@ -15,7 +15,7 @@ from talk2dino.alignment.checkpoint import read_checkpoint
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.calibration.reference import require_encoder
 from talk2dino.config import command
-from talk2dino.config.model_and_classes import class_words, load_model, require
+from talk2dino.config.model_and_classes import check_words, class_words, load_model, require
 from talk2dino.datasets.benchmarks.classes import typed_classes
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
@@ -46,6 +46,8 @@ def require_all(config: DictConfig) -> None:
 def search(config: DictConfig) -> None:
     """Find the pictures and write both files."""
     queries = query_words(config.query) if config.query is not None else None
+    if queries is not None:
+        check_words(config, queries)
     store = FeatureStore(config.store)
     if config.recall:
         check_recall(store)

@@ -163,6 +163,10 @@ def test_what_cannot_be_done_is_one_line(
         "classes=… not given: labels are": [checkpoint, f"images={tmp_path}", "masks=x"],
         "masks=x: no such folder": [checkpoint, f"images={tmp_path}", "masks=x", "classes=[a,b]"],
         "tokens=99999: use 100 to 65536": [checkpoint, store, "tokens=99999"],
+        "templates='nonesuch' is unknown": [
+            *("checkpoint=none", f"output={tmp_path / 'c.safetensors'}", store),
+            "templates=nonesuch",
+        ],
         "not written by talk2dino.calibrate": [
             *(checkpoint, store, f"output={calibrated / 'projection.safetensors'}"),
         ],

@@ -309,6 +309,7 @@ def test_what_cannot_be_done_is_one_line(
         "queries.csv' is a file; a list is": [*asked, f"query={tmp_path / 'queries.csv'}"],
         "top=0: use 1 to": [*asked, "top=0"],
         "best=9999": [*asked, "best=9999"],
+        "templates='nonesuch' is unknown": [*asked, "templates=nonesuch"],
         "images=nowhere: no such folder": [*asked, "images=nowhere"],
         "not written by this command": [*asked, f"output={tmp_path / 'mine'}"],
         "cannot create this folder": [*asked, f"output={tmp_path / 'file'}"],
