@@ -112,7 +112,8 @@ def segment_video(
         target: an mp4 (H.264), complete or not at all.
         vocabulary: classes.
         smoother: or None for every frame by itself.
-        advance: is told the frames that are done and their number, 0 if the file does not say.
+        advance: is told the frames that are done and their number: as the file says it, else by its
+            duration and rate, 0 without one; in the end what was read.
 
     Raises:
         DataError: no video, or no frame that can be decoded.
@@ -160,6 +161,8 @@ def segment_video(
             held = _mux(made, [*held, *out.encode(drawn)])
             count += 1
             advance(count, max(count, frames.expected) if frames.expected else 0)
+        if frames.expected > count:
+            advance(count, count)
         if last is None:
             raise DataError(f"video={source}: holds no frame that can be read{frames.error}")
         [last_packet] = _mux(made, [*held, *out.encode(None)])
