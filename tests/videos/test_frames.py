@@ -63,6 +63,29 @@ def encoded(tokens: torch.Tensor) -> EncodedPicture:
     return EncodedPicture(image, EncodedImage(image, windows, features, (32, 64)))
 
 
+def shown(smoother: Smoother, tokens: torch.Tensor, level: int) -> bool:
+    """Whether patches of a picture of one gray take nothing of the past."""
+    picture = replace(encoded(tokens), pixels=torch.full((3, 32, 64), level, dtype=torch.uint8))
+    return torch.equal(smoother(picture).windows.features.patch_tokens, tokens)
+
+
+def test_patches_that_look_alike_keep_nothing_over_a_cut() -> None:
+    """Where colors change and nothing corresponds: no flash, no pan, no change of places is one."""
+    one, new = (F.normalize(torch.randn(2, 16, 64), dim=-1) for _ in range(2))
+    rows, columns = torch.arange(4)[:, None], torch.arange(4)
+    board = ((rows + columns) % 2 == 0).view(16, 1)
+    other = torch.where(board, one[:, :1], new)  # half of them look like a patch of the past
+    for level, tokens, cut in (
+        (250, other, True),
+        (0, other, False),
+        (250, one + 0.01 * new, False),  # a flash
+        (250, one.roll(4, 1), False),  # a pan
+    ):
+        smoother = Smoother(0.75)
+        assert shown(smoother, one, 0) and smoother.cuts == 0
+        assert shown(smoother, tokens, level) is cut and smoother.cuts == cut
+
+
 def mixed(smoother: Smoother, tokens: torch.Tensor) -> torch.Tensor:
     found = smoother(encoded(tokens)).windows.features
     assert torch.allclose(found.self_attn_maps.transpose(1, 2), found.patch_tokens[..., :2])
@@ -154,7 +177,11 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         run("video", *given, f"output={target}")
         assert "3 frames" in capfd.readouterr().out
     figures = json.loads(target.with_suffix(".json").read_text())
-    assert figures["frames"] == 3 and sum(figures["shares"].values()) == pytest.approx(1)
+    assert (
+        figures["frames"] == 3
+        and figures["cuts"] == 0
+        and sum(figures["shares"].values()) == pytest.approx(1)
+    )
     assert sorted(path.name for path in target.parent.iterdir()) == ["out.json", "out.mp4"]
     assert "is the input itself" in fails(capfd, "video", *given, f"output={source}")
     other = write(tmp_path / "mine.mp4", scene(1), [0])
