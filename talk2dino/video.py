@@ -51,6 +51,7 @@ def video(config: DictConfig) -> None:
         "background": config.background,
         "short_side": config.short_side,
         "flicker": found.flicker,
+        "cuts": found.cuts,
         "smoothing": config.smoothing,
     }
     write_json(figures, content)

@@ -284,13 +284,16 @@ def stop(message: str) -> NoReturn:
 
 @contextmanager
 def progress(what: str, visible: bool = True) -> Iterator[Advance]:
-    """Gives `advance(done, total)`, which moves a bar on stderr if that is a terminal."""
+    """Gives `advance(done, total)`, which moves a bar on stderr if that is a terminal.
+
+    A total of 0 is one that nobody knows.
+    """
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     hidden = not (visible and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def require_output_folder(path: Path, key: str) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +83,7 @@ class MapImage:
         self.first, self.shape, self.ratio, offset = self._grid(meters_per_pixel, scale)
         self._offset = offset
         self.limits = self._limits(stretch, value_range)
+        self._source = self._with_nan() if self._kind.startswith("float") else self._file
         self._grid_file = self._resampled()
 
     def _grid(
@@ -137,7 +140,7 @@ class MapImage:
         kind = Resampling.average if max(rows, columns) > 1 else Resampling.bilinear
         plane = CRS.from_epsg(3857)  # any; nothing is reprojected
         return WarpedVRT(
-            self._file,
+            self._source,
             src_crs=plane,
             crs=plane,
             src_transform=Affine(1, 0, 0, 0, -1, 0),
@@ -148,15 +151,29 @@ class MapImage:
             **self._masks(),
         )
 
+    def _with_nan(self) -> Any:
+        """The file with NaN for all that holds nothing: GDAL leaves out one value, not two."""
+        import rasterio
+
+        name, kind = escape(self._file.name), self._kind.title()
+        bands = "".join(
+            f"""<VRTRasterBand dataType="{kind}" band="{number}"><NoDataValue>nan</NoDataValue>
+            <ComplexSource><SourceFilename>{name}</SourceFilename><SourceBand>{number}</SourceBand>
+            <UseMaskBand>true</UseMaskBand></ComplexSource></VRTRasterBand>"""
+            for number in range(1, max(self.bands) + 1)
+        )
+        size = f'rasterXSize="{self._file.width}" rasterYSize="{self._file.height}"'
+        with reading(self.path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            return rasterio.open(f"<VRTDataset {size}>{bands}</VRTDataset>")
+
     def _masks(self) -> dict[str, Any]:
         """What tells GDAL which pixels hold nothing, where it would not look itself."""
         from rasterio.enums import MaskFlags
 
-        flags = self._file.mask_flag_enums[self.bands[0] - 1]
-        if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
-            return {"add_alpha": True}
-        unsaid = MaskFlags.all_valid in flags and self._kind.startswith("float")
-        return {"src_nodata": math.nan} if unsaid else {}
+        flags = self._source.mask_flag_enums[self.bands[0] - 1]
+        unsaid = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+        return {"add_alpha": True} if unsaid else {}
 
     def _limits(
         self, stretch: Sequence[float] | None, value_range: Sequence[float] | None
@@ -293,8 +310,8 @@ class MapImage:
 
     def close(self) -> None:
         """Close the file."""
-        self._grid_file.close()
-        self._file.close()
+        for file in (self._grid_file, self._source, self._file):
+            file.close()
 
     def __enter__(self) -> MapImage:
         return self

@@ -21,6 +21,8 @@ from talk2dino.videos.video_files import WRITTEN_BY, Frames, film, frame_pixels,
 
 NEIGHBORS, TEMPERATURE = 4, 0.05  # patches of the last frame that stand for one, and their softmax
 SIMILAR = 0.5  # cosine below which nothing of the last frame stands for a patch
+RECOLORED = 0.3  # share of pixels whose color the last frame had too rarely, at least, in a cut
+KEPT = 0.05  # share of patches that correspond, at most, in a cut
 
 
 class Smoother:
@@ -34,8 +36,14 @@ class Smoother:
     common says nothing of places, and may change between frames. Classes, thresholds and refinement
     see tokens as they always do.
 
+    After a cut nothing of the past is taken, though patches look alike: most colors are others, and
+    next to no patches are each other's most similar ones and have a neighbor that moved with them.
+
     Args:
         strength: 0 keeps every frame by itself; 0.99 at most.
+
+    Attributes:
+        cuts: how many there were.
 
     Raises:
         ConfigError: out of that range.
@@ -44,7 +52,8 @@ class Smoother:
     def __init__(self, strength: float = 0.75) -> None:
         check_number("smoothing", strength, 0.0, 0.99)
         self.strength = strength
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.cuts = 0
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, picture: EncodedPicture) -> EncodedPicture:
@@ -53,18 +62,51 @@ class Smoother:
         tokens = features.patch_tokens  # [B, P, D]
         maps = features.self_attn_maps.transpose(1, 2)  # [B, P, H]
         own = F.normalize(tokens - tokens.mean(1, keepdim=True), dim=-1)
+        colors = _colors(picture.pixels)
         if self._last is not None and self._last[0].shape == own.shape:
-            before, past_tokens, past_maps = self._last
-            cosines, places = (own @ before.transpose(1, 2)).topk(
-                min(NEIGHBORS, own.shape[1]), dim=-1
-            )  # [B, P, n]
-            weights = (cosines / TEMPERATURE).softmax(-1)
-            share = ((cosines[..., :1] - SIMILAR) / (1 - SIMILAR)).clamp(0, 1) * self.strength
-            tokens = torch.lerp(tokens, _gathered(past_tokens, places, weights), share)
-            maps = torch.lerp(maps, _gathered(past_maps, places, weights), share)
-        self._last = own, tokens, maps
+            before, past_tokens, past_maps, past_colors = self._last
+            alike = own @ before.transpose(1, 2)  # [B, P, P]
+            recolored = float((colors - past_colors).clamp(min=0).sum())
+            if recolored > RECOLORED and _corresponding(alike, features.grid) < KEPT:
+                self.cuts += 1
+            else:
+                cosines, places = alike.topk(min(NEIGHBORS, own.shape[1]), dim=-1)  # [B, P, n]
+                weights = (cosines / TEMPERATURE).softmax(-1)
+                share = ((cosines[..., :1] - SIMILAR) / (1 - SIMILAR)).clamp(0, 1) * self.strength
+                tokens = torch.lerp(tokens, _gathered(past_tokens, places, weights), share)
+                maps = torch.lerp(maps, _gathered(past_maps, places, weights), share)
+        self._last = own, tokens, maps, colors
         mixed = replace(features, patch_tokens=tokens, self_attn_maps=maps.transpose(1, 2))
         return replace(picture, windows=replace(picture.windows, features=mixed))
+
+
+def _colors(pixels: Tensor) -> Tensor:
+    """Shares of 8 x 8 x 8 colors, `[512]`, of `[3, H, W]` uint8."""
+    red, green, blue = (pixels.flatten(1) // 32).int()
+    counts = torch.bincount(red * 64 + green * 8 + blue, minlength=512)
+    return counts / counts.sum()
+
+
+def _corresponding(alike: Tensor, grid: tuple[int, int]) -> float:
+    """Share of patches whose most similar ones find them again, as do those of a neighbor.
+
+    Args:
+        alike: cosines `[B, P, P]` of patches with those of the last frame.
+        grid: rows and columns of the P patches; two neighbors move alike but for one patch.
+    """
+    places, numbers = alike.argmax(2), torch.arange(alike.shape[1], device=alike.device)
+    mutual = (alike.argmax(1).gather(1, places) == numbers).view(-1, *grid)
+    down, across = (places // grid[1] - numbers // grid[1], places % grid[1] - numbers % grid[1])
+    moved = torch.stack([down, across]).view(2, -1, *grid)
+    found = torch.zeros_like(mutual)
+    for axis in (1, 2):
+        together = (moved.diff(dim=axis + 1).abs() <= 1).all(0)
+        sides = [(axis, first, grid[axis - 1] - 1) for first in (0, 1)]
+        for side in sides:
+            together &= mutual.narrow(*side)
+        for side in sides:
+            found.narrow(*side).logical_or_(together)
+    return float(found.double().mean())
 
 
 def _gathered(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -86,12 +128,14 @@ class VideoFigures:
         shares: of each class, 0..1, mean over the frames.
         flicker: share of pixels whose label is another one than in the frame before, mean; None
             where no two frames were compared.
+        cuts: between frames; None without a smoother, which finds them.
     """
 
     frames: int
     size: tuple[int, int]
     shares: dict[str, float]
     flicker: float | None
+    cuts: int | None = None
 
 
 def segment_video(
@@ -112,7 +156,8 @@ def segment_video(
         target: an mp4 (H.264), complete or not at all.
         vocabulary: classes.
         smoother: or None for every frame by itself.
-        advance: is told the frames that are done and their number, 0 if the file does not say.
+        advance: is told the frames that are done and their number: as the file says it, else by its
+            duration and rate, 0 without one; in the end what was read.
 
     Raises:
         DataError: no video, or no frame that can be decoded.
@@ -122,6 +167,7 @@ def segment_video(
 
     totals: dict[str, float] = {}
     count, changed, pairs = 0, 0.0, 0
+    earlier = smoother.cuts if smoother else 0
     last: Tensor | None = None
     with ExitStack() as stack:
         opened = stack.enter_context(open_video(source))
@@ -160,6 +206,8 @@ def segment_video(
             held = _mux(made, [*held, *out.encode(drawn)])
             count += 1
             advance(count, max(count, frames.expected) if frames.expected else 0)
+        if frames.expected > count:
+            advance(count, count)
         if last is None:
             raise DataError(f"video={source}: holds no frame that can be read{frames.error}")
         [last_packet] = _mux(made, [*held, *out.encode(None)])
@@ -168,7 +216,8 @@ def segment_video(
         frames.say(f"video={source}", count)
     shares = {name: total / count for name, total in totals.items()}
     size = (int(last.shape[0]), int(last.shape[1]))
-    return VideoFigures(count, size, shares, changed / pairs if pairs else None)
+    cuts = smoother.cuts - earlier if smoother else None
+    return VideoFigures(count, size, shares, changed / pairs if pairs else None, cuts)
 
 
 def _mux(made: Any, packets: list[Any]) -> list[Any]:

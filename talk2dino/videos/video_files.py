@@ -80,7 +80,7 @@ class Frames:
         base: seconds of a tick.
         time: of the frame that was given last, in ticks.
         shown: how long that frame is shown, in ticks.
-        expected: frames that the file promises; 0 if it does not say.
+        expected: frames that the file promises, or that fill its duration; 0 if it has neither.
         seconds: from the first frame to the end of the last.
         other: numbers of frames of another size than the first.
         error: of the first packet that could not be decoded.
@@ -97,13 +97,11 @@ class Frames:
         self.time, self.shown, self.seconds, self.read = 0, 1, 0.0, 0.0
         self.other: list[int] = []
         self.error = ""
-        promised = stream.duration and float(stream.duration * self.given)
-        if not promised and len(opened.streams) == 1:  # others may be longer
-            promised = float(
-                ((opened.duration or 0) - max(opened.start_time or 0, 0)) / av.time_base
-            )
-        self.promised = promised or 0.0
-        self.expected = int(stream.frames or round(self.promised * rate))
+        own = float((stream.duration or 0) * self.given)
+        whole = max(0.0, ((opened.duration or 0) - max(opened.start_time or 0, 0)) / av.time_base)
+        alone = len(opened.streams) == 1  # others may be longer
+        self.promised = own or (whole if alone else 0.0)
+        self.expected = int(stream.frames or round((own or whole) * rate))
 
     def __iter__(self) -> Iterator[Any]:
         step = max(1, round(1 / (self.rate * self.base)))

@@ -393,6 +393,35 @@ def test_scattered_nan_leave_the_rest_of_a_coarse_pixel(tmp_path: Path) -> None:
         assert not found.any()
 
 
+@pytest.mark.parametrize("scale", [0.5, 1, 1.5, 10])
+@pytest.mark.parametrize("kind", ["nodata", "mask"])
+def test_nan_beside_what_else_says_no_data(
+    vocabulary: OpenVocabulary, tmp_path: Path, kind: str, scale: float
+) -> None:
+    """As if they were no data by the file's own word: NaN made cells of a coarse grid black."""
+    values = noise(100, 120).clip(1).astype(np.float64)
+    hole, nan = np.zeros((2, 100, 120), bool)
+    hole[5:17, 30:60] = True
+    nan[3::10, 4::10] = nan[40:60, 50:80] = True
+    found = []
+    for unknown in (nan & False, nan):
+        file, shown = tmp_path / "a & b.tif", ~(hole | (nan & ~unknown))
+        pixels = np.where(unknown, np.nan, np.where(shown, values, -9999))
+        write(file, pixels, nodata=-9999 if kind == "nodata" else None)
+        if kind == "mask":
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(file, "r+") as opened:
+                opened.write_mask(shown)
+        options: dict[str, Any] = {"scale": scale, "value_range": [0, 255]}
+        with MapImage(file, **options) as image:
+            where = [range(a, a + n) for a, n in zip(image.first, image.shape, strict=True)]
+            found.append(image.read(*where))
+        segment(vocabulary, file, tmp_path / "out.tif", **options)
+        found[-1] += (read(tmp_path / "out.tif"),)
+    for other, one in zip(*found, strict=True):
+        assert np.array_equal(one, other)
+    assert np.array_equal(found[1][2] == 255, hole | nan)
+
+
 def test_the_chosen_bands_say_what_is_empty(vocabulary: OpenVocabulary, tmp_path: Path) -> None:
     values = np.concatenate([noise(60, 60).clip(1), noise(60, 60).clip(1)[:1]])
     values[:3, 20:40, 20:40] = 0

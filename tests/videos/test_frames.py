@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from talk2dino.config.command import progress
 from talk2dino.errors import ConfigError, DataError, ResultWarning
 from talk2dino.inference.vocabulary import EncodedPicture
 from talk2dino.segmentation.segmenter import EncodedImage, WindowFeatures
@@ -59,6 +61,29 @@ def encoded(tokens: torch.Tensor) -> EncodedPicture:
     image = torch.zeros(3, 32, 64, dtype=torch.uint8)
     features = WindowFeatures(tokens, maps, (4, 4))
     return EncodedPicture(image, EncodedImage(image, windows, features, (32, 64)))
+
+
+def shown(smoother: Smoother, tokens: torch.Tensor, level: int) -> bool:
+    """Whether patches of a picture of one gray take nothing of the past."""
+    picture = replace(encoded(tokens), pixels=torch.full((3, 32, 64), level, dtype=torch.uint8))
+    return torch.equal(smoother(picture).windows.features.patch_tokens, tokens)
+
+
+def test_patches_that_look_alike_keep_nothing_over_a_cut() -> None:
+    """Where colors change and nothing corresponds: no flash, no pan, no change of places is one."""
+    one, new = (F.normalize(torch.randn(2, 16, 64), dim=-1) for _ in range(2))
+    rows, columns = torch.arange(4)[:, None], torch.arange(4)
+    board = ((rows + columns) % 2 == 0).view(16, 1)
+    other = torch.where(board, one[:, :1], new)  # half of them look like a patch of the past
+    for level, tokens, cut in (
+        (250, other, True),
+        (0, other, False),
+        (250, one + 0.01 * new, False),  # a flash
+        (250, one.roll(4, 1), False),  # a pan
+    ):
+        smoother = Smoother(0.75)
+        assert shown(smoother, one, 0) and smoother.cuts == 0
+        assert shown(smoother, tokens, level) is cut and smoother.cuts == cut
 
 
 def mixed(smoother: Smoother, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,7 +150,9 @@ def test_frames_keep_their_times_and_the_overlay_is_that_of_the_model(tmp_path: 
     for frame, want in zip(frames, alone, strict=True):
         pixels = np.asarray(want.overlay(legend=False), np.int16)
         assert np.abs(frame.to_ndarray(format="rgb24") - pixels).mean() < 12  # H.264 loses a little
-    assert found.frames == 5 and found.size == (40, 64) and told == [1, 2, 3, 4, 5]
+    assert (
+        found.frames == 5 and found.size == (40, 64) and told == [1, 2, 3, 4, 5, 5]
+    )  # of 11 at first
     changed = [float((a.labels != b.labels).double().mean()) for a, b in pairwise(alone)]
     assert found.flicker == pytest.approx(np.mean(changed))
     for name, share in found.shares.items():
@@ -150,7 +177,11 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         run("video", *given, f"output={target}")
         assert "3 frames" in capfd.readouterr().out
     figures = json.loads(target.with_suffix(".json").read_text())
-    assert figures["frames"] == 3 and sum(figures["shares"].values()) == pytest.approx(1)
+    assert (
+        figures["frames"] == 3
+        and figures["cuts"] == 0
+        and sum(figures["shares"].values()) == pytest.approx(1)
+    )
     assert sorted(path.name for path in target.parent.iterdir()) == ["out.json", "out.mp4"]
     assert "is the input itself" in fails(capfd, "video", *given, f"output={source}")
     other = write(tmp_path / "mine.mp4", scene(1), [0])
@@ -311,6 +342,46 @@ def test_frames_of_files_without_times_of_their_own(tmp_path: Path) -> None:
     seconds, length = overlay(tmp_path / "in.avi")
     assert len(seconds) == 30 and np.abs(np.diff(seconds) - 0.1).max() < 1e-4
     assert length == pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize("tail", [0.0, 2.0])
+def test_the_number_of_frames_is_estimated_where_the_file_does_not_say(
+    tmp_path: Path, tail: float
+) -> None:
+    """Matroska has none: by its duration, though sound lasts longer; in the end what was read."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as made:
+        stream, sound = stream_of(made, (64, 40)), made.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        for packet in frames_of(stream, 20):
+            made.mux(packet)
+        count = round(8000 * (2 + tail))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, count), np.int16), "s16", "mono")
+        samples.rate = 8000
+        for packet in (*sound.encode(samples), *sound.encode(None)):
+            made.mux(packet)
+    told: list[tuple[int, int]] = []
+    vocabulary = hash_model().open_vocabulary(["a", "b"], short_side=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResultWarning)
+        segment_video(
+            tmp_path / "in.mkv",
+            tmp_path / "out.mp4",
+            vocabulary,
+            advance=lambda done, total: told.append((done, total)),
+        )
+    assert told[:20] == [(done, round(10 * (2 + tail))) for done in range(1, 21)]
+    assert told[20:] == ([(20, 20)] if tail else [])
+
+
+def test_a_bar_says_that_it_does_not_know_the_total(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a raw stream, which has no duration; it said `3/0`."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress("frames") as advance:
+        advance(3, 0)
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "3/?" in said
 
 
 def test_times_that_slip_do_not_move_what_follows(tmp_path: Path) -> None:
