@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from talk2dino.alignment.checkpoint import read_checkpoint
+from talk2dino.alignment.projection import Projection
 from talk2dino.calibration.calibration import find_calibration
 from talk2dino.calibration.reference import require_encoder
 from talk2dino.config import command
 from talk2dino.config.model_and_classes import check_words, class_words, load_model, require
-from talk2dino.datasets.benchmarks.classes import typed_classes
+from talk2dino.datasets.benchmarks.classes import read_classes, typed_classes
 from talk2dino.errors import CheckpointError, ConfigError, DataError
 from talk2dino.features.store.reader import FeatureStore
 from talk2dino.files import read_json, read_text, user_path
@@ -25,7 +26,6 @@ from talk2dino.finding.recall import check_recall, recall
 from talk2dino.finding.scan import PATCHES, Found, searched_field
 from talk2dino.inference.class_embeddings import ClassEmbeddings, is_file
 
-SHOWN = 10  # queries in the terminal
 NO_PLACE = "The store holds pooled features: pictures are found, places are not."
 
 
@@ -49,13 +49,16 @@ def search(config: DictConfig) -> None:
     if queries is not None:
         check_words(config, queries)
     store = FeatureStore(config.store)
-    if config.recall:
-        check_recall(store)
     field = searched_field(store)
     images = None if config.images is None else user_path(config.images)
     if images is not None and not images.is_dir():
-        raise DataError(f"images={config.images}: no such folder; give that of the pictures")
-    refuse_other_store(store, field, config)
+        raise DataError(
+            f"images={config.images}: no such folder; give that of the pictures, or of their tars"
+        )
+    projection = refuse_other_store(store, field, config)
+    similarity = command.build(config.val_similarity).eval() if config.recall else None
+    if similarity is not None:
+        check_recall(store, projection, similarity)
     output = command.require_output_folder(user_path(config.output), "output")
     if not config.overwrite:
         refuse_foreign_results(output)
@@ -73,17 +76,18 @@ def search(config: DictConfig) -> None:
         "note": "" if field == PATCHES else NO_PLACE,
         "recall": {},
     }
-    if config.recall:
+    if similarity is not None:
         require_encoder(store, model.vision, "extract with that")
-        similarity = command.build(config.val_similarity).eval()
         with command.progress("recall") as advance:
             facts["recall"] = recall(store, model.projection, similarity, config.best, advance)
     with command.progress("pictures") as advance:
         found: Iterator[Found] = iter(())
+        total = 0
         if queries is not None:
             options = (config.top, config.best, config.templates)
             found = model.search(store, queries, *options, advance=advance)
-        written = write_found(found, output, facts, images)
+            total = len(list(queries)) * min(config.top, len(store.images))
+        written = write_found(found, output, facts, images, advance, total)
     report(facts, written, output, images)
 
 
@@ -106,15 +110,19 @@ def query_words(given: Any) -> Mapping[str, tuple[str, ...]] | ClassEmbeddings:
         listed = read_json(file, object, "a list of queries")
         if isinstance(listed, list) and not any(isinstance(one, dict) for one in listed):
             return typed_classes(listed, f"query={text}")  # "background" is a word like any other
-        return class_words(given, key="query")  # the class list of a benchmark
+        named = read_classes(text, "query").classes  # of a benchmark, or with synonyms
+        return {spec.name: spec.synonyms for spec in named}
     lines = [line for line in read_text(file).split("\n") if line.strip()]
     if not lines:
         raise DataError(f"query={text}: is empty; write a query on each line")
     return typed_classes(lines, f"query={text}")
 
 
-def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> None:
+def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> Projection:
     """Compare what the store and the checkpoint say of themselves, before encoders are built.
+
+    Returns:
+        The checkpoint's projection.
 
     Raises:
         CheckpointError: another vision encoder, or another width; or no checkpoint.
@@ -135,6 +143,7 @@ def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> N
             f"store={config.store}: its features are of {names[0]}, not of this checkpoint's "
             f"{names[1]}; extract with that"
         )
+    return checkpoint.projection
 
 
 def report(facts: Mapping[str, Any], written: Written, output: Path, images: Path | None) -> None:
@@ -143,12 +152,12 @@ def report(facts: Mapping[str, Any], written: Written, output: Path, images: Pat
     table = Table()
     for name in ("query", "picture", "score", "place"):
         table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
-    for query, found in list(written.queries.items())[:SHOWN]:
-        for number, (one, entry) in enumerate(found):
-            name = one.file_name or f"row {one.row}"
-            place = entry["box"] or entry["square"]
+    for query, entries in written.first.items():
+        for number, entry in enumerate(entries):
+            name = entry["file_name"] or f"row {entry['row']}"
+            place = entry["square" if images is None else "box"]  # one kind of pixels in a table
             shown = "" if place is None else ", ".join(map(str, place))
-            table.add_row(query if not number else "", name, f"{one.score:.3f}", shown)
+            table.add_row(query if not number else "", name, f"{entry['score']:.3f}", shown)
     if written.queries:
         console.print(table)
     for name, figures in facts["recall"].items():

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,9 +18,14 @@ from torch import Tensor
 
 import talk2dino
 from talk2dino.datasets.captions.base import from_square
-from talk2dino.datasets.pictures import read_picture
+from talk2dino.datasets.pictures import (
+    open_quietly,
+    picture_suffixes,
+    upright_rgb,
+    upright_size,
+)
 from talk2dino.datasets.tars import Member, read_member, tar_members
-from talk2dino.errors import DataError
+from talk2dino.errors import Advance, DataError
 from talk2dino.evaluation.report import report_templates
 from talk2dino.files import read_json, refuse_foreign_run, replacing, write_text
 from talk2dino.finding.scan import Found
@@ -32,6 +37,7 @@ HEIGHT = 200  # of a thumbnail, pixels
 WIDEST = 3  # a longer thumbnail is cut to its middle, in its heights
 PICTURES = 16 << 20  # characters of pictures on the page
 QUERIES = 200  # on the page; all are in the JSON
+SHOWN, FIRST = 10, 3  # queries and results of each in the terminal
 
 
 @dataclass
@@ -39,17 +45,19 @@ class Written:
     """What was written, and what was not found on the way.
 
     Attributes:
-        queries: first results of each query, for the terminal.
+        queries: how many were answered.
+        first: entries of the first results of the first queries, for the terminal.
         missing: pictures that could not be read, with the reason.
     """
 
-    queries: dict[str, list[tuple[Found, dict[str, Any]]]] = field(default_factory=dict)
+    queries: int = 0
+    first: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A result on the page: its entry of the JSON, and a data URI of its thumbnail or None."""
+    """A result on the page: what it says, and a data URI of its thumbnail or None."""
 
     entry: Mapping[str, Any]
     thumbnail: str | None
@@ -72,7 +80,8 @@ def write_found(
     folder: Path,
     facts: Mapping[str, Any],
     images: Path | None = None,
-    first: int = 3,
+    advance: Advance = lambda done, total: None,
+    total: int = 0,
 ) -> Written:
     """Write both files, each complete or not at all; results go through one by one.
 
@@ -81,42 +90,56 @@ def write_found(
         folder: where to.
         facts: plain values that stand before the results, and on the page.
         images: folder of the pictures, or of their tars, for boxes in their pixels and thumbnails.
-        first: results of each query that are returned.
+        advance: gets (results written, total).
+        total: number of results.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written, sections = Written(), list[tuple[str, list[Shown]]]()
     pictures = None if images is None else Pictures(images)
-    room = PICTURES
+    room, done = PICTURES, 0
     head = json.dumps({"written_by": f"{WRITTEN_BY} {talk2dino.__version__}", **facts}, indent=1)
     with replacing(folder / JSON) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(f'{head.removesuffix("}").rstrip()},\n "queries": [')
         for number, (query, found) in enumerate(groupby(results, lambda one: one.query)):
-            entries, shown = [], list[Shown]()
-            kept = list(found)
+            kept, shown = list(found), list[Shown]()
             limits = _limits(kept)
-            for one in kept:
-                picture = None if pictures is None else pictures.read(one, written.missing)
-                entries.append(_entry(one, None if picture is None else picture.size))
+            for rank, one in enumerate(kept):
+                drawn, size = number < QUERIES and room > 0, None
+                picture = None
+                if pictures is not None:
+                    picture, size = pictures.read(one, written.missing, drawn)
+                entry = _entry(one, size)
+                separator = "," if rank else f"{',' if number else ''}\n  {_opened(query)}"
+                file.write(f"{separator} {json.dumps(entry, ensure_ascii=False)}")
+                del entry["grid"]  # of all results they would fill the memory
+                if number < SHOWN and rank < FIRST:
+                    written.first.setdefault(query, []).append(entry)
                 if number < QUERIES:
-                    thumbnail = _thumbnail(one, picture, limits) if room > 0 else None
+                    thumbnail = _thumbnail(one, picture, limits) if drawn else None
                     room -= len(thumbnail or "")
-                    shown.append(Shown(entries[-1], thumbnail))
-            line = json.dumps({"query": query, "found": entries}, ensure_ascii=False)
-            file.write(f"{',' if number else ''}\n  {line}")
-            written.queries[query] = list(zip(kept, entries, strict=True))[:first]
+                    shown.append(Shown(entry, thumbnail))
+                done += 1
+                advance(done, total)
+            file.write("]}")
+            written.queries += 1
             if number < QUERIES:
                 sections.append((query, shown))
         file.write("\n ]\n}\n")
     context: dict[str, Any] = {"title": "Pictures found", "facts": facts, "sections": sections}
-    context |= {"missing": written.missing, "queries": len(written.queries)}
+    context |= {"missing": written.missing, "queries": written.queries}
     context |= {"without": sum(one.thumbnail is None for _, shown in sections for one in shown)}
     page = report_templates("talk2dino.finding").get_template("found.html.j2")
     write_text(folder / PAGE, page.render(context))
     return written
 
 
+def _opened(query: str) -> str:
+    """The JSON of a query up to its first result."""
+    return f'{{"query": {json.dumps(query, ensure_ascii=False)}, "found": ['
+
+
 def _entry(found: Found, size: tuple[int, int] | None) -> dict[str, Any]:
-    """A result as plain values; `size` is width and height of its picture."""
+    """A result as plain values; `size` is height and width of its picture."""
     entry: dict[str, Any] = {
         "rank": found.rank,
         "score": round(found.score, 6),
@@ -131,7 +154,7 @@ def _entry(found: Found, size: tuple[int, int] | None) -> dict[str, Any]:
     if found.grid is not None and found.box is not None:
         entry |= {"patch": found.patch, "square": found.box, "grid": _plain(found.grid)}
         if size is not None:
-            entry["box"] = from_square(found.box, found.side, (size[1], size[0]))
+            entry["box"] = from_square(found.box, found.side, size)
     return entry
 
 
@@ -154,34 +177,48 @@ class Pictures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tars: dict[Path, dict[str, Member]] = {}
+        picture_suffixes()  # HEIC is known from here on
 
-    def read(self, found: Found, missing: dict[str, str]) -> Image.Image | None:
-        """The picture of a result, upright; None if there is none, with the reason in `missing`."""
+    def read(
+        self, found: Found, missing: dict[str, str], drawn: bool
+    ) -> tuple[Image.Image | None, tuple[int, int] | None]:
+        """The picture of a result, upright, and its height and width.
+
+        Args:
+            found: the result.
+            missing: gets the reason where there is none; both are None then.
+            drawn: whether the picture is needed; of a large JPEG a smaller one is decoded.
+        """
         name = found.file_name
         if name is None:
             missing[f"row {found.row}"] = "the store has no names of pictures"
-            return None
+            return None, None
         try:
-            return self._read(name)
+            with open_quietly(self._file(name)) as image:
+                size = upright_size(image)
+                if drawn:
+                    image.draft(None, (2 * HEIGHT, 2 * HEIGHT))
+                return upright_rgb(image) if drawn else None, size
         except Exception as error:  # broken files make decoders raise anything
             absent = "not in this folder" if isinstance(error, FileNotFoundError) else str(error)
             missing[name] = " ".join(absent.split())
-            return None
+            return None, None
 
-    def _read(self, name: str) -> Image.Image:
-        tar, _, member = name.partition("/")
-        inside = member and (self.folder / tar).is_file()
-        file = self.folder / (tar if inside else name)
-        if not file.resolve().is_relative_to(self.folder.resolve()):
+    def _file(self, name: str) -> Path | BytesIO:
+        """A picture's file, or its bytes in a tar, which sources call `0.tar/0001.jpg`."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
             raise OSError("lies outside of the folder")
-        if not inside:
-            return read_picture(file)
-        if file not in self._tars:  # as in the store: sources name `00000.tar/000000012.jpg`
-            self._tars[file] = {one.name: one for one in tar_members(file)}
+        tar = next((one for one in path.parents[:-1] if (self.folder / one).is_file()), None)
+        if tar is None:
+            return self.folder / path
+        file, member = self.folder / tar, str(path.relative_to(tar))
+        if file not in self._tars:
+            self._tars[file] = {str(PurePosixPath(one.name)): one for one in tar_members(file)}
         place = self._tars[file].get(member)
         if place is None:
             raise OSError(f"not in {tar}")
-        return read_picture(BytesIO(read_member(file, place.offset, place.size)), name)
+        return BytesIO(read_member(file, place.offset, place.size))
 
 
 def _thumbnail(

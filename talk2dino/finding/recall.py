@@ -28,16 +28,25 @@ IMAGES = 64  # compared at once as in training
 BYTES = 10  # for each caption and image: a score, its copy, two comparisons
 
 
-def check_recall(store: FeatureStore) -> None:
-    """Refuse what cannot be compared, before anything is loaded.
+def check_recall(store: FeatureStore, projection: Projection, similarity: Similarity) -> None:
+    """Refuse what cannot be compared, before encoders are loaded. Arguments as of `recall`.
 
     Raises:
-        StoreError: no captions.
+        ConfigError: projection and similarity do not fit together.
+        StoreError: no captions, or a field that is not stored.
         DataError: an image without one, or more scores than the machine has memory for.
     """
     captions, images = len(store.captions), len(store.images)
     if not captions:
         raise StoreError(f"store={store.path}: holds no captions, so recall=true has no queries")
+    check_combination(projection, similarity, "val_similarity")
+    store.require(captions=(*caption_fields(projection, similarity), "image_row"))
+    for name in image_fields(projection, similarity, store.images.fields):
+        if name not in store.images:
+            raise StoreError(
+                f"store={store.path}: holds no {name}, which val_similarity compares; choose "
+                "another, for instance val_similarity=pooled"
+            )
     check_owners(torch.from_numpy(store.captions["image_row"][:]), images)
     needed, there = BYTES * captions * images, machine_memory()
     if needed > there:
@@ -68,18 +77,11 @@ def recall(
         advance: gets (images compared, all); the store is read once for each of the two kinds.
 
     Returns:
-        For `search` and `training` what `retrieval_from_scores` gives.
-
-    Raises:
-        StoreError: the store lacks a field.
-        DataError: an image without a caption.
-        ConfigError: projection and similarity do not fit together.
+        For `search` and `training` what `retrieval_from_scores` gives. Errors as `check_recall`.
     """
-    check_combination(projection, similarity, "val_similarity")
+    check_recall(store, projection, similarity)
     names = caption_fields(projection, similarity)
-    store.require(captions=(*names, "image_row"))
     fields = image_fields(projection, similarity, store.images.fields)
-    store.require(images=fields)
     device = next(projection.parameters()).device
     read = {name: torch.from_numpy(store.captions[name][:]).to(device) for name in names}
     text, mask = projected_text(_single(read), projection, similarity)

@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 
 from talk2dino import Talk2DINO
+from talk2dino.alignment.checkpoint import read_checkpoint
+from talk2dino.alignment.similarity import Dense, DotProduct
+from talk2dino.datasets.captions import PictureFolder, WebDataset
 from talk2dino.datasets.captions.base import crop_square, from_square
-from talk2dino.errors import DataError
+from talk2dino.errors import DataError, StoreError
 from talk2dino.features import FeatureStore, write_store
-from talk2dino.finding.found_files import HEIGHT, WIDEST, _thumbnail
+from talk2dino.finding.found_files import HEIGHT, WIDEST, Pictures, _thumbnail
 from talk2dino.finding.recall import check_recall
 from talk2dino.finding.scan import Found
 from talk2dino.inference.model import Talk2DINO as Model
@@ -116,11 +119,16 @@ def test_pictures_that_are_not_there_are_listed(
     given = (f"store={store}", f"checkpoint={psi}", f"output={tmp_path / 'out'}")
     run("search", *given, "query=cat", f"images={tmp_path / 'some'}")
     said = capfd.readouterr().err
-    assert "3 pictures could not be read" in said
-    for reason in ("2.png: not in this folder", "3.png: ", "4.png: lies outside"):
+    assert "2 pictures could not be read" in said  # a link is followed
+    for reason in ("2.png: not in this folder", "3.png: "):
         assert f"deep/{reason}" in said
+    for name in ("../photos/deep/1.png", str(photos / "deep" / "1.png")):
+        missing: dict[str, str] = {}
+        asked = Found("cat", 1, 0.5, 0, 0, name, None)
+        assert Pictures(tmp_path / "some").read(asked, missing, drawn=True) == (None, None)
+        assert missing == {name: "lies outside of the folder"}
     page = (tmp_path / "out" / "found.html").read_text()
-    assert "3 pictures could not be read" in page
+    assert "2 pictures could not be read" in page
     assert page.count("base64,") == 6  # of those the map of scores alone
 
 
@@ -173,10 +181,36 @@ def test_pictures_without_captions_are_found_and_train_nothing(
     assert "holds no captions, so recall=true has no queries" in line
     line = fails(capfd, "train", "experiment=vits_dense", f"store={alone}", "trainer=cpu")
     assert "holds no captions; train on" in line
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.txt").touch()
-    none = ("source=pictures", f"source.images={tmp_path / 'none'}", f"store={tmp_path / 's'}")
-    assert "no picture in it (its first file is a.txt)" in fails(capfd, "extract", *none)
+    widths = ("projection.text_dim=256", "projection.vision_dim=64")
+    with_captions = (f"store={store}", f"val_store={alone}", "trainer=cpu", *widths)
+    line = fails(capfd, "train", "experiment=vits_dense", *with_captions)
+    assert "alone: holds no captions, only pictures to search" in line
+
+
+def test_what_is_no_picture_of_a_folder_is_listed(photos: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").touch()
+    with pytest.raises(DataError, match=r"no picture in this folder \(a\.txt: is no picture\)"):
+        PictureFolder(str(mine))
+    (mine / "b.heif").touch()
+    (mine / "linked").symlink_to(photos / "deep")
+    (mine / "round").symlink_to(mine)
+    (mine / "dead.png").symlink_to(mine / "nowhere.png")
+    shutil.copy(photos / "deep" / "1.png", mine / "Z.PNG")
+    source = PictureFolder(str(mine))
+    names = [source.entry(number).file_name for number in range(len(source))]
+    reasons = {one["file_name"]: one["reason"] for one in source.left_out}
+    if "b.heif" in reasons:  # without its decoder
+        assert next(iter(reasons)) == "b.heif" and "talk2dino[heic]" in reasons["b.heif"]
+    assert [name for name in names if name != "b.heif"] == ["Z.PNG", "dead.png"]
+    assert reasons["linked"] == reasons["round"] == "is a link to a folder, which is not followed"
+    assert reasons["a.txt"] == "is no picture" and source.caption_count() == 0
+    with open(bytes(mine) + b"/\xff.png", "wb"):  # noqa: PTH123
+        pass
+    again = PictureFolder(str(mine))
+    assert {"file_name": "?.png", "reason": "its name is no UTF-8"} in again.left_out
+    assert again.fingerprint() == source.fingerprint()
 
 
 def test_thumbnails_come_out_of_tars_too(
@@ -209,20 +243,52 @@ def test_thumbnails_come_out_of_tars_too(
     assert "1.tar/3.png: not in this folder" in said and "0.tar: is cut off" in said
 
 
+def test_tars_of_one_name_are_told_apart(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a thing")
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "0.tar", "w") as tar:
+            tar.add(photos / "deep" / f"{number}.png", "./x/1.png")
+            tar.add(tmp_path / "a.txt", "./x/1.txt")
+    source = WebDataset([str(tmp_path / folder / "0.tar") for folder in ("a", "b")])
+    names = [source.entry(number).file_name for number in range(2)]
+    assert names == ["a/0.tar/./x/1.png", "b/0.tar/./x/1.png"]
+    for number, name in enumerate(names):
+        asked, missing = Found("cat", 1, 0.5, 0, 0, name, None), dict[str, str]()
+        picture, size = Pictures(tmp_path).read(asked, missing, drawn=True)
+        want = source.image(number)
+        assert not missing and size == want.size[::-1] and picture is not None
+        np.testing.assert_array_equal(picture, want)
+
+
+def test_large_photographs_are_read_small(tmp_path: Path) -> None:
+    large = Image.fromarray(np.full((3000, 4000, 3), 90, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    large.save(tmp_path / "a.jpg", exif=exif)
+    asked = Found("cat", 1, 0.5, 0, 0, "a.jpg", torch.ones(4, 4), SIDE)
+    picture, size = Pictures(tmp_path).read(asked, {}, drawn=True)
+    assert size == (4000, 3000) and picture is not None and picture.size == (750, 1000)
+    assert Pictures(tmp_path).read(asked, {}, drawn=False) == (None, (4000, 3000))
+
+
 def test_recall_is_refused_where_it_cannot_be_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    psi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = np.ones((3, 4, 8), np.float16)
-    captions = {"image_row": [0, 1, 1], "embedding": np.ones((3, 8))}
-    write_store(tmp_path / "store", {"patch_tokens": features}, captions)
+    projection = read_checkpoint(psi).projection
+    sizes = {"patch_tokens": np.ones((3, 4, 64), np.float16)}
+    for name, rows in (("gap", [0, 1, 1]), ("whole", [0, 1, 2])):
+        captions = {"image_row": rows, "embedding": np.ones((3, 256))}
+        write_store(tmp_path / name, sizes, captions)
     with pytest.raises(DataError, match=r"image row 2 has no caption \(1 such images\)"):
-        check_recall(FeatureStore(tmp_path / "store"))
-    captions = {"image_row": [0, 1, 2], "embedding": np.ones((3, 8))}
-    write_store(tmp_path / "whole", {"patch_tokens": features}, captions)
-    check_recall(FeatureStore(tmp_path / "whole"))
+        check_recall(FeatureStore(tmp_path / "gap"), projection, Dense())
+    whole = FeatureStore(tmp_path / "whole")
+    check_recall(whole, projection, Dense())
+    with pytest.raises(StoreError, match=r"holds no avg_self_attn_out.*val_similarity=pooled"):
+        check_recall(whole, projection, DotProduct("avg_self_attn_out"))
     monkeypatch.setattr("talk2dino.finding.recall.machine_memory", lambda: 89)
     with pytest.raises(DataError, match="3 captions by 3 images take"):
-        check_recall(FeatureStore(tmp_path / "whole"))
+        check_recall(whole, projection, Dense())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +298,7 @@ def test_recall_is_refused_where_it_cannot_be_had(
         ("sofa; couch", {"sofa": ("sofa", "couch")}),
         ("['what is robots.txt']", {"what is robots.txt": ("what is robots.txt",)}),
         ("q.json", {"background": ("background",), "sofa": ("sofa", "couch")}),
-        ("entries.json", {"cat": ("kitty",)}),
+        ("entries.json", {"background": ("background",), "cat": ("kitty",)}),
     ],
 )
 def test_queries_arrive_as_typed(
@@ -240,7 +306,7 @@ def test_queries_arrive_as_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "q.json").write_text('["background", ["sofa", "couch"]]')
-    (tmp_path / "entries.json").write_text('[{"name": "cat", "synonyms": ["kitty"]}]')
+    (tmp_path / "entries.json").write_text('["background", {"name": "cat", "synonyms": ["kitty"]}]')
     assert query_words(given) == want
     with pytest.raises(DataError, match=r"no such file; to look for these words: query=\['what"):
         query_words("what is robots.txt")

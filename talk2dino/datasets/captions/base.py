@@ -147,6 +147,11 @@ class FileSource(Source):
         """Read image `index` as upright RGB."""
         return read_picture(self.images / self.entries[index].file_name)
 
+    def folder_name(self) -> str:
+        """What the folder is called, also where it was given as `.`."""
+        name = self.images.name
+        return self.images.resolve().name if name in ("", "..") else name
+
     def content(self) -> str:
         """A digest of all file names and captions, for `fingerprint`."""
         digest = sha256()

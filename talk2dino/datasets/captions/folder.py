@@ -48,7 +48,7 @@ class CaptionFolder(FileSource):
     def fingerprint(self) -> dict[str, Any]:
         """Name of the folder, its number of images and captions, and what these say."""
         return {
-            "folder": self.images.name,
+            "folder": self.folder_name(),
             "images": len(self),
             "captions": self.caption_count(),
             "content": self.content(),

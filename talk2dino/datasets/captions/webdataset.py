@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
+from collections.abc import Sequence
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -201,6 +203,7 @@ class WebDataset(Source):
         self.json_key = json_key
         self._tables = self._read_tables(check_limit(limit))  # one per tar
         self.tars = self.tars[: len(self._tables)]
+        self._names = _names(self.tars)
         self._starts = _starts([len(table) for table in self._tables])
         self._first_captions = _starts([int(t["captions"].sum()) for t in self._tables])
         if not any(((t["captions"] > 0) & (t["image_offset"] >= 0)).any() for t in self._tables):
@@ -242,7 +245,7 @@ class WebDataset(Source):
             DataError: the tar has changed since it was listed.
         """
         tar, sample = self._place(index)
-        name = f"{self.tars[tar].name}/{sample['name'].decode(errors='replace')}"
+        name = f"{self._names[tar]}/{sample['name'].decode(errors='replace')}"
         if not sample["captions"]:
             return Entry(index, name, ())
         first = int(self._first_captions[tar] + sample["first_caption"])
@@ -303,6 +306,15 @@ class WebDataset(Source):
         where = int(sample["text_offset"]), int(sample["text_size"])
         data = read_member(self.tars[tar], *where)
         return parse_captions(data, bool(sample["json"]), self.json_key)
+
+
+def _names(tars: Sequence[Path]) -> list[str]:
+    """What tars are called in a store: their names, with folders where these do not differ."""
+    names = [path.name for path in tars]
+    if len(set(names)) == len(names):
+        return names
+    common = os.path.commonpath(tars)
+    return [path.relative_to(common).as_posix() for path in tars]
 
 
 def _starts(counts: list[int]) -> NDArray[np.int64]:

@@ -186,10 +186,15 @@ class Table:
         return name in self._fields
 
     def __getitem__(self, name: str) -> Field:
+        if not self._fields:
+            raise StoreError(
+                f"{self._store.path}: holds no {self.name}, only pictures to search; give a store "
+                "of pictures with captions"
+            )
         if name not in self._fields:
             raise StoreError(
                 f"{self._store.path}: {self.name} have no field {name!r}, only "
-                f"{', '.join(self._fields) or 'none'}; extract again with {name}"
+                f"{', '.join(self._fields)}; extract again with {name}"
             )
         return self._fields[name]
 

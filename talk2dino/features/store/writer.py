@@ -240,8 +240,14 @@ def finish_manifest(
     if missing:
         raise StoreError(f"{folder}: {missing[0]} is not written; start the extraction again")
     records = [done[k] for k in range(shards)]
+    listed = _skipped(folder, split)
+    if listed:  # two ranks that finish at once both write it, with the same content
+        put_known(folder / f"{split}-skipped.jsonl", folder / PARTS, listed)
     if not sum(record.shard.images for record in records):
-        raise StoreError(f"{folder}: no image to store; check the source and its limit")
+        why = f" ({listed.splitlines()[0]})" if listed else ""
+        raise StoreError(
+            f"{folder}: no image to store{why}; check source and limit, and start anew"
+        )
     for record in records[1:]:
         if record.fields != records[0].fields:
             raise StoreError(
@@ -257,9 +263,6 @@ def finish_manifest(
         package_version=talk2dino.__version__,
         skipped=sum(record.skipped for record in records),
     )
-    # Two ranks that finish at once both write these files, with the same content.
-    if listed := _skipped(folder, split):
-        put_known(folder / f"{split}-skipped.jsonl", folder / PARTS, listed)
     write_json(folder / MANIFEST, dataclasses.asdict(manifest), shared=True)
     for index in range(shards):  # a killed run may have left these
         temporary_name(folder / shard_name(split, index)).unlink(missing_ok=True)
