@@ -258,7 +258,7 @@ def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[s
         ConfigError: the first such file.
     """
     there = [folder / name for name in names if (folder / name).exists()]
-    if there and not ours():
+    if there and (any(map(Path.is_dir, there)) or not ours()):
         raise ConfigError(
             f"{there[0]}: is there and was not written by this command; use another folder"
         )

@@ -358,6 +358,8 @@ def test_what_cannot_be_done_is_one_line(
     tiny_store(tmp_path / "cls", {"cls_token": (64,)})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "found.html").write_text("my own")
+    (tmp_path / "dir" / "found.html").mkdir(parents=True)
+    (tmp_path / "dir" / "found.json").write_text('{"written_by": "talk2dino.search"}')
     (tmp_path / "file").write_text("")
     for name, text in (("queries.txt", "\n"), ("queries.csv", "cat"), ("two.txt", "cat\ncat")):
         (tmp_path / name).write_text(text)
@@ -378,6 +380,7 @@ def test_what_cannot_be_done_is_one_line(
         "templates='nonesuch' is unknown": [*asked, "templates=nonesuch"],
         "images=nowhere: no such folder": [*asked, "images=nowhere"],
         "not written by this command": [*asked, f"output={tmp_path / 'mine'}"],
+        "found.html: is there and was not written": [*asked, f"output={tmp_path / 'dir'}"],
         "cannot create this folder": [*asked, f"output={tmp_path / 'file'}"],
         "calibration=nowhere.safetensors: no such file": [
             *(*asked, "calibration=nowhere.safetensors"),

@@ -46,6 +46,7 @@ def store(tmp_path: Path) -> Path:
         text={"name": "minilm", "embed_dim": 5},
     )
     (tmp_path / "store" / "val-skipped.jsonl").write_text('{"index": 3}\n')
+    (tmp_path / "store" / "val-left-out.jsonl").write_text('{"file_name": "a"}\n')
     return tmp_path / "store"
 
 

@@ -16,7 +16,7 @@ from talk2dino.features.store.schema import MANIFEST, FieldTable, Manifest, Shar
 from talk2dino.features.store.shard_reader import ShardReader, size_problem
 from talk2dino.features.store.shard_writer import write_hdf5
 from talk2dino.features.store.writer import finish_manifest, open_for_append, put_shard
-from talk2dino.files import PARTS, file_digest, replacing
+from talk2dino.files import PARTS, file_digest, put_known, read_text, replacing
 
 _CHUNK_BYTES = 1 << 18  # reading a row reads its whole chunk; HDF5 caches one megabyte of them
 _LEVEL = 9
@@ -59,6 +59,9 @@ def archive_store(
     if listed.is_file():
         with replacing(output / PARTS / f"{manifest.split}-00000.skipped") as temporary:
             shutil.copyfile(listed, temporary)
+    left_out = store / f"{manifest.split}-left-out.jsonl"
+    if left_out.is_file():
+        put_known(output / left_out.name, output / PARTS, read_text(left_out))
     for index, shard in enumerate(manifest.shards):
         if index not in done:
             # The manifest has one number of skipped images: it is counted with the first shard.
