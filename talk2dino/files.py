@@ -258,9 +258,10 @@ def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[s
         ConfigError: the first such file.
     """
     there = [folder / name for name in names if (folder / name).exists()]
-    if there and (any(map(Path.is_dir, there)) or not ours()):
+    folders = [path for path in there if path.is_dir()]
+    if folders or (there and not ours()):
         raise ConfigError(
-            f"{there[0]}: is there and was not written by this command; use another folder"
+            f"{(folders or there)[0]}: is there and was not written by this command; use another folder"
         )
 
 
