@@ -258,11 +258,9 @@ def refuse_foreign_run(folder: Path, ours: Callable[[], bool], names: Sequence[s
         ConfigError: the first such file.
     """
     there = [folder / name for name in names if (folder / name).exists()]
-    folders = [path for path in there if path.is_dir()]
-    if folders or (there and not ours()):
-        first = (folders or there)[0]
+    if there and not ours():
         raise ConfigError(
-            f"{first}: is there and was not written by this command; use another folder"
+            f"{there[0]}: is there and was not written by this command; use another folder"
         )
 
 

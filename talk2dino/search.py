@@ -132,6 +132,12 @@ def refuse_other_store(store: FeatureStore, field: str, config: DictConfig) -> P
     spec: Any = config.vision or checkpoint.vision or {}
     theirs = store.vision.spec if store.vision is not None else {}
     names = [str(one.get("name")) for one in (theirs, spec)]
+    layers = [str(one.get("layers") or "null") for one in (theirs, spec)]
+    if theirs and spec and names[0] == names[1] and layers[0] != layers[1]:
+        raise CheckpointError(
+            f"store={config.store}: made of the tokens of vision.layers={layers[0]}, the "
+            f"checkpoint of {layers[1]}; extract with the checkpoint's"
+        )
     width = store.images[field].shape[-1]
     if checkpoint.projection.vision_dim != width:
         raise CheckpointError(

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
-from rich.text import Text
 
 from talk2dino.alignment.checkpoint import checkpoint_digest
 from talk2dino.annotations.base import Options
@@ -24,8 +22,10 @@ from talk2dino.config.model_and_classes import (
     named_classes,
     open_vocabulary,
     require_classes,
+    shares_table,
 )
-from talk2dino.errors import DataError
+from talk2dino.datasets.benchmarks.classes import BACKGROUND
+from talk2dino.errors import DataError, say
 from talk2dino.evaluation.settings import deciding
 from talk2dino.files import file_digest, user_path
 from talk2dino.inference.class_embeddings import ClassEmbeddings, NamedClasses
@@ -42,10 +42,8 @@ from talk2dino.inference.result_files import (
     refuse_heatmap_collisions,
     write,
 )
-from talk2dino.inference.segmented import SegmentedImage
 from talk2dino.inference.vocabulary import OpenVocabulary, exemplars_of
 from talk2dino.segmentation.memory import GB, LARGE
-from talk2dino.segmentation.overlay import legend_colors
 
 
 def segment(config: DictConfig) -> None:
@@ -87,20 +85,24 @@ def segment(config: DictConfig) -> None:
     refuse_heatmap_collisions(jobs, maps, str(config.image))
     cut = options.cut if formats else None
     share = Share.of(jobs, settings, maps, formats, options)
-    left = [job for job in share.mine if not (config.resume and job.done_with(settings, maps, cut))]
+    left = [job for job in share.mine if not config.resume or job.lacks(settings, maps, cut)]
     if not config.overwrite:
         refuse_foreign_outputs(left, maps)
         refuse_changed(folder, formats)
     share.begin()
     if len(left) < len(share.mine):
         print(f"{len(share.mine) - len(left)} of {len(share.mine)} pictures were done before")
+    again = [job for job in left if config.resume and job.figures.is_file()]
+    if again:
+        why = f"{again[0].name}: {again[0].lacks(settings, maps, cut)}"
+        print(f"{len(again)} pictures are done again, for their results are others ({why})")
     broken: dict[Job, str] = {}
     if left:
         vocabulary = open_vocabulary(config, classes, config.short_side)
         broken = _segment(
             left, vocabulary, settings, bool(config.heatmaps), options if formats else None, share
         )
-    with share.finished(broken, lambda job: job.done_with(settings, maps, cut)) as found:
+    with share.finished(broken, lambda job: not job.lacks(settings, maps, cut)) as found:
         if not share.alone:
             who = f"rank {share.place.rank} of {share.place.world_size}"
             then = "the last rank to finish gathers" if found is None else "all ranks are done"
@@ -111,6 +113,9 @@ def segment(config: DictConfig) -> None:
         if formats and done:
             made = write_annotations(done, words, folder, formats, options, config.overwrite)
             print(f"annotations: {', '.join(map(str, made))}")
+            if "labelstudio" in formats and options.image_root_url == Options().image_root_url:
+                where = f"{options.image_root_url}NAME"
+                print(f"Label Studio fetches pictures from {where}, see image_root_url= (--help)")
     if found:
         tried = len(left) if share.alone else len(jobs)
         print(f"{len(found)} of {tried} pictures could not be read:", file=sys.stderr)
@@ -161,10 +166,25 @@ def _segment(
         for name, part in result.areas().items():
             totals[name] = totals.get(name, Totals()).and_one(part)
     if totals and share.alone:
-        console.print(_table(result, None) if single else _table(result, totals))
+        shares = {name: one.shares / one.pictures for name, one in totals.items()}
+        seen = {name: one.seen for name, one in totals.items()}
+        console.print(shares_table(shares) if single else shares_table(shares, seen))
+        if vocabulary.threshold is not None and shares[BACKGROUND] > EMPTY:
+            say(
+                f"nearly all is background, which no class outscores at {vocabulary.threshold}; "
+                "lower it (background=0.5, for instance), or calibrate the checkpoint: "
+                "talk2dino.calibrate"
+            )
         print(f"overlay: {jobs[0].overlay if single else jobs[0].folder}")
-        print(f"label map, areas: {jobs[-1].labels}, {jobs[-1].figures.name}")
+        first = jobs[0]
+        files = (first.labels, first.figures.name)
+        if not single:
+            files = (first.folder / "…_labels.png", "….json")
+        print(f"label map, areas: {files[0]}, {files[1]}")
     return broken
+
+
+EMPTY = 0.995  # share of the background in all pictures that is said
 
 
 class Totals(NamedTuple):
@@ -177,24 +197,6 @@ class Totals(NamedTuple):
     def and_one(self, share: float) -> Totals:
         """With one more picture."""
         return Totals(self.shares + share, self.seen + (share > 0), self.pictures + 1)
-
-
-def _table(result: SegmentedImage, totals: dict[str, Totals] | None) -> Table:
-    """Classes, their share of the picture and their color; several pictures: the mean share."""
-    figure = Column("share" if totals is None else "mean share", justify="right")
-    table = Table("", Column("class", overflow="fold"), figure)
-    if totals is not None:
-        table.add_column("pictures", justify="right")
-    shares = result.areas()
-    if totals is not None:
-        shares = {name: one.shares / one.pictures for name, one in totals.items()}
-    colors = dict(zip(result.classes, legend_colors(result.classes), strict=True))
-    for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
-        red, green, blue = colors[name]
-        swatch = Text("██", style=f"rgb({red},{green},{blue})")
-        seen = [] if totals is None else [str(totals[name].seen)]
-        table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
-    return table
 
 
 if __name__ == "__main__":

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig
+from rich.console import Console
 
 import talk2dino
 from talk2dino.config import command
 from talk2dino.config.command import progress
-from talk2dino.config.model_and_classes import check_words, class_words, open_vocabulary, require
+from talk2dino.config.model_and_classes import (
+    check_words,
+    class_words,
+    open_vocabulary,
+    require,
+    shares_table,
+)
 from talk2dino.errors import ConfigError, DataError, require_extra
 from talk2dino.files import read_json, refuse_foreign, user_path, write_json
 from talk2dino.segmentation.overlay import legend_colors
@@ -55,9 +62,10 @@ def video(config: DictConfig) -> None:
         "smoothing": config.smoothing,
     }
     write_json(figures, content)
+    Console(markup=False, emoji=False).print(shares_table(found.shares))
     told = f"{output}: {found.frames} frames"
     if found.flicker is not None:
-        told += f", {100 * found.flicker:.2f} % of labels change a frame"
+        told += f", {100 * found.flicker:.2f} % of labels change a frame, {found.cuts} cuts"
     print(told)
 
 

@@ -1,12 +1,15 @@
-"""The checkpoint and the classes that a command is given: loaded, said in words or shown."""
+"""The checkpoint and the classes of a command: loaded, said in words or shown, and printed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.table import Column, Table
+from rich.text import Text
 
 from talk2dino.calibration.calibration import AUTO, find_calibration
 from talk2dino.config.command import build, progress
@@ -25,6 +28,7 @@ from talk2dino.inference.exemplars import WEIGHT, read_folder
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.inference.segmented import background_threshold, refuse_background
 from talk2dino.inference.vocabulary import ClassWords, OpenVocabulary, exemplars_of, read_words
+from talk2dino.segmentation.overlay import legend_colors
 
 CHECKPOINTS = (
     "a checkpoint is a run folder, a .safetensors, .ckpt or original .pth file, or a Hub id like "
@@ -222,3 +226,23 @@ def open_vocabulary(
         negatives=listed(config.negatives),
         refinement=refinement,
     )
+
+
+def shares_table(shares: Mapping[str, float], pictures: Mapping[str, int] | None = None) -> Table:
+    """Classes for the terminal, the most frequent first: color, name, share in percent.
+
+    Args:
+        shares: of each class, 0..1, in the order of the labels, which gives the colors.
+        pictures: those with some of each class; the shares are means then. None for one picture.
+    """
+    figure = Column("share" if pictures is None else "mean share", justify="right")
+    table = Table("", Column("class", overflow="fold"), figure)
+    if pictures is not None:
+        table.add_column("pictures", justify="right")
+    colors = dict(zip(shares, legend_colors(list(shares)), strict=True))
+    for name, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+        red, green, blue = colors[name]
+        swatch = Text("██", style=f"rgb({red},{green},{blue})")
+        seen = [] if pictures is None else [str(pictures[name])]
+        table.add_row(swatch, Text(name), f"{100 * share:.1f} %", *seen)
+    return table

@@ -68,11 +68,13 @@ def refuse_foreign_results(folder: Path) -> None:
 
     def ours() -> bool:
         with suppress(DataError):
+            if (folder / PAGE).is_dir():
+                return False
             found = read_json(folder / JSON, dict, "results of a search")
             return str(found.get("written_by", "")).startswith(WRITTEN_BY)
         return False
 
-    refuse_foreign_run(folder, ours, (JSON, PAGE))
+    refuse_foreign_run(folder, ours, (PAGE, JSON))
 
 
 def write_found(

@@ -21,6 +21,7 @@ from talk2dino.datasets.pictures import HEIF, is_picture, picture_suffixes, unre
 from talk2dino.errors import ConfigError, DataError, say
 from talk2dino.files import read_json, user_path, write_json
 from talk2dino.inference.segmented import SegmentedImage
+from talk2dino.renamed import first_difference
 from talk2dino.segmentation.overlay import is_our_picture, legend_colors, save_picture
 
 _FIGURES = {"image", "size", "classes", "overlay", "label_map"}  # keys of every JSON of ours
@@ -83,39 +84,48 @@ class Job:
     def _beside(self, ending: str) -> Path:
         return self.overlay.with_name(self.overlay.stem + ending)
 
-    def done_with(
+    def lacks(
         self,
         settings: Mapping[str, Any],
         heatmaps: Sequence[str] = (),
         cut: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Whether these results exist, all of them, of this picture and with the same settings.
+    ) -> str:
+        """Why these results are not those of this picture and these settings; empty if they are.
 
         Args:
             settings: as `write` noted them.
             heatmaps: classes whose maps are wanted.
             cut: of `Options`, if annotations are wanted.
         """
-        if not all(file.is_file() for file in self.files(heatmaps)):
-            return False
+        absent = next((file for file in self.files() if not file.is_file()), None)
+        if absent is not None:
+            return f"{absent.name} is not there"
         figures = _figures_of(self.figures)
         noted = figures.get("heatmaps")
-        if not set(heatmaps) <= set(noted if isinstance(noted, dict) else ()):
-            return False  # those that lie there are of an earlier run
+        known = set(noted if isinstance(noted, dict) else ())  # others are of an earlier run
+        maps = self.heatmaps(heatmaps).values()
+        if not set(heatmaps) <= known or not all(file.is_file() for file in maps):
+            return "it has no heat maps"
         if cut is not None:
             noted = figures.get("annotations")
-            if not isinstance(noted, dict) or not cut.items() <= noted.items():
-                return False
+            if not isinstance(noted, dict):
+                return "it has no annotations"
+            if other := first_difference({key: noted.get(key) for key in cut}, dict(cut)):
+                return "with {}={!s:.60}, now {!s:.60}".format(*other)
         if figures.get("picture", self.picture) != self.picture:
-            return False
+            return "of another picture"
         old = figures.get("settings")
         if not isinstance(old, dict):
-            return False
+            return "it has no settings"
         now = dict(settings)
         if "weights" not in old:  # of version 0.1, which noted less
             now = {key: value for key, value in now.items() if key in old}
+        if old != now:
+            other = first_difference(old, now) or ("settings", "others", "these")
+            return "with {}={!s:.60}, now {!s:.60}".format(*other)
         ordered = ("words", "classes")  # their order is that of the labels
-        return old == now and all(_keys(old.get(key)) == _keys(now.get(key)) for key in ordered)
+        same = all(_keys(old.get(key)) == _keys(now.get(key)) for key in ordered)
+        return "" if same else "with the classes in another order"
 
     def foreign(self, heatmaps: Sequence[str] = ()) -> Path | None:
         """The first file that is in the way and was not written by this program."""
@@ -168,7 +178,7 @@ def plan(
         jobs = [Job(path, target, target.parent, path.name)]
     else:
         jobs, root = [], _literal(path)
-        for one in _several(image, path, output):
+        for one in _several(image, path, output, subfolders):
             name = one.relative_to(root)
             place = output / name.parent if subfolders else output
             jobs.append(Job(one, place / f"{one.stem}.png", output, name.as_posix()))
@@ -201,9 +211,9 @@ def _literal(path: Path) -> Path:
     return next(one for one in (path, *path.parents) if one.is_dir() or one == one.parent)
 
 
-def _several(image: str, path: Path, output: Path) -> list[Path]:
+def _several(image: str, path: Path, output: Path, below: bool) -> list[Path]:
     if path.is_dir():
-        files = list(path.iterdir())
+        files = list(path.rglob("*") if below else path.iterdir())
     else:
         root = _literal(path)
         pattern = f"{escape(str(root))}/{path.relative_to(root)}"
@@ -218,10 +228,10 @@ def _several(image: str, path: Path, output: Path) -> list[Path]:
         and not any((one.parent.resolve() / one.name).is_relative_to(own) for own in data_sets)
     )
     if found:
-        _say_left_out(image, path, files, output)
+        _say_left_out(image, path, files, output, below)
         return found
-    if below := _left_below(image, path, output):
-        raise DataError(f"image={image}: no pictures in this folder; {below}")
+    if not below and (left := _left_below(image, path, output)):
+        raise DataError(f"image={image}: no pictures in this folder; {left}")
     endings = sorted({one.suffix.lower() for one in files if one.is_file() and one.suffix})
     if endings:
         raise DataError(f"image={image}: no pictures that can be read ({unread(endings)})")
@@ -230,21 +240,21 @@ def _several(image: str, path: Path, output: Path) -> list[Path]:
     raise DataError(f"image={image}: no such file or folder, and no picture fits it as pattern")
 
 
-def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path) -> None:
+def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path, below: bool) -> None:
     """Say what is left out: photographs that need a library, and, but for results, subfolders."""
     unread_here = [one for one in files if one.suffix.lower() in HEIF and not is_picture(one)]
     if unread_here:
         why = unread(sorted({one.suffix.lower() for one in unread_here}))
         say(f"image={image}: {len(unread_here)} pictures are left out; {why}")
-    if below := _left_below(image, path, output):
-        say(f"image={image}: {below}")
+    if not below and (left := _left_below(image, path, output)):
+        say(f"image={image}: {left}")
 
 
 def _left_below(image: str, path: Path, output: Path) -> str:
     """How many pictures lie in a folder's subfolders, and how to take them; empty for none."""
     every = path.glob("*/**/*") if path.is_dir() else ()
     count = sum(is_picture(one) and not one.is_relative_to(output) for one in every)
-    takes = f"image='{image.rstrip('/')}/**/*' takes them"
+    takes = "subfolders=true takes them"
     return f"{count} pictures in its subfolders are left out; {takes}" if count else ""
 
 
@@ -293,7 +303,7 @@ def write(
         result: of the job's picture.
         job: names the files.
         heatmaps: one picture per class besides the background.
-        settings: plain values for the JSON; what `Job.done_with` compares.
+        settings: plain values for the JSON; what `Job.lacks` compares.
         options: of the annotations that the JSON keeps for `write_annotations`; None for none.
     """
     job.figures.unlink(missing_ok=True)  # until all is new, nothing says that it is done

@@ -96,9 +96,8 @@ def unit_meters(file: Any, name: str) -> float:
         if sides is not None:
             meters = sides / (file.transform.a * unit, -file.transform.e * unit)
             if np.abs(meters - 1).max() > STRETCHED:
-                said = (
-                    f"meters_per_pixel=1 is {meters.min():.2f} to {meters.max():.2f} m in this file"
-                )
+                ends = dict.fromkeys(f"{end:.2f}" for end in (meters.min(), meters.max()))
+                said = f"meters_per_pixel=1 is {' to '.join(ends)} m in this file"
                 crs = f"{file.crs.to_string():.40}"
                 say(f"{name}: {crs} stretches the ground; {said}", stacklevel=2)
         return unit

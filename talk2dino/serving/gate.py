@@ -157,7 +157,8 @@ class Gate:
             name = headers.get(b"host", "")
             known = self.rules.names
             if name.rpartition(":")[0] not in known and name not in known:
-                raise RefusedError(421, f"without a token only {', '.join(known)} is answered")
+                names = ", ".join(dict.fromkeys(known))
+                raise RefusedError(421, f"without a token only {names} are answered")
         elif scope["path"] not in OPEN or scope["method"] not in ("GET", "HEAD"):
             brought = _token(headers.get(b"authorization", ""))
             if not hmac.compare_digest(brought.encode(), self.rules.token.encode()):
@@ -242,7 +243,8 @@ class Gate:
         read = 0
         while True:
             if max(size, read) > most:
-                raise RefusedError(413, f"more than {most} bytes; send less")
+                key = " (max_upload_mb)" if most == self.rules.body else ""
+                raise RefusedError(413, f"more than {most} bytes{key}; send less")
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError

@@ -18,7 +18,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from talk2dino.calibration.calibration import AUTO
-from talk2dino.errors import ConfigError, DataError, UserError
+from talk2dino.errors import ConfigError, DataError, UserError, listening
 from talk2dino.inference.class_embeddings import ClassEmbeddings
 from talk2dino.inference.model import Talk2DINO
 from talk2dino.segmentation.windows import SHORT_SIDE
@@ -158,8 +158,8 @@ class Page:
             for event in (go.click, words.submit, pamr.change, background.change):
                 event(_user_errors(self.segment), request, results, **quiet)
             threshold.change(
-                _user_errors(self.segment), request, results, trigger_mode="always_last",
-                show_progress="hidden", **quiet,
+                _user_errors(self.segment, warn=False), request, results,
+                trigger_mode="always_last", show_progress="hidden", **quiet,
             )  # fmt: skip
             background.change(lambda on: gr.update(visible=on), background, threshold, **quiet)
             shown.input(
@@ -313,15 +313,19 @@ def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     return f"<table style='width: 100%'><caption>{escape(title)}</caption>{cells}</table>"
 
 
-def _user_errors(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of the visitor's making become a message on the page."""
+def _user_errors(step: Callable[..., Any], warn: bool = True) -> Callable[..., Any]:
+    """Errors of the visitor's making become a message on the page, as does what is said."""
 
     @wraps(step)
     def guarded(*arguments: Any) -> Any:
-        try:
-            return step(*arguments)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        with listening() as said:
+            try:
+                return step(*arguments)
+            except UserError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            finally:
+                for text in said if warn else ():
+                    gr.Warning(text)
 
     return guarded
 

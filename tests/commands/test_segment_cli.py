@@ -100,7 +100,7 @@ def test_a_folder_with_a_broken_picture(
     assert "2 of 3 pictures were done before" in capsys.readouterr().out
     assert (out / "a.json").is_file()
     assert (out / "b.json").stat().st_mtime_ns == before
-    assert not Job(pictures / "b.jpg", out / "b.png", out, "b.jpg").done_with({"background": 0.6})
+    assert Job(pictures / "b.jpg", out / "b.png", out, "b.jpg").lacks({"background": 0.6})
 
 
 def test_pictures_that_a_folder_leaves_out_are_said(
@@ -116,8 +116,7 @@ def test_pictures_that_a_folder_leaves_out_are_said(
     assert [job.image.name for job in jobs] == ["a.png"]
     assert [str(one.message) for one in told] == [
         f"image={photos}: 1 pictures are left out; .heic needs: pip install 'talk2dino[heic]'",
-        f"image={photos}: 2 pictures in its subfolders are left out; "
-        f"image='{photos}/**/*' takes them",
+        f"image={photos}: 2 pictures in its subfolders are left out; subfolders=true takes them",
     ]
     there = plan(f"{photos}/trip/**/*", tmp_path / "elsewhere")
     assert [job.image.name for job in there] == ["c.png", "d.png"]
@@ -213,7 +212,7 @@ def test_plan(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "notes.txt").touch()
     (tmp_path / "empty" / "deeper").mkdir()
     (tmp_path / "empty" / "deeper" / "a.png").write_bytes(one.read_bytes())
-    with pytest.raises(DataError, match=r"folder; 1 pictures in its sub.*empty/\*\*/\*' takes"):
+    with pytest.raises(DataError, match=r"folder; 1 pictures in its sub.*subfolders=true takes"):
         plan(str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(DataError, match="no picture fits it as pattern"):
         plan(str(pictures / "*.webp"), tmp_path / "out")
@@ -434,3 +433,29 @@ def test_class_words(tmp_path: Path) -> None:
         class_words(" , ")
     with pytest.raises(DataError, match=r"^classes=nowhere\.txt: no such file"):
         class_words("nowhere.txt")
+
+
+def test_subfolders_are_taken_when_asked_for_and_what_is_done_again_is_said(
+    tmp_path: Path, trained_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for name in ("a.png", "deep/a.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (90, 140, 60)).save(photos / name)
+    given = [f"checkpoint={trained_run}", f"image={photos}", f"output={out}", "classes=[cat,sea]"]
+    given += ["subfolders=true", "pamr=false", "short_side=112", "accelerator=cpu", "resume=true"]
+    given += ["formats=[labelstudio]", "background=0.99"]
+    with pytest.warns(ResultWarning, match="nearly all is background.* at 0.99") as told:
+        run("segment", *given)
+    assert not any("left out" in str(one.message) for one in told)
+    said = capfd.readouterr()
+    assert (out / "deep" / "a_labels.png").is_file() and (out / "a_labels.png").is_file()
+    assert "…_labels.png" in said.out
+    assert "Label Studio fetches pictures from /data/local-files/?d=NAME" in said.out
+    run("segment", *given, "minimum_area=5")
+    said = capfd.readouterr()
+    assert "2 pictures are done again" in said.out and "minimum_area=1, now 5" in said.out
+    run("segment", *given, "minimum_area=5", "background=0.98")
+    assert "background=0.99, now 0.98" in capfd.readouterr().out
+    run("segment", *given, "minimum_area=5", "background=0.98")
+    assert "2 of 2 pictures were done before" in capfd.readouterr().out

@@ -185,6 +185,16 @@ def test_what_is_no_picture_is_refused(tab: Any, tmp_path: Path) -> None:
         assert not tab.locator("#overlay img").count()
 
 
+def test_what_a_command_would_say_is_on_the_page(tab: Any, photo: Path) -> None:
+    tab.set_input_files("#picture input[type=file]", photo)
+    tab.wait_for_selector("#overlay img")
+    address = tab.locator("#overlay img").get_attribute("src")
+    tab.fill("#words textarea, #words input", "cat")
+    tab.click("#go")
+    tab.wait_for_selector(".toast-body:has-text('is alone')")
+    wait_for_another(tab, address)
+
+
 def test_a_class_is_painted(
     tab: Any, calibrated_page: str, calibrated: Talk2DINO, photo: Path, tmp_path: Path
 ) -> None:
