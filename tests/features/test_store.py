@@ -163,7 +163,7 @@ def test_store_without_captions(tmp_path: Path) -> None:
     opened = FeatureStore(tmp_path)
     assert len(opened.captions) == 0
     assert opened.images["file_name"][:].tolist() == ["0", "1"]
-    with pytest.raises(StoreError, match="captions have no field 'text', only none"):
+    with pytest.raises(StoreError, match="holds no captions, only pictures to search"):
         opened.captions["text"]
 
 
