@@ -321,7 +321,8 @@ def test_recall_is_refused_for_other_weights(
     other = tiny_store(
         tmp_path / "other", fields, text_dim=64, vision=vars(vision) | {"weights_sha256": "1"}
     )
-    line = fails(capfd, "search", f"store={other}", f"checkpoint={psi}", "recall=true")
+    asked = (f"store={other}", f"checkpoint={psi}", f"output={tmp_path / 'out'}", "recall=true")
+    line = fails(capfd, "search", *asked)
     assert "with the same weights; extract with that" in line
 
 
