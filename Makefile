@@ -65,7 +65,8 @@ quickstart-steps:
 	@printf '\nPictures\n  %s\n  %s\n  %s\n' "$(OUT)/segmented.png   the photograph, segmented" \
 	  "$(OUT)/evaluate/dense/pictures/   held-out scenes: image, truth, prediction" \
 	  "$(OUT)/dense/loss.png   loss and recall"
-	@printf 'Next\n  %s\n  %s\n' \
+	@printf 'Next\n  %s\n  %s\n  %s\n' \
+	  "$(PY) -m talk2dino.calibrate checkpoint=$(OUT)/dense store=$(OUT)/store   (better masks, in seconds)" \
 	  "$(PY) -m talk2dino.segment checkpoint=$(OUT)/dense image=YOUR.jpg 'classes=[coffee cup,table]'" \
 	  "README.md, \"Train on your own captions\""
 

@@ -236,9 +236,9 @@ class Page:
 
     def annotate(self, instances: bool, visitor: gr.Request) -> Any:
         """The button: a file per format of annotations."""
-        view = self.views.of(_name(visitor))
-        if view is None or view.result is None:
-            return gr.skip()
+        view = self._view(visitor)
+        if view.result is None:
+            raise DataError("Name a class and look for it first")
         folder = Path(mkdtemp(dir=self.folder.name))
         try:
             made = [str(path) for path in annotation_files(view, folder, instances)]

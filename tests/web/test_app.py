@@ -186,6 +186,8 @@ def test_what_is_no_picture_is_refused(tab: Any, tmp_path: Path) -> None:
 
 
 def test_what_a_command_would_say_is_on_the_page(tab: Any, photo: Path) -> None:
+    tab.click("#annotate")
+    tab.wait_for_selector(".toast-body:has-text('Drop a picture first')")
     tab.set_input_files("#picture input[type=file]", photo)
     tab.wait_for_selector("#overlay img")
     address = tab.locator("#overlay img").get_attribute("src")
