@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
@@ -213,7 +213,7 @@ def _literal(path: Path) -> Path:
 
 def _several(image: str, path: Path, output: Path, below: bool) -> list[Path]:
     if path.is_dir():
-        files = list(path.rglob("*") if below else path.iterdir())
+        files = list(_visible(path) if below else path.iterdir())
     else:
         root = _literal(path)
         pattern = f"{escape(str(root))}/{path.relative_to(root)}"
@@ -252,10 +252,17 @@ def _say_left_out(image: str, path: Path, files: Sequence[Path], output: Path, b
 
 def _left_below(image: str, path: Path, output: Path) -> str:
     """How many pictures lie in a folder's subfolders, and how to take them; empty for none."""
-    every = path.glob("*/**/*") if path.is_dir() else ()
+    every = (one for one in _visible(path) if one.parent != path) if path.is_dir() else ()
     count = sum(is_picture(one) and not one.is_relative_to(output) for one in every)
     takes = "subfolders=true takes them"
     return f"{count} pictures in its subfolders are left out; {takes}" if count else ""
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All below a folder but what is hidden, or lies in a hidden folder."""
+    for one in folder.rglob("*"):
+        if not any(part.startswith(".") for part in one.relative_to(folder).parts):
+            yield one
 
 
 def _check_collisions(jobs: list[Job], image: str, subfolders: bool) -> None:

@@ -439,7 +439,7 @@ def test_subfolders_are_taken_when_asked_for_and_what_is_done_again_is_said(
     tmp_path: Path, trained_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
-    for name in ("a.png", "deep/a.png"):
+    for name in ("a.png", "deep/a.png", ".thumbnails/b.png"):  # what is hidden is not taken
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (90, 140, 60)).save(photos / name)
     given = [f"checkpoint={trained_run}", f"image={photos}", f"output={out}", "classes=[cat,sea]"]
@@ -450,7 +450,7 @@ def test_subfolders_are_taken_when_asked_for_and_what_is_done_again_is_said(
     assert not any("left out" in str(one.message) for one in told)
     said = capfd.readouterr()
     assert (out / "deep" / "a_labels.png").is_file() and (out / "a_labels.png").is_file()
-    assert "…_labels.png" in said.out
+    assert "…_labels.png" in said.out and not (out / ".thumbnails").exists()
     assert "Label Studio fetches pictures from /data/local-files/?d=NAME" in said.out
     run("segment", *given, "minimum_area=5")
     said = capfd.readouterr()
